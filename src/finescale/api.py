@@ -1,0 +1,109 @@
+"""finescale from Python: quantize, load, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from finescale.calibration.data import encode, open_tokenizer, read_text
+from finescale.evaluate.perplexity import Evaluation, cut_windows, evaluate_windows
+from finescale.pipeline.quantize import Progress, prepare, run
+from finescale.recipe import Recipe
+from finescale.report import write_html
+from finescale.runtime.load import load
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path,
+    calibration: str | None = None,
+    settings: tuple[str, ...] = (),
+    seed: int = 0,
+    device: str = "cpu",
+    fresh: bool = False,
+    on_progress: Progress | None = None,
+    **checks: Any,
+) -> dict[str, Any]:
+    """Quantize a model into a folder and return the report (also ``out/report.json`` and ``out/report.html``).
+
+    Args:
+        model: a local folder, a hub name or a GGUF file.
+        recipe: a name, a YAML file or a ``Recipe``.
+        out: output folder; an unfinished run there with the same settings goes on.
+        calibration: plain text or jsonl file, hub data set, or None for the text every Python carries.
+        settings: ``key=value`` strings laid over the recipe.
+        seed: of the choice of calibration windows.
+        device: ``cpu`` or ``cuda``.
+        fresh: replace what an earlier run wrote.
+        on_progress: ``(what, blocks done, blocks in all)``.
+        **checks: ``tensor_parallel``, ``allow_partial``, ``allow_unknown_family`` of ``pipeline.quantize.prepare``.
+
+    Raises:
+        FinescaleError: one sentence with the remedy.
+    """
+    chosen = recipe.with_settings(settings) if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
+    job = prepare(model, chosen, Path(out), calibration, seed, device, **checks)
+    report = run(job, fresh, on_progress)
+    write_report(Path(out), report)
+    return report
+
+
+def write_report(out: Path, report: dict[str, Any], comparisons: list[dict[str, Any]] | None = None) -> Path:
+    """``out/report.html`` from a report and the ``run.json`` beside it; returns its path."""
+    import json
+
+    run_file = out / "run.json"
+    facts = json.loads(run_file.read_text()) if run_file.is_file() else None
+    path = out / "report.html"
+    write_html(report, facts, path, comparisons)
+    return path
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: str,
+    *,
+    windows: int | None = None,
+    length: int = 2048,
+    against: str | Path | PreTrainedModel | None = None,
+    tokenizer_from: str | Path | None = None,
+    bos: bool = False,
+    on_progress: Any = None,
+) -> Evaluation:
+    """Perplexity on a text, and KL and top-1 agreement when ``against`` names the original.
+
+    Args:
+        model: folder, hub name or loaded model.
+        text: plain text or jsonl file, hub data set, or ``builtin``.
+        windows: how many windows, None for the whole text.
+        length: tokens of a window; at most the model's positions.
+        against: the original model.
+        tokenizer_from: folder of the tokenizer when ``model`` is already loaded.
+        bos: put the beginning-of-sequence token before each window.
+        on_progress: ``(windows done, windows in all)``.
+
+    Raises:
+        FinescaleError: one sentence with the remedy.
+    """
+    from finescale.errors import InputError
+    from finescale.formats.source import open_checkpoint
+
+    loaded = model if isinstance(model, PreTrainedModel) else load(model)
+    folder = tokenizer_from or (None if isinstance(model, PreTrainedModel) else model)
+    if folder is None:
+        raise InputError("give tokenizer_from, the folder of the tokenizer, with a loaded model.")
+    tokenizer = open_tokenizer(open_checkpoint(folder).path)
+    longest = getattr(loaded.config, "max_position_embeddings", None)
+    if longest and length > longest:
+        raise InputError(f"--length {length} is longer than the model's {longest} positions; use at most {longest}.")
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError("the tokenizer has no beginning-of-sequence token; leave --bos out.")
+    windows_WT = cut_windows(
+        encode(tokenizer, read_text(text)), windows, length, tokenizer.bos_token_id if bos else None
+    )
+    reference = against if isinstance(against, PreTrainedModel) or against is None else load(against)
+    return evaluate_windows(loaded, windows_WT, reference, bos, on_progress)

@@ -1,0 +1,1 @@
+"""Texts to token batches, running a block, accumulating statistics."""

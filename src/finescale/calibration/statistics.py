@@ -1,0 +1,75 @@
+"""Second moments of layer inputs, H = X X^T / tokens, accumulated while a block runs.
+
+Shape legend: I inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finescale.errors import NumericsError
+
+
+@dataclass
+class Moments:
+    """Running sum of x x^T of one layer input.
+
+    Attributes:
+        sum_II: float32 [I, I].
+        tokens: tokens seen.
+    """
+
+    sum_II: Tensor
+    tokens: int = 0
+
+    def add(self, x_TI: Tensor) -> None:
+        x_TI = x_TI.reshape(-1, x_TI.shape[-1]).float()
+        self.sum_II.addmm_(x_TI.T, x_TI)
+        self.tokens += x_TI.shape[0]
+
+    def hessian(self) -> Tensor:
+        """Mean of x x^T over the tokens, float32 [I, I]; zero when no token came."""
+        return self.sum_II / max(self.tokens, 1)
+
+
+def collect_moments(
+    block: nn.Module,
+    leaders: Sequence[str],
+    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    device: torch.device,
+) -> dict[str, Moments]:
+    """Run a block over all batches and accumulate the moments of some layers' inputs.
+
+    Args:
+        block: filled with weights.
+        leaders: layer paths inside the block, one for each distinct input.
+        batches: (hidden states [B, T, I], keyword arguments) pairs.
+        device: where the block lives.
+
+    Raises:
+        NumericsError: an input is NaN or Inf.
+    """
+    modules = {name: block.get_submodule(name) for name in leaders}
+    moments: dict[str, Moments] = {}
+    handles = []
+    for name, module in modules.items():
+        weight: Any = module.weight
+        width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
+        moments[name] = Moments(torch.zeros(width, width, dtype=torch.float32, device=device))
+        handles.append(module.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0])))
+    try:
+        with torch.no_grad():
+            for hidden_BTI, kwargs in batches:
+                block(hidden_BTI.to(device), **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, moment in moments.items():
+        if not bool(torch.isfinite(moment.sum_II).all()):
+            raise NumericsError(f"the input of {name} holds NaN or Inf; the model overflows on this calibration text.")
+    return moments

@@ -1,0 +1,53 @@
+"""What commands share: consoles, the progress bar, JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+stderr = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of transformers between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with ETA; yields ``(label, done, total)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, speed_estimate_period=3600) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def update(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label, completed=done, total=total)
+
+        yield update
+
+
+def write_json_file(path: Path | None, value: Any) -> None:
+    """The ``--json`` file of a command, when asked for."""
+    if path is None:
+        return
+    from finescale.pipeline.journal import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)

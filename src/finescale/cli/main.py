@@ -1,0 +1,61 @@
+"""Entry point of ``finescale``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from finescale._version import __version__
+from finescale.cli import bench, convert, demo, evaluate, inspect, quantize, recipes, verify
+from finescale.cli.common import stderr
+from finescale.errors import FinescaleError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize large language models after training, and run them fast.",
+)
+app.command("quantize")(quantize.quantize)
+app.command("evaluate")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("convert")(convert.convert)
+app.command("recipes")(recipes.recipes)
+app.command("demo")(demo.demo)
+app.add_typer(bench.app, name="bench", help="Benchmarks against baselines in the same run.")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Quantize large language models after training, and run them fast."""
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence and exit code 1."""
+    try:
+        app()
+    except FinescaleError as error:
+        stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stderr.print("Stopped; start the same command again to go on with the next block.")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

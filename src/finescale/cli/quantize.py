@@ -1,0 +1,78 @@
+"""``finescale quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finescale.cli.common import console, progress_bar, quiet_libraries, write_json_file
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name or a .gguf file.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see finescale recipes) or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Output folder; an unfinished run there goes on.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Plain text or jsonl file, or hub data set [default: Python's language reference]."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows [default: the recipe's, 128].")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window [default: the recipe's, 2048].")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the recipe, as weights.bits=3.")
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2, awq, dense.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    tp: Annotated[int, typer.Option(help="Check that layers can be cut over this many ranks.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Accept under 80 % of the block weights.")
+    ] = False,
+    allow_unknown_family: Annotated[
+        bool, typer.Option("--allow-unknown-family", help="Read an unknown model's blocks from its module graph.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
+) -> None:
+    """Quantize a model into a folder that transformers, vLLM and finescale load."""
+    quiet_libraries()
+    from finescale.api import write_report
+    from finescale.pipeline.quantize import prepare, run
+    from finescale.recipe import Recipe
+    from finescale.report import summary_table
+
+    settings = list(set_ or [])
+    settings += [f"calibration.samples={samples}"] if samples is not None else []
+    settings += [f"calibration.length={length}"] if length is not None else []
+    settings += [f"format={format_}"] if format_ is not None else []
+    chosen = Recipe.load(recipe, tuple(settings))
+    job = prepare(model, chosen, out, calibration, seed, device, tp, allow_partial, allow_unknown_family)
+    facts = job.calibration.facts()
+    console.print(
+        f"{len(job.plan.layers)} layers of {job.skeleton.block_count} blocks, {job.plan.share:.1%} of the block weights; "
+        f"calibration {facts['samples']} x {facts['length']} tokens of {facts['source']}; "
+        f"needs about {job.memory_bytes / 1e9:.1f} GB of memory and {job.output_bytes / 1e9:.2f} GB of disk."
+    )
+    for note in job.notes:
+        console.print(f"[yellow]note:[/] {note}")
+    if dry_run:
+        return
+    with progress_bar("blocks") as update:
+        report = run(job, fresh, update)
+    if report.pop("already_complete", False):
+        console.print(f"{out} already holds this result; use --fresh to make it again.")
+    page = write_report(out, report)
+    from finescale.formats.source import read_json
+
+    console.print(summary_table(report, read_json(out / "run.json", "")))
+    for note in report["fallbacks"][:10]:
+        console.print(f"[yellow]note:[/] {note}")
+    if len(report["fallbacks"]) > 10:
+        console.print(f"[yellow]note:[/] and {len(report['fallbacks']) - 10} more in the report")
+    console.print(f"checkpoint: {out}\nreport:     {page}")
+    write_json_file(json_, report)

@@ -1,0 +1,147 @@
+"""Perplexity by windows, and how far a quantized model strays from the original.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finescale.errors import InputError, NumericsError
+
+Progress = Callable[[int, int], None]
+"""``(windows done, windows in all)``."""
+_CHUNK = 256
+"""Rows of logits turned to float64-safe log-probabilities at a time, to bound memory."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation with everything that decides the numbers.
+
+    Attributes:
+        perplexity: exp of the mean loss of all predicted tokens, in nats; every window predicts length - 1 tokens.
+        tokens: predicted tokens.
+        windows, length: number and size of the windows.
+        bos: whether each window was preceded by the beginning-of-sequence token.
+        dtype: type of the computation.
+        text_sha256: hash of the evaluated tokens.
+        kl: mean KL divergence of the original's next-token distribution from the model's, nats per token.
+        top1: share of tokens at which both models agree on the likeliest next token.
+        reference_perplexity: of the original on the same windows.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    length: int
+    bos: bool
+    dtype: str
+    text_sha256: str
+    kl: float | None = None
+    top1: float | None = None
+    reference_perplexity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cut_windows(tokens_T: Tensor, windows: int | None, length: int, bos: int | None) -> Tensor:
+    """Non-overlapping windows, int64 [windows, length]; the last incomplete one is dropped.
+
+    With ``bos`` each window is that token followed by ``length - 1`` tokens of text.
+
+    Raises:
+        InputError: the text holds no whole window, or fewer than asked for.
+    """
+    step = length if bos is None else length - 1
+    available = tokens_T.shape[0] // step
+    if available < max(windows or 1, 1):
+        raise InputError(
+            f"the text holds {tokens_T.shape[0]} tokens, {windows or 1} windows of {length} are asked for; "
+            f"use --windows {available} or a shorter --length or more text."
+        )
+    count = windows or available
+    cut_WT = tokens_T[: count * step].view(count, step)
+    if bos is None:
+        return cut_WT
+    return torch.cat([torch.full((count, 1), bos, dtype=cut_WT.dtype), cut_WT], dim=1)
+
+
+def evaluate_windows(
+    model: PreTrainedModel,
+    windows_WT: Tensor,
+    reference: PreTrainedModel | None = None,
+    bos: bool = False,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model on windows of tokens, with KL and top-1 agreement when a reference is given.
+
+    Args:
+        model: loaded model.
+        windows_WT: int64 [windows, length].
+        reference: the original model.
+        bos: recorded in the result.
+        on_progress: called after each window.
+
+    Raises:
+        NumericsError: the model puts out NaN.
+    """
+    loss = reference_loss = kl = 0.0
+    agreed = predicted = 0
+    for number, tokens_T in enumerate(windows_WT):
+        logits_TV = _logits(model, tokens_T)
+        target_T = tokens_T[1:].to(logits_TV.device)
+        reference_TV = None if reference is None else _logits(reference, tokens_T)
+        for rows in _chunks(target_T.shape[0]):
+            log_TV = logits_TV[rows].float().log_softmax(-1)
+            loss -= float(log_TV.gather(1, target_T[rows, None]).double().sum())
+            if reference_TV is not None:
+                other_TV = reference_TV[rows].float().log_softmax(-1)
+                reference_loss -= float(other_TV.gather(1, target_T[rows, None]).double().sum())
+                kl += float((other_TV.exp() * (other_TV - log_TV)).double().sum())
+                agreed += int((other_TV.argmax(-1) == log_TV.argmax(-1)).sum())
+        predicted += target_T.shape[0]
+        if math.isnan(loss):
+            raise NumericsError(
+                f"the model puts out NaN in window {number + 1}; check the checkpoint with finescale verify."
+            )
+        if on_progress:
+            on_progress(number + 1, windows_WT.shape[0])
+    with_reference = reference is not None
+    return Evaluation(
+        perplexity=_exp(loss / predicted),
+        tokens=predicted,
+        windows=windows_WT.shape[0],
+        length=windows_WT.shape[1],
+        bos=bos,
+        dtype=str(model.dtype).removeprefix("torch."),
+        text_sha256=hashlib.sha256(windows_WT.contiguous().numpy().tobytes()).hexdigest(),
+        kl=kl / predicted if with_reference else None,
+        top1=agreed / predicted if with_reference else None,
+        reference_perplexity=_exp(reference_loss / predicted) if with_reference else None,
+    )
+
+
+def _logits(model: PreTrainedModel, tokens_T: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(input_ids=tokens_T[None].to(model.device), use_cache=False)
+    logits: Tensor = output.logits[0, :-1]
+    return logits
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _CHUNK):
+        yield slice(start, min(start + _CHUNK, rows))
+
+
+def _exp(mean_loss: float) -> float:
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf

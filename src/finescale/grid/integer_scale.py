@@ -1,0 +1,136 @@
+"""Integer scales for fine-grained W4A8 (Integer Scale, arXiv 2405.14597) and the proof that int32 cannot overflow.
+
+With S = round(amplifier * scale) the whole sum over the inputs stays in int32:
+
+    y_TO = x_scale_T / amplifier * sum_G S_OG * (sum over the inputs k of group G of x_Tk * code_Ok)
+
+Shape legend: O outputs, I inputs, G groups, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError, NumericsError
+
+INT32_LIMIT = 2**31
+PAPER_AMPLIFIER = 1024
+LARGEST_AMPLIFIER = 2**24
+LARGEST_INTEGER_SCALE = 2**15 - 1
+"""Kernels hold S in 16 bits."""
+
+Amplifier = int | Literal["heuristic", "auto"]
+
+
+def significand_bits(dtype: torch.dtype) -> int:
+    """Bits of precision of a float type, the hidden one included: 24 float32, 11 float16, 8 bfloat16."""
+    return 1 - int(math.log2(torch.finfo(dtype).eps))
+
+
+def check_amplifier(amplifier: int) -> None:
+    """Raises InputError unless ``amplifier`` is a power of two from 1 to 2**24."""
+    if amplifier < 1 or amplifier > LARGEST_AMPLIFIER or amplifier & (amplifier - 1):
+        raise InputError(
+            f"integer_scale.amplifier is {amplifier}; use a power of two from 1 to {LARGEST_AMPLIFIER}, heuristic or auto."
+        )
+
+
+def heuristic_amplifier(scale_OG: Tensor) -> int:
+    """The paper's heuristic: the smallest power of two that lifts the smallest scale to at least 1.
+
+    The published loop returns 1/2 when every scale is already at least 1; this one never goes below 1
+    (arXiv 2405.14597, section on the adaptive amplifier).
+    """
+    smallest = float(scale_OG.min())
+    if not smallest > 0 or not math.isfinite(smallest):
+        raise NumericsError("group scales must be positive and finite before they become integers.")
+    exponent = max(0, math.ceil(-math.log2(smallest)))
+    while exponent > 0 and smallest * 2.0 ** (exponent - 1) >= 1:
+        exponent -= 1
+    while smallest * 2.0**exponent < 1:
+        exponent += 1
+    return int(min(2**exponent, LARGEST_AMPLIFIER))
+
+
+def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype) -> Tensor:
+    """S = round(amplifier * scale), at least 1, as int32 [O, G].
+
+    S is rounded to the significant bits of ``scale_dtype`` so that S / amplifier is stored without error
+    (bfloat16 holds 8 bits, float16 11).
+    """
+    target_OG = (scale_OG.double() * amplifier).round().clamp(min=1)
+    excess_OG = torch.clamp(torch.floor(torch.log2(target_OG)) + 1 - significand_bits(scale_dtype), min=0)
+    step_OG = torch.pow(2.0, excess_OG)
+    # A value like 255.6 rounds up to 256 inside its own binade, which is still representable.
+    integer_OG = (target_OG / step_OG).round() * step_OG
+    if bool((integer_OG >= INT32_LIMIT).any()):
+        raise NumericsError(f"an amplifier of {amplifier} lifts a scale over 2^31; use a smaller amplifier or auto.")
+    return integer_OG.to(torch.int32)
+
+
+def group_absolute_sums(codes_OI: Tensor, group_of_I: Tensor, groups: int) -> Tensor:
+    """sum over each group of |code|, int64 [O, G]."""
+    sums_OG = torch.zeros(codes_OI.shape[0], groups, dtype=torch.int64, device=codes_OI.device)
+    return sums_OG.index_add_(1, group_of_I, codes_OI.to(torch.int64).abs())
+
+
+def overflow_bound(codes_OI: Tensor, integer_scale_OG: Tensor, group_of_I: Tensor, activation_max: int = 127) -> Tensor:
+    """B_j = activation_max * sum_g S_gj * sum_{k in g} |code_kj|, int64 [O].
+
+    No int32 accumulator of output j can exceed B_j in magnitude, whatever the activations in
+    [-activation_max, activation_max] and whatever the order of summation.
+    """
+    sums_OG = group_absolute_sums(codes_OI, group_of_I, integer_scale_OG.shape[1])
+    return activation_max * (integer_scale_OG.to(torch.int64) * sums_OG).sum(1)
+
+
+def auto_amplifier(
+    scale_OG: Tensor,
+    absolute_sum_OG: Tensor,
+    scale_dtype: torch.dtype,
+    activation_max: int = 127,
+    largest_scale: int = LARGEST_INTEGER_SCALE,
+) -> int:
+    """The largest power of two whose exact bound stays under 2**31 for every output, with S in 16 bits.
+
+    Args:
+        scale_OG: float scales, positive.
+        absolute_sum_OG: sums of |code| per group (``group_absolute_sums``).
+        scale_dtype: type in which S / amplifier is stored.
+        activation_max: largest activation magnitude.
+        largest_scale: largest S the kernels hold.
+
+    Raises:
+        NumericsError: not even an amplifier of 1 fits.
+    """
+    amplifier = LARGEST_AMPLIFIER
+    while amplifier >= 1:
+        if float(scale_OG.max()) * amplifier < INT32_LIMIT / 2:
+            integer_OG = integer_scales(scale_OG, amplifier, scale_dtype).to(torch.int64)
+            bound = int((activation_max * (integer_OG * absolute_sum_OG).sum(1)).max())
+            if bound < INT32_LIMIT and int(integer_OG.max()) <= largest_scale:
+                return amplifier
+        amplifier //= 2
+    raise NumericsError(
+        "no integer amplifier keeps this layer inside int32; use float scales (integer_scale.mode off)."
+    )
+
+
+def prove_no_overflow(
+    name: str, codes_OI: Tensor, integer_scale_OG: Tensor, group_of_I: Tensor, activation_max: int = 127
+) -> int:
+    """The largest bound of the layer, max_j B_j.
+
+    Raises:
+        NumericsError: the bound reaches 2**31, so that some int8 input would overflow the accumulator.
+    """
+    bound = int(overflow_bound(codes_OI, integer_scale_OG, group_of_I, activation_max).max()) if codes_OI.numel() else 0
+    if bound >= INT32_LIMIT:
+        raise NumericsError(
+            f"{name}: the int32 bound is {bound / INT32_LIMIT:.2f} times 2^31; use integer_scale.amplifier auto or a smaller one."
+        )
+    return bound

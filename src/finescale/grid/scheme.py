@@ -1,0 +1,183 @@
+"""What a weight may become: the quantization schemes and the grid of one layer.
+
+Shape legend: O outputs, I inputs, G groups along the inputs.
+
+Codes are signed everywhere: a code and a zero point lie in ``[-2**(bits-1), 2**(bits-1) - 1]`` and the weight is
+``scale * (code - zero)``. Formats that store unsigned integers add ``2**(bits-1)`` to both when they write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError, NumericsError
+
+WEIGHT_BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (4, 6, 8)
+Clip = Literal["minmax", "mse"]
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the weights of one layer are stored.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: consecutive inputs that share one scale; -1 is one scale per output channel. The last group may be
+            shorter when the inputs do not divide.
+        symmetric: no zero point; the step is absmax / ((2**bits - 1) / 2), so that -2**(bits-1) is used too.
+        clip: ``minmax`` keeps the whole range, ``mse`` shrinks it where that lowers the weight error.
+    """
+
+    bits: int = 4
+    group_size: int = -1
+    symmetric: bool = False
+    clip: Clip = "minmax"
+
+    def __post_init__(self) -> None:
+        if self.bits not in WEIGHT_BITS:
+            raise InputError(f"weights.bits is {self.bits}; choose one of {', '.join(map(str, WEIGHT_BITS))}.")
+        if self.group_size != -1 and self.group_size < 2:
+            raise InputError(
+                f"weights.group_size is {self.group_size}; use -1 (per channel) or a number of at least 2."
+            )
+        if self.clip not in ("minmax", "mse"):
+            raise InputError(f"weights.clip is {self.clip!r}; choose minmax or mse.")
+
+    @property
+    def code_min(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How the inputs of a quantized layer are rounded at run time: symmetric integers, one dynamic scale per token."""
+
+    bits: int = 8
+    granularity: Literal["token"] = "token"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in ACTIVATION_BITS:
+            raise InputError(f"activations.bits is {self.bits}; choose one of {', '.join(map(str, ACTIVATION_BITS))}.")
+        if self.granularity != "token" or not self.dynamic:
+            raise InputError(
+                "activations are quantized per token with dynamic scales; set granularity token, dynamic true."
+            )
+
+    @property
+    def code_max(self) -> int:
+        """Largest magnitude; the range is symmetric (-127..127 for 8 bits), which the overflow bound relies on."""
+        return 2 ** (self.bits - 1) - 1
+
+
+def number_of_groups(columns: int, group_size: int) -> int:
+    """Groups needed to cover ``columns`` inputs; the last one may be ragged."""
+    return 1 if group_size == -1 else -(-columns // group_size)
+
+
+def contiguous_groups(columns: int, group_size: int, device: torch.device | str | None = None) -> Tensor:
+    """Group index of each input column, int64 [I], for groups of consecutive columns."""
+    step = max(columns, 1) if group_size == -1 else group_size
+    return torch.arange(columns, device=device) // step
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values each weight of one layer may take.
+
+    Attributes:
+        scheme: bits, groups, symmetry.
+        scale_OG: float32 [O, G], positive, each value exactly representable in ``scale_dtype``.
+        zero_OG: int8 [O, G] on the code range, or None when symmetric.
+        group_of_I: int64 [I], the group of each input column.
+        scale_dtype: the type in which a file stores the scales.
+        amplifier: None for float scales; else a power of two such that ``scale * amplifier`` is an integer.
+    """
+
+    scheme: WeightScheme
+    scale_OG: Tensor
+    zero_OG: Tensor | None
+    group_of_I: Tensor
+    scale_dtype: torch.dtype = torch.float32
+    amplifier: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.scale_OG.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.group_of_I.shape[0]
+
+    @property
+    def groups_are_contiguous(self) -> bool:
+        expected = contiguous_groups(self.columns, self.scheme.group_size, self.group_of_I.device)
+        return torch.equal(self.group_of_I, expected)
+
+    def integer_scale_OG(self) -> Tensor:
+        """The integer scales S = scale * amplifier, int32 [O, G].
+
+        Raises:
+            NumericsError: the grid has float scales, or a stored scale is not an integer over the amplifier.
+        """
+        if self.amplifier is None:
+            raise NumericsError("this layer has float scales; quantize with integer_scale.mode before or after.")
+        exact_OG = self.scale_OG.double() * self.amplifier
+        integer_OG = exact_OG.round()
+        if not torch.equal(exact_OG, integer_OG) or bool((integer_OG < 1).any()) or bool((integer_OG >= 2**31).any()):
+            raise NumericsError(
+                f"scales times the amplifier {self.amplifier} are not all integers in [1, 2^31); quantize the model again."
+            )
+        return integer_OG.to(torch.int32)
+
+    def rows_slice(self, rows: slice) -> Grid:
+        """The grid of some output rows; columns and groups stay."""
+        zero_OG = None if self.zero_OG is None else self.zero_OG[rows]
+        return Grid(self.scheme, self.scale_OG[rows], zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A solved layer: int8 codes [O, I] and the grid they index."""
+
+    codes_OI: Tensor
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 [O, I] = scale * (code - zero)."""
+        return dequantize(self.codes_OI, self.grid)
+
+    def sha256(self) -> str:
+        """Hash of codes, scales and zero points: equal for equal weights, whatever file they went through."""
+        digest = hashlib.sha256(str(tuple(self.codes_OI.shape)).encode())
+        parts = [self.codes_OI, self.grid.scale_OG.float(), self.grid.zero_OG, self.grid.group_of_I]
+        for tensor in parts:
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def dequantize(codes_OI: Tensor, grid: Grid) -> Tensor:
+    """float32 [O, I] = scale * (code - zero) for int8 codes [O, I]."""
+    value_OI = codes_OI.to(torch.float32)
+    if grid.zero_OG is not None:
+        value_OI = value_OI - grid.zero_OG.to(torch.float32)[:, grid.group_of_I]
+    return value_OI * grid.scale_OG[:, grid.group_of_I]
+
+
+def quantize_to_grid(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """Nearest code, int8 [O, I], for float weights [O, I] (ties to even)."""
+    value_OI = weight_OI / grid.scale_OG.to(weight_OI.dtype)[:, grid.group_of_I]
+    if grid.zero_OG is not None:
+        value_OI = value_OI + grid.zero_OG.to(weight_OI.dtype)[:, grid.group_of_I]
+    return value_OI.round_().clamp_(grid.scheme.code_min, grid.scheme.code_max).to(torch.int8)

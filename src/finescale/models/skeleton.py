@@ -1,0 +1,222 @@
+"""A model without its weights: built on the meta device, then filled module by module from the checkpoint.
+
+Memory is that of whatever is filled at the moment, never of the whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finescale.errors import CheckpointError, InputError
+from finescale.formats.source import SourceCheckpoint
+from finescale.models.experts import UnfusedExperts, unfuse_experts
+from finescale.models.families import Family, find_family
+
+_FUSED_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A causal language model on the meta device and where its tensors are.
+
+    Attributes:
+        model: the transformers model, experts taken apart.
+        source: the checkpoint.
+        family: names that differ between the two.
+        blocks_path: module path of the list of blocks, such as ``model.layers``.
+        block_count: number of blocks.
+    """
+
+    model: PreTrainedModel
+    source: SourceCheckpoint
+    family: Family
+    blocks_path: str
+    block_count: int
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.blocks_path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def block_path(self, index: int) -> str:
+        return f"{self.blocks_path}.{index}"
+
+
+def open_skeleton(source: SourceCheckpoint, allow_unknown: bool = False) -> Skeleton:
+    """Build the model of a checkpoint without weights.
+
+    Raises:
+        InputError: unknown family, a config that transformers cannot build, or no list of blocks in it.
+    """
+    family = find_family(source.config, allow_unknown)
+    model = build_empty(source.path, source.name)
+    if family.experts is not None:
+        unfuse_experts(model, family.experts)
+    path, blocks = find_blocks(model)
+    return Skeleton(model, source, family, path, len(blocks))
+
+
+def build_empty(path: Path, name: str) -> PreTrainedModel:
+    """The transformers model of a folder on the meta device; remote code is never run."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.use_cache = False
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise InputError(f"{name}: transformers cannot build this model ({str(error).splitlines()[0]}).") from error
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: the module list as long as the config says, all of one class."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts) and len(module) == depth:
+            if len({type(block) for block in module}) == 1:
+                return name, module
+    raise InputError(f"no list of {depth} equal blocks found in {type(model).__name__}; this family is not supported.")
+
+
+def checkpoint_key(skeleton: Skeleton, name: str) -> str | None:
+    """Name in the checkpoint of the tensor that the module graph calls ``name``; None when it is not there.
+
+    Checkpoints come with and without the prefix of the base model (``transformer.``, ``model.``).
+    """
+    for module_part, checkpoint_part in skeleton.family.renames:
+        name = name.replace(module_part, checkpoint_part)
+    prefix = skeleton.model.base_model_prefix + "."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in skeleton.source:
+            return candidate
+    return None
+
+
+def layer_name(skeleton: Skeleton, module_name: str) -> str:
+    """Name of a layer in the checkpoint, for a module path in the graph."""
+    key = checkpoint_key(skeleton, module_name + ".weight")
+    if key is not None:
+        return key.removesuffix(".weight")
+    for module_part, checkpoint_part in skeleton.family.renames:
+        module_name = module_name.replace(module_part, checkpoint_part)
+    return module_name
+
+
+def read_tensor(skeleton: Skeleton, name: str) -> Tensor | None:
+    """A tensor by its name in the module graph, in its stored type; experts fused in the file are sliced out."""
+    key = checkpoint_key(skeleton, name)
+    if key is not None:
+        return skeleton.source.read(key)
+    match, experts = _FUSED_EXPERT.match(name), skeleton.family.experts
+    if match is None or experts is None:
+        return None
+    is_down = match["projection"] == experts.down
+    fused = checkpoint_key(skeleton, f"{match['experts']}.{'down_proj' if is_down else 'gate_up_proj'}")
+    if fused is None:
+        return None
+    weight_OI = skeleton.source.read(fused)[int(match["index"])]
+    if is_down:
+        return weight_OI.clone()
+    return weight_OI.chunk(2)[0 if match["projection"] == experts.gate else 1].clone()
+
+
+def fill_module(skeleton: Skeleton, path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Give the parameters and buffers below ``path`` their values, floating-point ones as ``dtype``.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the config says.
+    """
+    root = skeleton.model.get_submodule(path)
+    for prefix, module in root.named_modules(prefix=path):
+        fill_parameters(skeleton, prefix, module, device, dtype)
+        fill_buffers(skeleton, prefix, module, device)
+    return root
+
+
+def fill_except_blocks(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill what runs before and after the blocks (embeddings, norms, rotary tables), not the language-model head."""
+    base = skeleton.model.base_model
+    blocks = set(skeleton.blocks.modules())
+    for prefix, module in skeleton.model.named_modules():
+        if module in blocks or not any(module is inner for inner in base.modules()):
+            continue
+        fill_parameters(skeleton, prefix, module, device, dtype)
+        fill_buffers(skeleton, prefix, module, device)
+
+
+def fill_parameters(
+    skeleton: Skeleton, prefix: str, module: nn.Module, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Values for the parameters of one module itself, not of those below it; raises like ``fill_module``."""
+    for leaf, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            value = _checked(skeleton, f"{prefix}.{leaf}", parameter)
+            module._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+
+
+def release_module(root: nn.Module) -> None:
+    """Drop the weights below ``root``: everything goes back to the meta device."""
+    root.to("meta")
+
+
+def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> Tensor:
+    value = read_tensor(skeleton, name)
+    if value is None:
+        raise CheckpointError(
+            f"{skeleton.source.name} has no tensor for {name}; the checkpoint does not fit its config."
+        )
+    if value.shape != expected.shape:
+        raise CheckpointError(
+            f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(expected.shape)} by config.json; they do not fit."
+        )
+    return value
+
+
+def fill_buffers(skeleton: Skeleton, prefix: str, module: nn.Module, device: torch.device) -> None:
+    """Buffers of one module: from the checkpoint where it has them, else computed by the model's own initializer."""
+    missing = False
+    for leaf, buffer in list(module._buffers.items()):
+        if buffer is None:
+            continue
+        value = None
+        if leaf not in module._non_persistent_buffers_set:
+            value = read_tensor(skeleton, f"{prefix}.{leaf}")
+        missing |= value is None
+        module._buffers[leaf] = torch.empty_like(buffer, device=device) if value is None else value.to(device)
+    if missing:
+        skeleton.model._init_weights(module)
+
+
+def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
+    """Quantizable layers of a block by path: ``nn.Linear`` and GPT-2's ``Conv1D``, without routers and gates of experts."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.endswith("gate")
+    }
+
+
+def weight_OI_of(module: nn.Module) -> Tensor:
+    """The weight as outputs x inputs; Conv1D stores it the other way round."""
+    weight: Any = module.weight
+    return weight.data.T if isinstance(module, Conv1D) else weight.data
+
+
+def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
+    """Replace the weight by ``weight_OI`` [O, I], cast to the module's type."""
+    weight: Any = module.weight
+    value = weight_OI.T if isinstance(module, Conv1D) else weight_OI
+    weight.data.copy_(value.to(weight.dtype))

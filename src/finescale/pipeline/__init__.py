@@ -1,0 +1,1 @@
+"""Runs a recipe over a model block by block: streaming, resume, progress."""

@@ -1,0 +1,139 @@
+"""Quantizing one block: statistics, solving, putting the quantized weights in place.
+
+Shape legend: O outputs, I inputs, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finescale.calibration.capture import run_block
+from finescale.calibration.statistics import Moments, collect_moments
+from finescale.errors import NumericsError
+from finescale.formats.registry import Format
+from finescale.grid import ActivationScheme, fake_quantize_tokens
+from finescale.models import Step
+from finescale.models.skeleton import set_weight_OI, weight_OI_of
+from finescale.pipeline.layers import LayerResult, solve_together
+from finescale.pipeline.output import stored_weight
+from finescale.pipeline.plan import LayerPlan
+from finescale.recipe import Recipe
+
+Batches = Sequence[tuple[Tensor, dict[str, Any]]]
+
+
+@dataclass
+class Timer:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return result
+
+
+def quantize_block(
+    block: nn.Module,
+    index: int,
+    plans: Mapping[str, LayerPlan],
+    steps: Sequence[Step],
+    batches: Batches,
+    recipe: Recipe,
+    fmt: Format,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    timer: Timer,
+) -> list[LayerResult]:
+    """Solve every planned layer of a block and install its weight.
+
+    Args:
+        block: filled with full-precision weights; holds the quantized ones afterwards.
+        index: its number.
+        plans: layers by module path.
+        steps: layers that share an input, in order of execution.
+        batches: the block's inputs and keyword arguments, out of the already quantized prefix.
+        recipe: see there; with ``true_sequential`` each step sees the steps before it quantized.
+        fmt: the format to be written.
+        scale_dtype: type of the stored scales.
+        device: where the block lives.
+        timer: collects seconds for forward and solve.
+
+    Raises:
+        NumericsError: NaN or Inf, with the name of the layer.
+    """
+    wanted = [Step(tuple(n for n in step.linears if n in plans), step.norm) for step in steps]
+    wanted = [step for step in wanted if step.linears]
+    rounds = [[step] for step in wanted] if recipe.calibration.true_sequential else [wanted]
+    rounds = _merge_experts(rounds)
+    results: list[LayerResult] = []
+    for members in rounds:
+        leaders = [step.linears[0] for step in members]
+        moments: dict[str, Moments] = timer.measure(
+            "forward", lambda leaders=leaders: collect_moments(block, leaders, batches, device)
+        )
+        for step in members:
+            moment = moments.pop(step.linears[0])
+            layers = [(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears]
+            solved = timer.measure(
+                "solve",
+                lambda layers=layers, moment=moment: solve_together(
+                    layers, moment.hessian(), moment.tokens, recipe, scale_dtype, index
+                ),
+            )
+            for result in solved:
+                set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
+            results += solved
+    return results
+
+
+def _merge_experts(rounds: list[list[Step]]) -> list[list[Step]]:
+    """In true-sequential order all experts' first layers are one round and all their last layers the next: one pass
+    over the text each, not one per expert."""
+    merged: list[list[Step]] = []
+    pools: dict[str, list[Step]] = {}
+    for steps in rounds:
+        first = steps[0].linears[0]
+        if len(steps) == 1 and ".experts." in first:
+            leaf = first.rpartition(".")[2]
+            if leaf not in pools:
+                pools[leaf] = []
+                merged.append(pools[leaf])
+            pools[leaf].append(steps[0])
+        else:
+            merged.append(steps)
+    return merged
+
+
+def quantize_inputs(block: nn.Module, paths: Sequence[str], scheme: ActivationScheme) -> list[Any]:
+    """Round the inputs of some layers from now on, as at run time; returns the hooks to remove."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (fake_quantize_tokens(args[0], scheme), *args[1:])
+
+    return [block.get_submodule(path).register_forward_pre_hook(hook) for path in paths]
+
+
+def propagate(block: nn.Module, name: str, batches: Batches, device: torch.device) -> list[Tensor]:
+    """Outputs of a block for all batches, on the CPU.
+
+    Raises:
+        NumericsError: NaN or Inf came out.
+    """
+    outputs = []
+    for hidden_BTI, kwargs in batches:
+        output = run_block(block, hidden_BTI.to(device), kwargs)
+        if not bool(torch.isfinite(output).all()):
+            raise NumericsError(
+                f"{name} puts out NaN or Inf on the calibration text; its weights or its dtype are unfit."
+            )
+        outputs.append(output.to("cpu"))
+    return outputs

@@ -1,0 +1,244 @@
+"""Giving an existing float-scale checkpoint integer scales (Integer Scale, arXiv 2405.14597), without calibration.
+
+Shape legend: O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finescale._version import __version__
+from finescale.errors import InputError
+from finescale.formats import registry
+from finescale.formats.source import INDEX_NAME
+from finescale.grid import ActivationScheme, QuantizedWeight, WeightScheme, integerized, quantize_to_grid
+from finescale.grid.fit import smallest_scale
+from finescale.grid.integer_scale import (
+    INT32_LIMIT,
+    Amplifier,
+    auto_amplifier,
+    check_amplifier,
+    group_absolute_sums,
+    heuristic_amplifier,
+    prove_no_overflow,
+)
+from finescale.pipeline.journal import check_free, clear_output, write_json, write_shard
+from finescale.pipeline.output import COPY_LIMIT, NOT_COPIED
+from finescale.pipeline.plan import check_disk
+from finescale.runtime.checkpoint import METADATA_VERSION, QuantizedCheckpoint, open_quantized
+
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    path: str | Path,
+    out: Path,
+    amplifier: Amplifier = "auto",
+    round_again: bool = False,
+    fresh: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a W4A8 checkpoint with integer scales from a checkpoint with float scales.
+
+    Args:
+        path: a symmetric compressed-tensors, GPTQ or AWQ checkpoint, of any tool.
+        out: output folder.
+        amplifier: a power of two (the paper's default is 1024), ``heuristic`` or ``auto``.
+        round_again: give each weight the code nearest to its old value on the new scales; else the codes stay, as in
+            the paper.
+        fresh: replace what an earlier run wrote to ``out``.
+        on_progress: called after each file.
+
+    Returns:
+        The report: one record per layer with amplifier, bound, weight error caused by the conversion.
+
+    Raises:
+        InputError: asymmetric weights, act-order groups, or an output folder in use.
+        CheckpointError, NumericsError: a damaged source, or an amplifier that could overflow int32.
+    """
+    if isinstance(amplifier, int):
+        check_amplifier(amplifier)
+    quantized = open_quantized(path)
+    names = quantized.layer_names()
+    schemes = _checked_schemes(quantized, names)
+    (clear_output if fresh else check_free)(out)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} holds an earlier result; use --fresh to replace it or another --out.")
+    check_disk(out, quantized.source.total_bytes())
+    out.mkdir(parents=True, exist_ok=True)
+    activations = quantized.activations or ActivationScheme(8)
+    fmt = registry.get("compressed-tensors")
+    records: list[dict[str, Any]] = []
+    files = sorted(set(quantized.source.files.values()))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(files):
+        if on_progress:
+            on_progress(f"converting {file}", number, len(files))
+        tensors = _convert_file(quantized, file, names, fmt, amplifier, round_again, activations, records)
+        write_shard(out / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += (out / file).stat().st_size
+    write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _copy_small_files(quantized.source.path, out)
+    report = {
+        "finescale": __version__,
+        "signature": "convert",
+        "converted_from": str(Path(path).name),
+        "amplifier": amplifier,
+        "round_again": round_again,
+        "layers": records,
+    }
+    metadata = {
+        "version": METADATA_VERSION,
+        "finescale": __version__,
+        "recipe": "convert",
+        "activations": {"bits": activations.bits},
+        "layers": {
+            r["name"]: {k: r[k] for k in ("bits", "group_size", "symmetric", "amplifier", "bound")} for r in records
+        },
+    }
+    config = dict(quantized.source.config)
+    config["quantization_config"] = fmt.quantization_config(schemes, activations, _ignored(quantized), metadata)
+    write_json(out / "config.json", config)
+    write_json(out / "report.json", report)
+    return report
+
+
+def _checked_schemes(quantized: QuantizedCheckpoint, names: list[str]) -> dict[str, WeightScheme]:
+    schemes: dict[str, WeightScheme] = {}
+    for name in names:
+        scheme = quantized.fmt.layer_scheme(quantized.config, name)
+        assert scheme is not None
+        if not scheme.symmetric:
+            raise InputError(
+                f"{name} is asymmetric; integer scales need symmetric weights, quantize the original instead."
+            )
+        schemes[name] = scheme
+    if not names:
+        raise InputError(f"{quantized.source.name} holds no quantized layer to convert.")
+    return schemes
+
+
+def _ignored(quantized: QuantizedCheckpoint) -> list[str]:
+    """Two-dimensional weights that are not quantized; embeddings among them do no harm."""
+    names = set(quantized.layer_names())
+    keys = (key.removesuffix(".weight") for key in quantized.source.keys() if key.endswith(".weight"))
+    return [name for name in keys if name not in names and len(quantized.source.shape(name + ".weight")) == 2]
+
+
+def _convert_file(
+    quantized: QuantizedCheckpoint,
+    file: str,
+    names: list[str],
+    fmt: registry.Format,
+    amplifier: Amplifier,
+    round_again: bool,
+    activations: ActivationScheme,
+    records: list[dict[str, Any]],
+) -> dict[str, Tensor]:
+    """The tensors of one output file: layers whose scales lie in the source file, and its other tensors as they are."""
+    owned = {f"{name}.{suffix}" for name in names for suffix in quantized.fmt.suffixes if suffix != "bias"}
+    tensors = {
+        key: quantized.source.read(key)
+        for key, home in quantized.source.files.items()
+        if home == file and key not in owned
+    }
+    for name in names:
+        scale = "weight_scale" if f"{name}.weight_scale" in quantized.source else "scales"
+        if quantized.source.files[f"{name}.{scale}"] != file:
+            continue
+        weight, record = convert_layer(name, quantized.read(name), amplifier, round_again, activations.code_max)
+        records.append(record)
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in fmt.pack(weight).items()}
+    return tensors
+
+
+def convert_layer(
+    name: str, weight: QuantizedWeight, amplifier: Amplifier, round_again: bool, activation_max: int = 127
+) -> tuple[QuantizedWeight, dict[str, Any]]:
+    """One layer with integer scales and its record.
+
+    Negative scales (some tools write them) change sign together with their codes; a code of -2**(bits-1) has no
+    opposite and moves by one, which the record counts. Zero scales become the smallest step with codes of zero.
+    """
+    before_OI = weight.dequantize()
+    weight, notes = _positive_scales(weight)
+    chosen = _choose(weight, amplifier, activation_max)
+    while True:
+        grid = integerized(weight.grid, chosen)
+        codes_OI = quantize_to_grid(before_OI, grid) if round_again else weight.codes_OI
+        converted = QuantizedWeight(codes_OI, grid)
+        integer_OG = grid.integer_scale_OG()
+        if amplifier != "auto" or not round_again or chosen == 1:
+            break
+        sums_OG = group_absolute_sums(codes_OI, grid.group_of_I, integer_OG.shape[1])
+        if int((activation_max * (integer_OG.to(torch.int64) * sums_OG).sum(1)).max()) < INT32_LIMIT:
+            break
+        chosen //= 2
+    bound = prove_no_overflow(name, codes_OI, integer_OG, grid.group_of_I, activation_max)
+    change_OI = converted.dequantize() - before_OI
+    scheme = grid.scheme
+    return converted, {
+        "name": name,
+        "shape": list(codes_OI.shape),
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": True,
+        "amplifier": chosen,
+        "bound": bound,
+        "overflow_use": bound / INT32_LIMIT,
+        "scale_min": float(integer_OG.min()),
+        "scale_max": float(integer_OG.max()),
+        "weight_mse": float(change_OI.double().square().mean()),
+        "relative_error": float(change_OI.norm() / before_OI.norm().clamp(min=1e-30)) ** 2,
+        "notes": notes,
+    }
+
+
+def _choose(weight: QuantizedWeight, amplifier: Amplifier, activation_max: int) -> int:
+    if isinstance(amplifier, int):
+        return amplifier
+    grid = weight.grid
+    if amplifier == "heuristic":
+        return heuristic_amplifier(grid.scale_OG)
+    sums_OG = group_absolute_sums(weight.codes_OI, grid.group_of_I, grid.scale_OG.shape[1])
+    return auto_amplifier(grid.scale_OG, sums_OG, grid.scale_dtype, activation_max)
+
+
+def _positive_scales(weight: QuantizedWeight) -> tuple[QuantizedWeight, list[str]]:
+    grid, notes = weight.grid, []
+    negative_OG, zero_OG = grid.scale_OG < 0, grid.scale_OG == 0
+    if not bool(negative_OG.any()) and not bool(zero_OG.any()):
+        return weight, notes
+    codes_OI = weight.codes_OI.to(torch.int16)
+    flip_OI = negative_OG[:, grid.group_of_I]
+    flipped_OI = torch.where(flip_OI, -codes_OI, codes_OI)
+    moved = int((flipped_OI > grid.scheme.code_max).sum())
+    codes_OI = flipped_OI.clamp(max=grid.scheme.code_max).masked_fill(zero_OG[:, grid.group_of_I], 0).to(torch.int8)
+    scale_OG = grid.scale_OG.abs().clamp(min=smallest_scale(grid.scale_dtype))
+    if bool(negative_OG.any()):
+        notes.append(f"{int(negative_OG.sum())} negative group scales changed sign, {moved} codes moved by one")
+    if bool(zero_OG.any()):
+        notes.append(f"{int(zero_OG.sum())} groups with a zero scale hold zeros")
+    return QuantizedWeight(codes_OI, replace(grid, scale_OG=scale_OG)), notes
+
+
+def _copy_small_files(source: Path, out: Path) -> None:
+    for path in sorted(source.iterdir()):
+        known = path.name in (
+            "config.json",
+            INDEX_NAME,
+            "report.json",
+            "run.json",
+            "report.html",
+            "quantize_config.json",
+        )
+        if path.is_file() and path.suffix not in NOT_COPIED and not known and path.stat().st_size <= COPY_LIMIT:
+            shutil.copyfile(path, out / path.name)

@@ -1,0 +1,55 @@
+"""What a quantized checkpoint holds, read from its tensors (not from what its config claims)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finescale.formats.source import read_json
+from finescale.grid.integer_scale import INT32_LIMIT, prove_no_overflow
+from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
+
+
+def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
+    """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
+    ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report, else None),
+    ``scale_min``, ``scale_max``, ``kernel``.
+
+    Raises:
+        CheckpointError, NumericsError: damaged files, or a proof that does not hold.
+    """
+    quantized = open_quantized(folder)
+    report = _records(quantized)
+    return [_inspect(quantized, name, report.get(name, {})) for name in quantized.layer_names()]
+
+
+def _records(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
+    file = quantized.source.path / "report.json"
+    if not file.is_file():
+        return {}
+    return {record["name"]: record for record in read_json(file, "").get("layers", [])}
+
+
+def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    weight = quantized.read(name)
+    grid = weight.grid
+    scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG()
+    use = None
+    if grid.amplifier is not None:
+        maximum = quantized.activations.code_max if quantized.activations else 127
+        use = prove_no_overflow(name, weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, maximum) / INT32_LIMIT
+    return {
+        "name": name,
+        "shape": list(weight.codes_OI.shape),
+        "bits": grid.scheme.bits,
+        "group_size": grid.scheme.group_size,
+        "symmetric": grid.scheme.symmetric,
+        "amplifier": grid.amplifier,
+        "overflow_use": use,
+        "relative_error": record.get("relative_error"),
+        "scale_min": float(scale_OG.min()),
+        "scale_max": float(scale_OG.max()),
+        "tokens": record.get("tokens"),
+        "notes": record.get("notes", []),
+        "kernel": "reference int32 (exact)" if grid.amplifier is not None else "dequantize, then float product",
+    }

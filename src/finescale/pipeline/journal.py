@@ -1,0 +1,166 @@
+"""What a run has already done, on disk, so that a killed run goes on where it stopped.
+
+A block is done when its journal entry exists; the entry is written after the block's shard, both by atomic rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finescale.errors import CheckpointError, InputError
+
+FOLDER = ".finescale"
+REPORT = "report.json"
+
+
+def signature(facts: dict[str, Any]) -> str:
+    """Hash of everything that decides the bytes of the result."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence; what is already written stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"the disk of {path} is full; free some space and start again, finished blocks are kept."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+        raise
+    except Exception as error:
+        # safetensors wraps the system's error in its own type.
+        if "No space left" in str(error):
+            raise InputError(
+                f"the disk of {path} is full; free some space and start again, finished blocks are kept."
+            ) from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by atomic rename."""
+    partial = path.with_name(path.name + ".partial")
+    with full_disk_explained(path.parent):
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file by atomic rename, tensors sorted by name."""
+    partial = path.with_name(path.name + ".partial")
+    with full_disk_explained(path.parent):
+        ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+        save_file(ordered, partial, metadata={"format": "pt"})
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+
+
+class Journal:
+    """The journal of one output folder."""
+
+    def __init__(self, out: Path, run_signature: str) -> None:
+        self.out = out
+        self.folder = out / FOLDER
+        self.signature = run_signature
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the output folder. Raises InputError when another process writes to it."""
+        with full_disk_explained(self.out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(
+                    f"another run is writing to {self.out}; wait for it or choose another --out."
+                ) from error
+            yield
+
+    def begin(self) -> None:
+        """Claim the folder for this run, or go on with it.
+
+        Raises:
+            InputError: the folder belongs to a run with other settings.
+        """
+        claim = self.folder / "run.json"
+        if claim.is_file():
+            if json.loads(claim.read_text())["signature"] != self.signature:
+                raise InputError(
+                    f"{self.out} holds an unfinished run with another model, recipe or calibration; "
+                    "give the same settings to go on, --fresh to start over, or another --out."
+                )
+        else:
+            write_json(claim, {"signature": self.signature})
+
+    def block_done(self, block: int) -> dict[str, Any] | None:
+        """The entry of a finished block, or None."""
+        path = self.folder / f"block-{block:05d}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finish_block(self, block: int, entry: dict[str, Any]) -> None:
+        write_json(self.folder / f"block-{block:05d}.json", entry)
+
+    def close(self) -> None:
+        """Remove the journal of a complete run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def finished_signature(out: Path) -> str | None:
+    """Signature of the complete run in a folder, None when there is none."""
+    report = out / REPORT
+    if not report.is_file() or not (out / "config.json").is_file():
+        return None
+    try:
+        return str(json.loads(report.read_text()).get("signature"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{report} is damaged; use --fresh or another --out.") from error
+
+
+def clear_output(out: Path) -> None:
+    """Remove what a run wrote into ``out``, and nothing else: refuses a folder that no run wrote.
+
+    Raises:
+        InputError: the folder holds files and no sign of a finescale run.
+    """
+    if not out.exists():
+        return
+    ours = (out / FOLDER).is_dir() or finished_signature(out) is not None
+    if not ours:
+        check_free(out)
+        return
+    for path in out.iterdir():
+        if path.suffix in (".safetensors", ".json", ".html", ".jinja", ".partial", ".txt", ".model"):
+            path.unlink()
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    """Raises InputError when ``out`` is a file or a folder with files that are not ours."""
+    if out.is_file():
+        raise InputError(f"{out} is a file; give a folder for --out.")
+    if out.is_dir() and not (out / FOLDER).is_dir() and finished_signature(out) is None and any(out.iterdir()):
+        raise InputError(f"{out} holds files that finescale did not write; choose an empty or new folder for --out.")

@@ -1,0 +1,241 @@
+"""Solving the layers of one input together, and what the report says of each.
+
+Shape legend: O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finescale.errors import NumericsError
+from finescale.grid import Grid, QuantizedWeight, fit_grid, integerized, quantize_to_grid, with_integer_scales
+from finescale.grid.integer_scale import (
+    INT32_LIMIT,
+    auto_amplifier,
+    group_absolute_sums,
+    heuristic_amplifier,
+    integer_scales,
+    overflow_bound,
+)
+from finescale.pipeline.plan import LayerPlan
+from finescale.recipe import Recipe
+from finescale.solvers import Solution, relative_error
+
+CURVE = tuple(2**exponent for exponent in range(6, 18))
+"""Amplifiers of the curve amplifier against error."""
+FEW_TOKENS_DAMPING = 0.01
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A solved layer and its line in the report."""
+
+    plan: LayerPlan
+    weight: QuantizedWeight
+    record: dict[str, Any]
+
+
+def solve_together(
+    layers: Sequence[tuple[LayerPlan, Tensor]],
+    hessian_II: Tensor,
+    tokens: int,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    block: int,
+) -> list[LayerResult]:
+    """Solve layers that share one input.
+
+    Rows are independent, so layers of one scheme are stacked and solved as one.
+
+    Args:
+        layers: plans with their weights, float [O, I].
+        hessian_II: float32 [I, I], mean of x x^T.
+        tokens: how many tokens the Hessian was made of.
+        recipe: solver and integer scales.
+        scale_dtype: type in which scales are stored.
+        block: number of the block, for the record.
+
+    Raises:
+        NumericsError: NaN in a weight, or a fixed amplifier that could overflow int32; names the layer.
+    """
+    notes: tuple[str, ...] = ()
+    if recipe.solver.entry().needs_hessian and tokens < hessian_II.shape[0]:
+        mean = float(hessian_II.diagonal().mean())
+        hessian_II = hessian_II.clone()
+        hessian_II.diagonal().add_(FEW_TOKENS_DAMPING * mean)
+        notes = (f"short of tokens: {tokens} for {hessian_II.shape[0]} inputs, damped by {FEW_TOKENS_DAMPING:g}",)
+    results = []
+    for members in _by_scheme(layers, recipe):
+        for plan, _ in members:
+            _check_weight(plan, members)
+        solutions = _solve_stacked(members, hessian_II, recipe, scale_dtype)
+        for (plan, weight_OI), solution in zip(members, solutions, strict=True):
+            final, extra = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
+            all_notes = notes + solution.notes + extra
+            record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
+            results.append(LayerResult(plan, final, record))
+    return results
+
+
+def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) -> None:
+    for member, weight_OI in members:
+        if member is plan and not bool(torch.isfinite(weight_OI).all()):
+            raise NumericsError(f"{plan.name} holds NaN or Inf in its weight; repair or re-download the checkpoint.")
+
+
+def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> list[list[tuple[LayerPlan, Tensor]]]:
+    """Layers that may be stacked. A solver that refits groups needs each layer's own amplifier, so these stay alone."""
+    options = recipe.solver.options()
+    if recipe.integer_scale.mode == "before" and not getattr(options, "static_groups", True):
+        return [[layer] for layer in layers]
+    groups: dict[Any, list[tuple[LayerPlan, Tensor]]] = {}
+    for layer in layers:
+        groups.setdefault(layer[0].scheme, []).append(layer)
+    return list(groups.values())
+
+
+def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
+    """The grid a solver starts from: float scales, or integer ones when the recipe wants them before the solver."""
+    grid = fit_grid(weight_OI, plan.scheme, scale_dtype)
+    if recipe.integer_scale.mode == "before":
+        return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, _activation_max(recipe))
+    return grid
+
+
+def _solve_stacked(
+    members: Sequence[tuple[LayerPlan, Tensor]], hessian_II: Tensor, recipe: Recipe, scale_dtype: torch.dtype
+) -> list[Solution]:
+    grids = [initial_grid(plan, weight_OI, recipe, scale_dtype) for plan, weight_OI in members]
+    entry, options = recipe.solver.entry(), recipe.solver.options()
+    if len(members) == 1:
+        return [entry.solve(members[0][1], hessian_II, grids[0], options)]
+    zeros = [grid.zero_OG for grid in grids if grid.zero_OG is not None]
+    stacked = replace(
+        grids[0],
+        scale_OG=torch.cat([grid.scale_OG for grid in grids]),
+        zero_OG=torch.cat(zeros) if zeros else None,
+        amplifier=None,
+    )
+    solution = entry.solve(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, options)
+    parts, start = [], 0
+    for grid in grids:
+        rows = slice(start, start + grid.rows)
+        part = replace(solution.weight.grid.rows_slice(rows), amplifier=grid.amplifier)
+        parts.append(replace(solution, weight=QuantizedWeight(solution.weight.codes_OI[rows].contiguous(), part)))
+        start += grid.rows
+    return parts
+
+
+def _finish(
+    plan: LayerPlan,
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    solution: Solution,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+) -> tuple[QuantizedWeight, tuple[str, ...]]:
+    """Integer scales after the solver if asked, and the proof that int32 holds; ``auto`` steps down until it does."""
+    weight, mode = solution.weight, recipe.integer_scale.mode
+    if mode == "off":
+        return weight, ()
+    if mode == "after":
+        weight = QuantizedWeight(weight.codes_OI, integerized(weight.grid, _amplifier_after(weight, recipe)))
+    notes: tuple[str, ...] = ()
+    while _bound(weight, recipe) >= INT32_LIMIT:
+        amplifier = weight.grid.amplifier
+        if recipe.integer_scale.amplifier != "auto" or amplifier is None or amplifier == 1:
+            raise NumericsError(
+                f"{plan.name}: an amplifier of {amplifier} could overflow int32 (bound "
+                f"{_bound(weight, recipe) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a smaller one."
+            )
+        grid = integerized(fit_grid(weight_OI, plan.scheme, scale_dtype), amplifier // 2)
+        weight = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options()).weight
+        notes = (f"amplifier lowered to {amplifier // 2} to keep the int32 bound",)
+    return weight, notes
+
+
+def _activation_max(recipe: Recipe) -> int:
+    return recipe.activations.scheme().code_max if recipe.activations else 127
+
+
+def _amplifier_after(weight: QuantizedWeight, recipe: Recipe) -> int:
+    choice, grid = recipe.integer_scale.amplifier, weight.grid
+    if isinstance(choice, int):
+        return choice
+    if choice == "heuristic":
+        return heuristic_amplifier(grid.scale_OG)
+    sums_OG = group_absolute_sums(weight.codes_OI, grid.group_of_I, grid.scale_OG.shape[1])
+    return auto_amplifier(grid.scale_OG, sums_OG, grid.scale_dtype, _activation_max(recipe))
+
+
+def _bound(weight: QuantizedWeight, recipe: Recipe) -> int:
+    grid = weight.grid
+    return int(overflow_bound(weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, _activation_max(recipe)).max())
+
+
+def _record(
+    plan: LayerPlan,
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    weight: QuantizedWeight,
+    solution: Solution,
+    recipe: Recipe,
+    block: int,
+    tokens: int,
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    value_OI = weight.dequantize()
+    grid = weight.grid
+    scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG().float()
+    bound = None if grid.amplifier is None else _bound(weight, recipe)
+    return {
+        "name": plan.name,
+        "block": block,
+        "shape": list(plan.shape_OI),
+        "bits": plan.scheme.bits,
+        "group_size": plan.scheme.group_size,
+        "symmetric": plan.scheme.symmetric,
+        "solver": recipe.solver.name,
+        "relative_error": relative_error(weight_OI, value_OI, hessian_II),
+        "weight_mse": float((value_OI - weight_OI.float()).double().square().mean()),
+        "amplifier": grid.amplifier,
+        "bound": bound,
+        "overflow_use": None if bound is None else bound / INT32_LIMIT,
+        "scale_min": float(scale_OG.min()),
+        "scale_max": float(scale_OG.max()),
+        "scale_histogram": _histogram(scale_OG),
+        "amplifier_curve": None if grid.amplifier is None else _curve(plan, weight_OI, recipe),
+        "sha256": weight.sha256(),
+        "tokens": tokens,
+        "damping": solution.damping,
+        "notes": list(notes),
+    }
+
+
+def _histogram(scale_OG: Tensor) -> dict[str, list[float]]:
+    top = float(scale_OG.max())
+    counts = torch.histc(scale_OG.flatten().cpu(), bins=HISTOGRAM_BINS, min=0.0, max=top)
+    edges = torch.linspace(0.0, top, HISTOGRAM_BINS + 1)
+    return {"edges": edges.tolist(), "counts": [int(count) for count in counts]}
+
+
+def _curve(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe) -> list[dict[str, float]]:
+    """Weight error of the paper's conversion (same codes, rounded scales) and use of int32 for a range of amplifiers."""
+    grid = fit_grid(weight_OI, plan.scheme)
+    codes_OI = quantize_to_grid(weight_OI.float(), grid)
+    sums_OG = group_absolute_sums(codes_OI, grid.group_of_I, grid.scale_OG.shape[1])
+    squares_OG = torch.zeros_like(grid.scale_OG).index_add_(1, grid.group_of_I, codes_OI.float().square())
+    points = []
+    for amplifier in CURVE:
+        integer_OG = integer_scales(grid.scale_OG, amplifier, torch.float32)
+        change_OG = integer_OG.double() / amplifier - grid.scale_OG.double()
+        mse = float((change_OG.square() * squares_OG).sum()) / weight_OI.numel()
+        bound = int((_activation_max(recipe) * (integer_OG.to(torch.int64) * sums_OG).sum(1)).max())
+        points.append({"amplifier": amplifier, "weight_mse": mse, "overflow_use": bound / INT32_LIMIT})
+    return points

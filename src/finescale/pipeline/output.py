@@ -1,0 +1,181 @@
+"""The output checkpoint: one shard per block, written when the block is done, and the small files around them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finescale._version import __version__
+from finescale.errors import CheckpointError
+from finescale.formats.registry import Format
+from finescale.formats.source import INDEX_NAME, check_shard
+from finescale.grid import QuantizedWeight
+from finescale.models import Skeleton
+from finescale.models.skeleton import checkpoint_key
+from finescale.pipeline.journal import full_disk_explained, write_json, write_shard
+from finescale.pipeline.plan import LayerPlan, Plan
+from finescale.runtime.checkpoint import METADATA_VERSION
+
+NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".h5", ".msgpack", ".onnx", ".partial", ".ckpt"}
+COPY_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the tensors of the source go."""
+
+    skeleton: Skeleton
+    fmt: Format
+    out: Path
+
+    def shard(self, block: int | None) -> Path:
+        """File of a block; None is everything outside the blocks."""
+        total = self.skeleton.block_count + 1
+        number = 1 if block is None else block + 2
+        return self.out / f"model-{number:05d}-of-{total:05d}.safetensors"
+
+    def block_of(self, key: str) -> int | None:
+        """Number of the block a source tensor belongs to."""
+        rest = key.removeprefix(self._blocks_prefix())
+        if rest == key:
+            return None
+        number = rest.split(".", 1)[0]
+        return int(number) if number.isdigit() and int(number) < self.skeleton.block_count else None
+
+    def _blocks_prefix(self) -> str:
+        first = self.skeleton.block_path(0)
+        for name, _ in self.skeleton.blocks[0].named_parameters():
+            key = checkpoint_key(self.skeleton, f"{first}.{name}")
+            if key is not None:
+                return key.split(".0.", 1)[0] + "."
+        raise CheckpointError(
+            f"{self.skeleton.source.name} holds no tensor of its first block; it does not fit its config."
+        )
+
+    def keys_of(self, block: int | None) -> list[str]:
+        return [key for key in self.skeleton.source.keys() if self.block_of(key) == block]
+
+    def write_rest(self) -> None:
+        """Everything outside the blocks, byte for byte."""
+        path = self.shard(None)
+        if not path.is_file():
+            write_shard(path, {key: self.skeleton.source.read(key) for key in self.keys_of(None)})
+
+    def write_block(self, block: int, layers: Iterable[tuple[LayerPlan, QuantizedWeight]]) -> None:
+        """One block: quantized layers packed, every other tensor byte for byte under its own name."""
+        tensors: dict[str, Tensor] = {}
+        solved = {plan.name: (plan, weight) for plan, weight in layers}
+        fused = self._fused_keys(block, solved)
+        for key in self.keys_of(block):
+            if key.removesuffix(".weight") not in solved and key not in fused:
+                tensors[key] = self.skeleton.source.read(key)
+        for name, (plan, weight) in solved.items():
+            packed = pack_layer(self.fmt, plan, weight)
+            if self.fmt.name.startswith("gptq"):
+                # GPTQ readers expect a bias beside every layer's tensors only when the layer has one: it is copied above.
+                packed.pop("bias", None)
+            tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+        write_shard(self.shard(block), tensors)
+
+    def _fused_keys(self, block: int, solved: Mapping[str, Any]) -> set[str]:
+        """3-D expert tensors of the source that the output replaces by one tensor per expert."""
+        if self.skeleton.family.experts is None:
+            return set()
+        return {key for key in self.keys_of(block) if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
+
+    def finish(self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]) -> int:
+        """Index, tokenizer and, last, config.json: only now the folder is a model. Returns the bytes of all shards."""
+        weight_map, total = self._index()
+        write_json(self.out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for path in sorted(self.skeleton.source.path.iterdir()):
+            if path.is_file() and path.suffix not in NOT_COPIED and path.name not in ("config.json", INDEX_NAME):
+                if path.name not in ("report.json", "run.json") and path.stat().st_size <= COPY_LIMIT:
+                    with full_disk_explained(self.out):
+                        shutil.copyfile(path, self.out / path.name)
+        config = dict(self.skeleton.source.config)
+        quantization = self._quantization_config(plan, activations, layer_records, recipe)
+        if quantization is not None:
+            config["quantization_config"] = quantization
+        write_json(self.out / "config.json", config)
+        return total
+
+    def _index(self) -> tuple[dict[str, str], int]:
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        total = 0
+        for block in (None, *range(self.skeleton.block_count)):
+            path = self.shard(block)
+            check_shard(path)
+            total += path.stat().st_size
+            with safe_open(path, framework="pt") as handle:
+                weight_map.update(dict.fromkeys(handle.keys(), path.name))
+        return dict(sorted(weight_map.items())), total
+
+    def _quantization_config(
+        self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        schemes = {layer.name: layer.scheme for layer in plan.layers}
+        ignore = [*plan.skipped, *self._other_linears()]
+        layers = {
+            record["name"]: {key: record[key] for key in ("bits", "group_size", "symmetric", "amplifier", "bound")}
+            for record in layer_records
+        }
+        metadata = {
+            "version": METADATA_VERSION,
+            "finescale": __version__,
+            "recipe": recipe["name"],
+            "activations": recipe["activations"],
+            "layers": layers,
+        }
+        if self.fmt.name.startswith("gptq"):
+            solver = recipe["solver"]
+            scattered = bool(solver.get("act_order")) and not solver.get("static_groups", True)
+            return self.fmt.quantization_config(schemes, activations, ignore, metadata, desc_act=scattered)
+        return self.fmt.quantization_config(schemes, activations, ignore, metadata)
+
+    def _other_linears(self) -> list[str]:
+        """Linear layers outside the blocks (the head) and routers inside, which stay as they are."""
+        from torch import nn
+
+        from finescale.models.skeleton import linear_modules
+
+        quantizable = {
+            f"{self.skeleton.block_path(index)}.{path}"
+            for index, block in enumerate(self.skeleton.blocks)
+            for path in linear_modules(block)
+        }
+        others = []
+        for name, module in self.skeleton.model.named_modules():
+            is_router = "router" in type(module).__name__.lower()
+            if (isinstance(module, nn.Linear) or is_router) and name not in quantizable:
+                key = checkpoint_key(self.skeleton, name + ".weight")
+                others.append(key.removesuffix(".weight") if key else name)
+        return others
+
+
+def pack_layer(fmt: Format, plan: LayerPlan, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Tensors of one layer by suffix; a dense layer keeps the orientation of its source."""
+    packed = fmt.pack(weight)
+    if fmt.name == "dense" and plan.transposed:
+        packed["weight"] = packed["weight"].T.contiguous()
+    return packed
+
+
+def unpack_layer(fmt: Format, plan: LayerPlan, tensors: dict[str, Tensor]) -> Tensor:
+    """The dequantized weight, float32 [O, I], of a layer as it stands in a shard."""
+    if fmt.name == "dense":
+        weight = tensors["weight"].to(torch.float32)
+        return weight.T if plan.transposed else weight
+    return fmt.unpack(tensors, plan.scheme).dequantize()
+
+
+def stored_weight(fmt: Format, plan: LayerPlan, weight: QuantizedWeight) -> Tensor:
+    """The weight a reader of the shard will compute with, float32 [O, I]: later blocks are calibrated on it."""
+    return unpack_layer(fmt, plan, pack_layer(fmt, plan, weight)) if fmt.name == "dense" else weight.dequantize()

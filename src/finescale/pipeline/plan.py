@@ -1,0 +1,205 @@
+"""What will be quantized and how, settled before any work: layers, schemes, share, and everything that can be refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from finescale.errors import InputError
+from finescale.formats.registry import Format
+from finescale.grid import WeightScheme, number_of_groups
+from finescale.models import Skeleton, linear_modules
+from finescale.models.experts import Expert
+from finescale.models.skeleton import layer_name
+from finescale.recipe import STANDARD_GROUPS, Recipe, WeightsPart, is_ragged, resolve_group_size
+
+LEAST_SHARE = 0.8
+"""Below this share of the block weights a run is refused: most likely layers were overlooked."""
+ROW_PARALLEL = {"o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "w2"}
+"""Layers whose inputs are cut over the ranks in tensor parallelism; all others cut their outputs."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to quantize.
+
+    Attributes:
+        name: name in the checkpoint, without ``.weight``.
+        path: module path inside its block.
+        shape_OI: outputs and inputs.
+        scheme: what becomes of the weight.
+        transposed: the checkpoint keeps [I, O] (GPT-2's Conv1D).
+    """
+
+    name: str
+    path: str
+    shape_OI: tuple[int, int]
+    scheme: WeightScheme
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layers of all blocks, by block and module path, and the notes that the plan gave rise to."""
+
+    blocks: tuple[dict[str, LayerPlan], ...]
+    skipped: tuple[str, ...]
+    block_parameters: int
+    quantized_parameters: int
+    parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[LayerPlan]:
+        return [layer for block in self.blocks for layer in block.values()]
+
+    @property
+    def share(self) -> float:
+        return self.quantized_parameters / max(self.block_parameters, 1)
+
+
+def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bool = False) -> Plan:
+    """Settle each layer's scheme.
+
+    Raises:
+        InputError: nothing to quantize, too small a share, or a scheme that the format cannot hold.
+    """
+    options = recipe.solver.options()
+    scattered = getattr(options, "act_order", False) and not getattr(options, "static_groups", True)
+    if scattered and recipe.weights.group_size != -1 and not fmt.name.startswith("gptq"):
+        raise InputError(
+            f"{fmt.name} holds groups of consecutive columns only; set solver.static_groups true or --format gptq."
+        )
+    drafts, skipped = _drafts(skeleton, recipe)
+    sizes, notes = _group_sizes(drafts)
+    blocks: list[dict[str, LayerPlan]] = [{} for _ in range(skeleton.block_count)]
+    activations = recipe.activations.scheme() if recipe.activations else None
+    for (index, path, name, shape_OI, transposed, part), size in zip(drafts, sizes, strict=True):
+        scheme = part.scheme(size)
+        # Conv1D is written transposed, as the other layers; only finescale reads it back (see formats/engines.py).
+        fmt.check(scheme, activations, shape_OI)
+        blocks[index][path] = LayerPlan(name, path, shape_OI, scheme, transposed)
+        if is_ragged(shape_OI[1], size):
+            notes.append(f"the last group of {path} is ragged ({shape_OI[1]} inputs in groups of {size})")
+    plan = _count(skeleton, blocks, skipped, notes)
+    if plan.share < LEAST_SHARE and not allow_partial:
+        raise InputError(
+            f"only {plan.share:.0%} of the block weights would be quantized (left out: {_few(skipped)}); "
+            "pass --allow-partial if that is what you want."
+        )
+    return plan
+
+
+def _drafts(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Any], list[str]]:
+    drafts, skipped = [], []
+    for index, block in enumerate(skeleton.blocks):
+        for path, module in linear_modules(block).items():
+            name = layer_name(skeleton, f"{skeleton.block_path(index)}.{path}")
+            part = recipe.weights_of(name)
+            transposed = isinstance(module, Conv1D)
+            weight: Any = module.weight
+            rows, columns = reversed(weight.shape) if transposed else weight.shape
+            if part is None:
+                skipped.append(name)
+            else:
+                drafts.append((index, path, name, (rows, columns), transposed, part))
+    if not drafts:
+        raise InputError("no layer is left to quantize; check the recipe's overrides.")
+    return drafts, skipped
+
+
+def _group_sizes(drafts: list[Any]) -> tuple[list[int], list[str]]:
+    """Group size of each draft; ``auto`` is one standard size for all layers if there is one, else each layer's own."""
+    automatic = [shape_OI[1] for *_, shape_OI, _, part in drafts if part.group_size == "auto"]
+    common = resolve_group_size(automatic) if automatic else None
+    sizes, notes = [], []
+    for *_, shape_OI, _, part in drafts:
+        sizes.append(_group_size(part, shape_OI[1], common))
+    if automatic and common is None:
+        notes.append(
+            f"no standard group size ({', '.join(map(str, STANDARD_GROUPS))}) divides the inputs of every layer: each "
+            "layer has its own, and layers that none divides are quantized per channel"
+        )
+    return sizes, notes
+
+
+def _group_size(part: WeightsPart, columns: int, common: int | None) -> int:
+    if part.group_size == "auto":
+        return common or resolve_group_size([columns]) or -1
+    return -1 if part.group_size >= columns else part.group_size
+
+
+def _count(skeleton: Skeleton, blocks: list[dict[str, LayerPlan]], skipped: list[str], notes: list[str]) -> Plan:
+    block_parameters = sum(parameter.numel() for parameter in skeleton.blocks.parameters())
+    quantized = sum(layer.shape_OI[0] * layer.shape_OI[1] for block in blocks for layer in block.values())
+    parameters = sum(torch.Size(skeleton.source.shape(key)).numel() for key in skeleton.source.keys())
+    counted = tuple(f"{note} (in {count} layers)" if count > 1 else note for note, count in Counter(notes).items())
+    return Plan(tuple(blocks), tuple(skipped), block_parameters, quantized, parameters, counted)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+
+
+def check_tensor_parallel(plan: Plan, ranks: int) -> None:
+    """Raises InputError when a layer cannot be cut over ``ranks`` without cutting a group."""
+    from finescale.formats.engines import check_tensor_parallel as check
+
+    for layer in plan.layers:
+        leaf = layer.name.rpartition(".")[2]
+        check(layer.shape_OI, layer.scheme.group_size, ranks, "row" if leaf in ROW_PARALLEL else "column", layer.name)
+
+
+def output_bytes(plan: Plan, scale_dtype: torch.dtype, source_bytes: int, float_dtype: torch.dtype) -> int:
+    """Estimated size of the output checkpoint."""
+    quantized = 0
+    for layer in plan.layers:
+        rows, columns = layer.shape_OI
+        groups = number_of_groups(columns, layer.scheme.group_size)
+        per_word = 32 // layer.scheme.bits
+        quantized += 4 * rows * -(-columns // per_word) + rows * groups * (scale_dtype.itemsize + 1)
+    return source_bytes - plan.quantized_parameters * float_dtype.itemsize + quantized
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Raises InputError when the disk of ``out`` is too full for ``needed`` bytes."""
+    folder = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05 + (16 << 20):
+        raise InputError(
+            f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; free some or choose another --out."
+        )
+
+
+def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+    """Estimated peak memory: one block in the working type, its Hessians, the activations of all samples, the
+    embeddings while the first activations are made, and the solver's work matrices."""
+    block = skeleton.blocks[0]
+    weights = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
+    inputs = [layer.shape_OI[1] for layer in plan.blocks[0].values()]
+    experts = sum(isinstance(module, Expert) for module in block.modules())
+    distinct = 2 * experts + 4 if experts else 4
+    hessians = distinct * max(inputs, default=0) ** 2 * 4
+    hidden = skeleton.model.config.hidden_size * tokens * dtype.itemsize
+    largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
+    rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(
+        p.numel() for p in block.parameters()
+    )
+    return int(weights + hessians + hidden * 1.2 + 8 * 4 * largest + rest * dtype.itemsize + 6e8)
+
+
+def check_memory(needed: int) -> None:
+    """Raises InputError when the machine has less memory than the run needs."""
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise InputError(
+            f"about {needed / 1e9:.1f} GB of memory are needed and {available / 1e9:.1f} GB are free; "
+            "use fewer --samples or a shorter --length."
+        )

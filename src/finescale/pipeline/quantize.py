@@ -1,0 +1,350 @@
+"""Running a recipe over a model, block by block: calibrate, solve, write, forget."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finescale._version import __version__
+from finescale.calibration.capture import BlockInputs, capture_block_inputs
+from finescale.calibration.data import BUILTIN, CalibrationData, calibration_windows, encode, open_tokenizer, read_text
+from finescale.errors import CheckpointError, InputError
+from finescale.formats import registry
+from finescale.formats.engines import engine_table
+from finescale.formats.gguf import local_folder
+from finescale.formats.source import SourceCheckpoint, open_checkpoint
+from finescale.models import Skeleton, Step, linear_modules, open_skeleton, trace_steps
+from finescale.models.skeleton import fill_module, release_module, set_weight_OI
+from finescale.pipeline import journal as journals
+from finescale.pipeline.block import Timer, propagate, quantize_block, quantize_inputs
+from finescale.pipeline.output import Output, unpack_layer
+from finescale.pipeline.plan import (
+    Plan,
+    check_disk,
+    check_memory,
+    check_tensor_parallel,
+    make_plan,
+    memory_bytes,
+    output_bytes,
+)
+from finescale.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+"""``(what is being done, blocks done, blocks in all)``."""
+RTN_SAMPLES = 8
+"""Windows used by a solver that needs no statistics: they only serve the error report."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, checked; nothing has been computed or written yet."""
+
+    skeleton: Skeleton
+    recipe: Recipe
+    fmt: registry.Format
+    plan: Plan
+    calibration: CalibrationData
+    out: Path
+    device: torch.device
+    compute_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    signature: str
+    memory_bytes: int
+    output_bytes: int
+    notes: tuple[str, ...]
+
+
+def resolve_model(model: str | Path) -> SourceCheckpoint:
+    """Open a folder, a hub name or a GGUF file (unpacked once, in the cache).
+
+    Raises:
+        InputError, CheckpointError: see ``open_checkpoint``; and a model that is already quantized.
+    """
+    source = open_checkpoint(local_folder(model))
+    if source.config.get("quantization_config"):
+        raise InputError(f"{model} is already quantized; give the original model, or use finescale convert.")
+    if source.float_dtype() not in _FLOATS:
+        raise InputError(f"{model} is stored as {source.float_dtype()}; give it as float32, float16 or bfloat16.")
+    return source
+
+
+def prepare(
+    model: str | Path,
+    recipe: Recipe,
+    out: Path,
+    calibration: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    tensor_parallel: int = 1,
+    allow_partial: bool = False,
+    allow_unknown_family: bool = False,
+) -> Job:
+    """Check everything that can be checked before the work.
+
+    Raises:
+        InputError, CheckpointError: what cannot work, with the remedy.
+    """
+    fmt = registry.get(recipe.format)
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available here; use --device cpu.")
+    journals.check_free(out)
+    source = resolve_model(model)
+    skeleton = open_skeleton(source, allow_unknown_family)
+    plan = make_plan(skeleton, recipe, fmt, allow_partial)
+    if tensor_parallel > 1:
+        check_tensor_parallel(plan, tensor_parallel)
+    data, notes = _calibration(skeleton, recipe, calibration or BUILTIN, seed)
+    scale_dtype = source.float_dtype()
+    compute_dtype = torch.float32 if target.type == "cpu" else scale_dtype
+    size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
+    check_disk(out, size)
+    memory = memory_bytes(skeleton, plan, data.tokens_BT.numel(), compute_dtype)
+    check_memory(memory)
+    facts = {
+        "finescale": __version__,
+        "torch": torch.__version__,
+        "source": source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": data.facts(),
+        "device": target.type,
+        "compute_dtype": str(compute_dtype),
+    }
+    return Job(
+        skeleton, recipe, fmt, plan, data, out, target, compute_dtype, scale_dtype,
+        journals.signature(facts), memory, size, plan.notes + notes,
+    )  # fmt: skip
+
+
+def _calibration(skeleton: Skeleton, recipe: Recipe, source: str, seed: int) -> tuple[CalibrationData, tuple[str, ...]]:
+    """Windows as the recipe asks; what it does not ask for by name gives way to short texts and short models."""
+    part = recipe.calibration
+    asked = part.model_fields_set
+    tokens_T = encode(open_tokenizer(skeleton.source.path), read_text(source))
+    notes = []
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None) or part.length
+    length = part.length
+    if length > longest:
+        if "length" in asked:
+            raise InputError(
+                f"--length {length} is longer than the model's {longest} positions; use at most {longest}."
+            )
+        length = longest
+    samples = part.samples
+    if "samples" not in asked and not recipe.solver.entry().needs_hessian:
+        samples = min(samples, RTN_SAMPLES)
+    available = tokens_T.shape[0] // length
+    if "samples" not in asked and 16 <= available < samples:
+        notes.append(f"{source} holds {available} windows of {length} tokens, fewer than the usual {samples}")
+        samples = available
+    vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+    if tokens_T.numel() and int(tokens_T.max()) >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer makes ids beyond the {vocabulary} embeddings; it belongs to another model."
+        )
+    return calibration_windows(tokens_T, samples, length, seed, source), tuple(notes)
+
+
+def run(job: Job, fresh: bool = False, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Do the work, or what is left of it, and return the report.
+
+    A finished run with the same settings returns its report at once; an unfinished one goes on after its last block.
+
+    Raises:
+        InputError: the output folder belongs to another run.
+        NumericsError: NaN or Inf, with the name of the layer.
+    """
+    if fresh:
+        journals.clear_output(job.out)
+    done = journals.finished_signature(job.out)
+    if done is not None:
+        if done != job.signature:
+            raise InputError(
+                f"{job.out} holds the result of a run with other settings; use --fresh to replace it or another --out."
+            )
+        from finescale.formats.source import read_json
+
+        return read_json(job.out / journals.REPORT, "") | {"already_complete": True}
+    journal = journals.Journal(job.out, job.signature)
+    with journal.locked():
+        journal.begin()
+        report = _work(job, journal, on_progress or (lambda *_: None))
+    journal.close()
+    return report
+
+
+def _work(job: Job, journal: journals.Journal, on_progress: Progress) -> dict[str, Any]:
+    started, clock = time.time(), time.perf_counter()
+    total = job.skeleton.block_count
+    output = Output(job.skeleton, job.fmt, job.out)
+    with journals.full_disk_explained(job.out):
+        on_progress("embedding the calibration text", 0, total)
+        output.write_rest()
+        size = job.recipe.calibration.batch_size
+        inputs = capture_block_inputs(job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype)
+        entries, resumed = _blocks(job, journal, output, inputs, on_progress)
+        records = [record for entry in entries for record in entry["layers"]]
+        activations = job.recipe.activations.scheme() if job.recipe.activations else None
+        on_progress("writing the index and the report", total, total)
+        after = output.finish(job.plan, activations, records, job.recipe.to_dict())
+    report = _report(job, records, after)
+    journals.write_json(job.out / "run.json", _run_facts(job, entries, started, time.perf_counter() - clock, resumed))
+    # The report carries the signature: written last, it marks the folder as complete.
+    journals.write_json(job.out / journals.REPORT, report)
+    return report
+
+
+def _blocks(
+    job: Job, journal: journals.Journal, output: Output, inputs: BlockInputs, on_progress: Progress
+) -> tuple[list[dict[str, Any]], int | None]:
+    """All blocks in turn; finished ones are only replayed. Returns journal entries and where work was resumed."""
+    skeleton, total = job.skeleton, job.skeleton.block_count
+    hidden = inputs.hidden
+    traced: dict[tuple[str, ...], tuple[Step, ...]] = {}
+    entries: list[dict[str, Any]] = []
+    resumed: int | None = None
+    for index in range(total):
+        entry = journal.block_done(index)
+        on_progress(f"{'replaying' if entry else 'quantizing'} block {index + 1} of {total}", index, total)
+        timer = Timer()
+        path = skeleton.block_path(index)
+        block = timer.measure("load", lambda path=path: fill_module(skeleton, path, job.device, job.compute_dtype))
+        batches = [(x_BTI, inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
+        plans = job.plan.blocks[index]
+        if entry is not None and not output.shard(index).is_file():
+            entry = None
+        if entry is not None:
+            _install(job, output, index, block)
+            resumed = index + 1
+        else:
+            names = tuple(linear_modules(block))
+            if names not in traced:
+                traced[names] = trace_steps(block, batches[0][0].to(job.device), batches[0][1])
+            results = quantize_block(
+                block, index, plans, traced[names], batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
+            )
+            results.sort(key=lambda result: list(plans).index(result.plan.path))
+            timer.measure("write", lambda i=index, r=results: output.write_block(i, [(x.plan, x.weight) for x in r]))
+            entry = {"layers": [result.record for result in results]}
+        if index + 1 < total:
+            hooks = []
+            if job.recipe.activations and job.recipe.calibration.quantized_activations:
+                hooks = quantize_inputs(block, list(plans), job.recipe.activations.scheme())
+            hidden = timer.measure("forward", lambda b=block, n=path, x=batches: propagate(b, n, x, job.device))
+            for hook in hooks:
+                hook.remove()
+            _check_replay(entry, hidden, index)
+        release_module(block)
+        if "seconds" not in entry:
+            phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in ("load", "forward", "solve", "write")}
+            entry |= {"seconds": round(sum(timer.seconds.values()), 3), "phases": phases}
+            journal.finish_block(index, entry)
+        entries.append(entry)
+    return entries, resumed
+
+
+def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:
+    """Outputs of a replayed block must be those of the first run, or the rest would differ from an uninterrupted run."""
+    digest = hashlib.sha256(hidden[0].float().numpy().tobytes()).hexdigest()
+    if entry.setdefault("outputs", digest) != digest:
+        raise CheckpointError(
+            f"block {index} puts out other numbers than before the interruption (another machine or number of threads); "
+            "start over with --fresh."
+        )
+
+
+def _install(job: Job, output: Output, index: int, block: torch.nn.Module) -> None:
+    """Put the weights of a finished block, as its shard holds them, into the module."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(output.shard(index))
+    for plan in job.plan.blocks[index].values():
+        prefix = plan.name + "."
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        set_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
+
+
+def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, Any]:
+    plan, source = job.plan, job.skeleton.source
+    fallbacks = list(job.notes)
+    for record in records:
+        fallbacks += [f"{record['name']}: {note}" for note in record["notes"]]
+    activations = job.recipe.activations.scheme() if job.recipe.activations else None
+    stored_bits = 8 * sum(_layer_bytes(layer, job.scale_dtype) for layer in plan.layers)
+    return {
+        "finescale": __version__,
+        "signature": job.signature,
+        "model": {
+            "name": Path(source.name).name or source.name,
+            "family": job.skeleton.family.model_type,
+            "parameters": plan.parameters,
+            "block_parameters": plan.block_parameters,
+            "quantized_parameters": plan.quantized_parameters,
+            "quantized_share": plan.share,
+        },
+        "recipe": job.recipe.to_dict(),
+        "recipe_name": job.recipe.name,
+        "calibration": job.calibration.facts(),
+        "size": {
+            "before_bytes": source.total_bytes(),
+            "after_bytes": after,
+            "bits_per_weight": stored_bits / max(plan.quantized_parameters, 1),
+        },
+        "layers": records,
+        "fallbacks": fallbacks,
+        "engines": engine_table(
+            job.fmt.name, [layer.scheme for layer in plan.layers], activations, job.skeleton.family.model_type
+        ),
+    }
+
+
+def _layer_bytes(layer: Any, scale_dtype: torch.dtype) -> float:
+    from finescale.grid import number_of_groups
+
+    rows, columns = layer.shape_OI
+    groups = number_of_groups(columns, layer.scheme.group_size)
+    zero_bits = 0 if layer.scheme.symmetric else layer.scheme.bits
+    return rows * (columns * layer.scheme.bits + groups * (8 * scale_dtype.itemsize + zero_bits)) / 8
+
+
+def _run_facts(
+    job: Job, entries: list[dict[str, Any]], started: float, seconds: float, resumed: int | None
+) -> dict[str, Any]:
+    import safetensors
+    import transformers
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": seconds,
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if job.device.type == "cuda" else None,
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
+        },
+        "versions": {
+            "finescale": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "resumed_from_block": resumed,
+        "blocks": [
+            {"block": index, "seconds": entry["seconds"], **entry["phases"]} for index, entry in enumerate(entries)
+        ],
+    }

@@ -1,0 +1,249 @@
+"""What to do to a model, declared: strict (unknown keys are errors), in YAML, each published setting by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from finescale.errors import InputError
+from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
+from finescale.grid.integer_scale import Amplifier, check_amplifier
+from finescale.solvers import SolverEntry, SolverOptions, find_solver
+
+STANDARD_GROUPS = (128, 64, 32)
+"""Group sizes that engines have kernels for, best first."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightsPart(_Part):
+    """``group_size: auto`` is the largest standard group (128, 64, 32) that divides the inputs of every layer."""
+
+    bits: int = 4
+    group_size: int | Literal["auto"] = -1
+    symmetric: bool = False
+    clip: Literal["minmax", "mse"] = "minmax"
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsPart:
+        self.scheme(-1 if self.group_size == "auto" else self.group_size)
+        return self
+
+    def scheme(self, group_size: int) -> WeightScheme:
+        return WeightScheme(self.bits, group_size, self.symmetric, self.clip)
+
+
+class ActivationsPart(_Part):
+    """Inputs of the quantized layers; leave the part out for 16-bit activations."""
+
+    bits: int = 8
+    granularity: Literal["token"] = "token"
+    dynamic: bool = True
+
+    def scheme(self) -> ActivationScheme:
+        return ActivationScheme(self.bits, self.granularity, self.dynamic)
+
+
+class IntegerScalePart(_Part):
+    """``before``: scales are integers when the solver runs; ``after``: they are rounded after it, as in the paper."""
+
+    mode: Literal["off", "before", "after"] = "off"
+    amplifier: Amplifier = "auto"
+
+    @field_validator("amplifier")
+    @classmethod
+    def _check(cls, value: Amplifier) -> Amplifier:
+        if isinstance(value, int):
+            check_amplifier(value)
+        return value
+
+
+class SolverPart(BaseModel):
+    """The solver's name; all other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "quantease"
+
+    @model_validator(mode="after")
+    def _check(self) -> SolverPart:
+        self.options()
+        return self
+
+    def entry(self) -> SolverEntry:
+        return find_solver(self.name)
+
+    def options(self) -> SolverOptions:
+        return self.entry().options(**(self.model_extra or {}))
+
+
+class CalibrationPart(_Part):
+    """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order of
+    execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see inputs
+    that were rounded as at run time."""
+
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=2048, ge=8)
+    batch_size: int = Field(default=8, ge=1)
+    true_sequential: bool = False
+    quantized_activations: bool = True
+
+
+class Override(_Part):
+    """Layers whose full name matches ``pattern`` (shell style, or ``re:`` and a regular expression) get other weights,
+    or none (``skip``)."""
+
+    pattern: str
+    skip: bool = False
+    weights: dict[str, Any] = Field(default_factory=dict)
+
+    def matches(self, name: str) -> bool:
+        if self.pattern.startswith("re:"):
+            return re.search(self.pattern[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+class Recipe(_Part):
+    """A whole recipe. ``Recipe.named("w4a8-integer-scale")`` or ``Recipe.from_file(path)`` make one."""
+
+    name: str = "custom"
+    description: str = ""
+    weights: WeightsPart = WeightsPart()
+    activations: ActivationsPart | None = None
+    integer_scale: IntegerScalePart = IntegerScalePart()
+    solver: SolverPart = SolverPart()
+    calibration: CalibrationPart = CalibrationPart()
+    overrides: tuple[Override, ...] = ()
+    format: str = "compressed-tensors"
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.integer_scale.mode != "off":
+            if not self.weights.symmetric:
+                raise ValueError("integer_scale needs weights.symmetric true")
+            if self.activations is None:
+                raise ValueError("integer_scale needs activations.bits (8 for W4A8)")
+        for override in self.overrides:
+            self.weights_for_override(override)
+        return self
+
+    def weights_for_override(self, override: Override) -> WeightsPart:
+        return WeightsPart.model_validate(self.weights.model_dump() | override.weights)
+
+    def weights_of(self, layer: str) -> WeightsPart | None:
+        """The weights part that holds for a layer by its full name; None when it stays as it is. The last match wins."""
+        for override in reversed(self.overrides):
+            if override.matches(layer):
+                return None if override.skip else self.weights_for_override(override)
+        return self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, all defaults and solver options written out."""
+        dump = self.model_dump(mode="json")
+        dump["solver"] = {"name": self.solver.name, **self.solver.options().model_dump(mode="json")}
+        return dump
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
+        """Raises InputError that names each key that is unknown or has a value that cannot work."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(f"{origin}: {_explain(error)}") from error
+
+    @classmethod
+    def from_file(cls, path: Path) -> Recipe:
+        """A recipe from a YAML file."""
+        return cls.from_dict({"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """A recipe that comes with finescale. Raises InputError with the choices."""
+        names = recipe_names()
+        if name not in names:
+            raise InputError(f"no recipe {name!r}; choose one of {', '.join(names)}, or give a YAML file.")
+        text = (resources.files("finescale.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        return cls.from_dict({"name": name} | _read_yaml(text, name), name)
+
+    @classmethod
+    def load(cls, name_or_file: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
+        """A named recipe or a YAML file, with ``key=value`` settings laid over it (dots descend into parts)."""
+        path = Path(name_or_file)
+        if path.suffix in (".yaml", ".yml"):
+            if not path.is_file():
+                raise InputError(f"the recipe file {path} does not exist; check the path.")
+            recipe = cls.from_file(path)
+        else:
+            recipe = cls.named(str(name_or_file))
+        return recipe.with_settings(settings)
+
+    def with_settings(self, settings: tuple[str, ...]) -> Recipe:
+        """This recipe with ``key=value`` settings, values in YAML: ``weights.bits=3``, ``solver.name=gptq``."""
+        if not settings:
+            return self
+        values = self.model_dump(mode="json", exclude_unset=True) | {"name": self.name}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals or not key:
+                raise InputError(f"--set {setting}: write it as key=value, for instance weights.bits=3.")
+            _set(values, key.split("."), yaml.safe_load(text), setting)
+        return self.from_dict(values, "--set " + " --set ".join(settings))
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
+    if path == ["solver", "name"] and values.get("solver", {}).get("name") != value:
+        # Options belong to a solver: those of another one mean nothing here.
+        values["solver"] = {"name": value}
+        return
+    for part in path[:-1]:
+        inner = values.get(part)
+        if inner is None:
+            inner = values[part] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {setting}: {part} has no parts.")
+        values = inner
+    values[path[-1]] = value
+
+
+def _read_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{origin} must hold keys and values, such as weights: {{bits: 4}}.")
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for entry in error.errors():
+        key = ".".join(str(part) for part in entry["loc"]) or "recipe"
+        if entry["type"] == "extra_forbidden":
+            parts.append(f"unknown key {key}")
+        else:
+            parts.append(f"{key}: {entry['msg'].removeprefix('Value error, ')}")
+    return "; ".join(dict.fromkeys(parts)) + "."
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with finescale."""
+    files = resources.files("finescale.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def resolve_group_size(columns: list[int]) -> int | None:
+    """The largest standard group that divides all of these input widths; None when none does."""
+    return next((size for size in STANDARD_GROUPS if all(width % size == 0 for width in columns)), None)
+
+
+def is_ragged(columns: int, group_size: int) -> bool:
+    """Whether the last group is shorter than the others."""
+    return group_size != -1 and number_of_groups(columns, group_size) * group_size != columns

@@ -1,0 +1,108 @@
+"""Reading a quantized checkpoint layer by layer, with every check that does not need the model.
+
+Shape legend: O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finescale.errors import CheckpointError, NumericsError
+from finescale.formats import registry
+from finescale.formats.source import SourceCheckpoint, open_checkpoint
+from finescale.grid import ActivationScheme, QuantizedWeight
+from finescale.grid.integer_scale import prove_no_overflow
+
+METADATA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """An opened quantized checkpoint.
+
+    Attributes:
+        source: its tensors.
+        fmt: its format.
+        activations: how inputs are rounded, None when they are not.
+        metadata: what finescale stored under its own key; empty for checkpoints of others.
+    """
+
+    source: SourceCheckpoint
+    fmt: registry.Format
+    activations: ActivationScheme | None
+    metadata: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        value: dict[str, Any] = self.source.config["quantization_config"]
+        return value
+
+    def layer_names(self) -> list[str]:
+        """Names of the quantized layers, in the order of the file's tensors."""
+        marks = tuple("." + suffix for suffix in self.fmt.suffixes if suffix not in ("weight", "bias"))
+        names = dict.fromkeys(key.rpartition(".")[0] for key in self.source.keys() if key.endswith(marks))
+        return [name for name in names if self.fmt.layer_scheme(self.config, name) is not None]
+
+    def read(self, name: str) -> QuantizedWeight:
+        """One layer, its integer scales recovered and its overflow bound proved again.
+
+        Raises:
+            CheckpointError: missing or damaged tensors.
+            NumericsError: scales that are not integers over the stored amplifier, or a bound that does not hold.
+        """
+        scheme = self.fmt.layer_scheme(self.config, name)
+        if scheme is None:
+            raise CheckpointError(f"{name} is not quantized in {self.source.name}.")
+        prefix = name + "."
+        suffixes = [suffix for suffix in self.fmt.suffixes if prefix + suffix in self.source]
+        tensors = {suffix: self.source.read(prefix + suffix) for suffix in suffixes if suffix != "bias"}
+        amplifier = self.metadata.get("layers", {}).get(name, {}).get("amplifier")
+        weight = self.fmt.unpack(tensors, scheme, amplifier)
+        if amplifier is not None:
+            try:
+                bound = self._bound(name, weight)
+            except NumericsError as error:
+                raise NumericsError(f"{name}: {error}") from error
+            stored = self.metadata["layers"][name].get("bound")
+            if stored != bound:
+                raise NumericsError(
+                    f"{name}: the stored overflow bound {stored} is not the {bound} of its tensors; the file was changed."
+                )
+        return weight
+
+    def _bound(self, name: str, weight: QuantizedWeight) -> int:
+        maximum = self.activations.code_max if self.activations else 127
+        grid = weight.grid
+        return prove_no_overflow(name, weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, maximum)
+
+    def layers(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        for name in self.layer_names():
+            yield name, self.read(name)
+
+
+def open_quantized(path: str | Path) -> QuantizedCheckpoint:
+    """Open a quantized checkpoint of finescale or of another tool.
+
+    Raises:
+        InputError: no model folder.
+        CheckpointError: damaged, not quantized, or of a newer version of finescale.
+    """
+    source = open_checkpoint(path)
+    quantization = source.config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path} is not quantized; give a folder that finescale quantize wrote.")
+    metadata = quantization.get("finescale") or {}
+    if int(metadata.get("version", 0)) > METADATA_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer finescale ({metadata.get('finescale')}); update finescale."
+        )
+    fmt = registry.get(registry.detect(source.config))
+    return QuantizedCheckpoint(source, fmt, registry.activation_scheme(source.config), metadata)
+
+
+def with_amplifier(weight: QuantizedWeight, amplifier: int) -> QuantizedWeight:
+    """The same weight with its scales declared to be integers over ``amplifier``."""
+    return QuantizedWeight(weight.codes_OI, replace(weight.grid, amplifier=amplifier))

@@ -1,0 +1,108 @@
+"""Loading a model for use: full-precision or quantized, by transformers' own module graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from finescale.errors import CheckpointError
+from finescale.formats.gguf import local_folder
+from finescale.formats.source import open_checkpoint
+from finescale.models import Skeleton, linear_modules, open_skeleton
+from finescale.models.skeleton import fill_buffers, fill_parameters, layer_name
+from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
+from finescale.runtime.modules import Path as ComputePath
+from finescale.runtime.modules import QuantizedLinear
+
+
+def load(
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    path: ComputePath = "float",
+    cache: bool = True,
+) -> PreTrainedModel:
+    """A transformers model of a folder, hub name or GGUF file, with quantized layers where the checkpoint has them.
+
+    Args:
+        model: what to load.
+        dtype: type of everything that is not quantized, and of the activations.
+        device: where to.
+        path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are integers.
+        cache: keep dequantized weights (only for ``float``).
+
+    Raises:
+        InputError, CheckpointError, NumericsError: a checkpoint that is missing, damaged or fails its proof.
+    """
+    model = local_folder(model)
+    source = open_checkpoint(model)
+    target = torch.device(device)
+    skeleton = open_skeleton(source, allow_unknown=True)
+    quantized = open_quantized(model) if source.config.get("quantization_config") else None
+    if quantized is not None:
+        _install_quantized(skeleton, quantized, target, dtype, path, cache)
+    _fill_rest(skeleton, target, dtype)
+    loaded = skeleton.model
+    loaded.config.use_cache = True
+    if (source.path / "generation_config.json").is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(source.path)
+    return loaded
+
+
+def _install_quantized(
+    skeleton: Skeleton,
+    quantized: QuantizedCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    path: ComputePath,
+    cache: bool,
+) -> None:
+    """Replace every layer that the checkpoint holds in quantized form."""
+    names = set(quantized.layer_names())
+    for index, block in enumerate(skeleton.blocks):
+        for module_path, module in linear_modules(block).items():
+            name = layer_name(skeleton, f"{skeleton.block_path(index)}.{module_path}")
+            if name not in names:
+                continue
+            names.discard(name)
+            weight = quantized.read(name)
+            bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
+            integer = path == "integer" and weight.grid.amplifier is not None and quantized.activations is not None
+            layer = QuantizedLinear(
+                weight, bias, quantized.activations, "integer" if integer else "float", cache and not integer
+            ).to(device)
+            if layer.dense_OI is not None:
+                layer.dense_OI = layer.dense_OI.to(dtype)
+            parent, _, leaf = module_path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, layer)
+    if names:
+        raise CheckpointError(f"{', '.join(sorted(names)[:3])}: quantized tensors that the model has no layer for.")
+
+
+def _fill_rest(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> None:
+    model = skeleton.model
+    tied = _tied_head(model)
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            continue
+        if module is tied and skeleton.source.config.get("tie_word_embeddings", True):
+            continue
+        fill_parameters(skeleton, prefix, module, device, dtype)
+        fill_buffers(skeleton, prefix, module, device)
+    if tied is not None and tied.weight.device.type == "meta":
+        tied.weight = model.get_input_embeddings().weight
+
+
+def _tied_head(model: PreTrainedModel) -> Any:
+    """The output head when its weight is that of the input embeddings."""
+    head = model.get_output_embeddings()
+    return head if head is not None and getattr(model.config, "tie_word_embeddings", False) else None
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a loaded model by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -1,0 +1,87 @@
+"""Quantized linear layers.
+
+Shape legend: T tokens (any leading dimensions), O outputs, I inputs, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from finescale.grid import ActivationScheme, Grid, QuantizedWeight, fake_quantize_tokens, quantize_tokens
+from finescale.kernels import integer_scale_linear
+
+Path = Literal["float", "integer"]
+"""``float``: dequantize and multiply in floating point; ``integer``: the exact int32 product (integer scales only)."""
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer kept as int8 codes and group scales.
+
+    Args:
+        weight: codes and grid.
+        bias: float [O] or None.
+        activations: how inputs are rounded, None for float inputs.
+        path: see ``Path``; ``integer`` needs integer scales and 8-bit activations.
+        cache: keep the dequantized weight (fast, four times the memory) instead of making it in every call.
+    """
+
+    codes_OI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor | None
+    group_of_I: Tensor
+    bias: Tensor | None
+    dense_OI: Tensor | None
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activations: ActivationScheme | None,
+        path: Path = "float",
+        cache: bool = False,
+    ) -> None:
+        super().__init__()
+        grid = weight.grid
+        self.scheme, self.amplifier, self.scale_dtype = grid.scheme, grid.amplifier, grid.scale_dtype
+        self.activations = activations
+        self.path: Path = path
+        self.out_features, self.in_features = weight.codes_OI.shape
+        self.register_buffer("codes_OI", weight.codes_OI, persistent=False)
+        self.register_buffer("scale_OG", grid.scale_OG, persistent=False)
+        self.register_buffer("zero_OG", grid.zero_OG, persistent=False)
+        self.register_buffer("group_of_I", grid.group_of_I, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("dense_OI", weight.dequantize() if cache else None, persistent=False)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Codes and grid again."""
+        grid = Grid(self.scheme, self.scale_OG, self.zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
+        return QuantizedWeight(self.codes_OI, grid)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """float [..., I] -> [..., O], in the type of the input."""
+        if self.path == "integer":
+            return self._integer(x_TI)
+        if self.activations is not None:
+            x_TI = fake_quantize_tokens(x_TI, self.activations)
+        dense_OI = self.dense_OI if self.dense_OI is not None else self.quantized_weight().dequantize()
+        bias = None if self.bias is None else self.bias.to(x_TI.dtype)
+        return nn.functional.linear(x_TI, dense_OI.to(x_TI.dtype), bias)
+
+    def _integer(self, x_TI: Tensor) -> Tensor:
+        assert self.activations is not None and self.amplifier is not None
+        codes_TI, scale_T1 = quantize_tokens(x_TI.reshape(-1, x_TI.shape[-1]), self.activations)
+        integer_scale_OG = self.quantized_weight().grid.integer_scale_OG()
+        out_TO = integer_scale_linear(
+            codes_TI, scale_T1, self.codes_OI, integer_scale_OG, self.scheme.group_size, self.amplifier
+        )
+        if self.bias is not None:
+            out_TO = out_TO + self.bias.float()
+        return out_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        groups = "per channel" if self.scheme.group_size == -1 else f"groups of {self.scheme.group_size}"
+        scales = "float scales" if self.amplifier is None else f"integer scales over {self.amplifier}"
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.bits} bits, {groups}, {scales}, {self.path}"

@@ -1,0 +1,140 @@
+"""GPTQ (arXiv 2210.17323): one pass over the columns, each rounding error carried to the columns still to come.
+
+Shape legend: O outputs, I inputs, B columns of one lazy batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from finescale.errors import NumericsError
+from finescale.grid import Grid, QuantizedWeight
+from finescale.grid.fit import refit_group
+from finescale.solvers.columns import (
+    ColumnRounder,
+    assemble,
+    check_finite,
+    column_order,
+    one_thread,
+    regroup,
+    row_slabs,
+)
+from finescale.solvers.solution import Solution, SolverOptions
+
+
+class GptqOptions(SolverOptions):
+    """Options of GPTQ.
+
+    Attributes:
+        damping: fraction of the mean diagonal added to H; raised tenfold, and recorded, when the factorization fails.
+        act_order: solve columns by falling diagonal of H.
+        static_groups: group scales come from the original weights; off: from the compensated weights when the first
+            column of a group is reached.
+        block_size: columns of one lazy batch.
+    """
+
+    damping: float = Field(default=0.01, ge=0.0)
+    act_order: bool = False
+    static_groups: bool = True
+    block_size: int = Field(default=128, ge=1)
+
+
+LARGEST_DAMPING = 1e4
+
+
+def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor U of H^-1 (H^-1 = U^T U), float64 [I, I], and the damping that was needed.
+
+    Inputs that were never active (H_jj = 0) count as independent with unit variance.
+
+    Raises:
+        NumericsError: even a damping of 10^4 times the mean diagonal does not make H positive definite.
+    """
+    hessian_II = hessian_II.double()
+    dead_I = hessian_II.diagonal() == 0
+    mean = float(hessian_II.diagonal().mean()) or 1.0
+    used = damping
+    while used <= LARGEST_DAMPING:
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().add_(used * mean + dead_I.double())
+        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if not int(failed):
+            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_II), upper=True)
+            if not int(failed) and bool(torch.isfinite(upper_II).all()):
+                return upper_II, used
+        used = max(used * 10, 1e-6)
+    raise NumericsError("the Hessian cannot be factorized at any damping; calibrate with more or other text.")
+
+
+def solve_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqOptions) -> Solution:
+    """GPTQ with lazy batches of columns.
+
+    Args:
+        weight_OI: float [O, I]; computed in float64 if it is float64, else in float32.
+        hessian_II: [I, I], sum or mean of x x^T over the calibration tokens.
+        grid: scales of the original weight.
+        options: see ``GptqOptions``.
+
+    Raises:
+        NumericsError: NaN or Inf in the inputs, or a Hessian that no damping repairs.
+    """
+    check_finite(weight_OI, hessian_II)
+    dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
+    order_I = column_order(hessian_II, options.act_order)
+    if not options.static_groups:
+        grid = regroup(grid, weight_OI, order_I)
+    upper_II, damping = inverse_factor(hessian_II[order_I][:, order_I], options.damping)
+    upper_II = upper_II.to(dtype)
+    group_of_I = grid.group_of_I[order_I].tolist()
+    refit = not options.static_groups and grid.scheme.group_size != -1
+    slabs = []
+    for rows in row_slabs(weight_OI.shape[0]):
+        part = grid.rows_slice(rows)
+        weight_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
+        codes_IO, part = _solve_slab(weight_IO, upper_II, part, group_of_I, options.block_size, refit)
+        codes_OI = torch.empty_like(weight_OI[rows], dtype=torch.int8)
+        codes_OI[:, order_I] = codes_IO.T
+        slabs.append(QuantizedWeight(codes_OI, part))
+    notes = (f"damping raised from {options.damping:g} to {damping:g}",) if damping != options.damping else ()
+    return Solution(assemble(grid, slabs), damping, notes)
+
+
+def _solve_slab(
+    weight_IO: Tensor, upper_II: Tensor, grid: Grid, group_of_I: list[int], block_size: int, refit: bool
+) -> tuple[Tensor, Grid]:
+    """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O] and the grid, refitted or not."""
+    columns, rows = weight_IO.shape
+    rounder = ColumnRounder(grid, weight_IO.dtype)
+    scale_OG = grid.scale_OG.clone()
+    zero_OG = None if grid.zero_OG is None else grid.zero_OG.clone()
+    codes_IO = torch.empty(columns, rows, dtype=torch.int8, device=weight_IO.device)
+    group_tensor_I = torch.tensor(group_of_I, device=weight_IO.device)
+    seen: set[int] = set()
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        error_BO = torch.zeros(end - start, rows, dtype=weight_IO.dtype, device=weight_IO.device)
+        value_O = weight_IO.new_empty(rows)
+        point_O = weight_IO.new_empty(rows)
+        with one_thread():
+            for column in range(start, end):
+                done, group = column - start, group_of_I[column]
+                if refit and group not in seen:
+                    seen.add(group)
+                    members_I = (group_tensor_I == group).nonzero().squeeze(1)
+                    pending_OI = error_BO[:done].T @ upper_II[start:column, members_I]
+                    scale_O, zero_O = refit_group(grid, weight_IO[members_I].T - pending_OI)
+                    rounder.set_group(group, scale_O, zero_O)
+                    scale_OG[:, group] = scale_O
+                    if zero_OG is not None and zero_O is not None:
+                        zero_OG[:, group] = zero_O
+                torch.addmv(weight_IO[column], error_BO[:done].T, upper_II[start:column, column], alpha=-1, out=value_O)
+                relative_O = rounder.codes(value_O, group, point_O)
+                codes_IO[column] = relative_O if rounder.zero_GO is None else relative_O + rounder.zero_GO[group]
+                torch.sub(value_O, relative_O.mul_(rounder.scale_GO[group]), out=error_BO[done])
+                error_BO[done].div_(upper_II[column, column])
+        weight_IO[end:].addmm_(upper_II[start:end, end:].T, error_BO, alpha=-1)
+    return codes_IO, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG)

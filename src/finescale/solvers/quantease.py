@@ -1,0 +1,159 @@
+"""QuantEase (arXiv 2309.01885): cyclic coordinate descent on the layer's squared output error.
+
+Column j of the quantized weight, all others fixed, has the closed-form best value
+
+    beta_j = W_j + sum_{k != j} (W_k - Q_k) H_kj / H_jj
+
+and its nearest grid point minimizes the error in that coordinate (the paper's Lemma 1). The running targets beta are kept
+for all columns; inside a lazy batch of columns only the batch itself is corrected, and all other columns follow with one
+matrix product per batch, so that nearly all work is matrix products.
+
+Shape legend: O outputs, I inputs, B columns of one lazy batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from finescale.grid import Grid, QuantizedWeight, dequantize, quantize_to_grid
+from finescale.solvers.columns import (
+    ColumnRounder,
+    assemble,
+    check_finite,
+    column_order,
+    one_thread,
+    regroup,
+    row_slabs,
+)
+from finescale.solvers.gptq import GptqOptions, solve_gptq
+from finescale.solvers.solution import Solution, SolverOptions
+
+LAST_RELAXED_SWEEP = 25
+"""Sweeps after this one (0-based) always end on the grid; the schedule of the authors' code."""
+REFRESH_EVERY = 10
+"""Sweeps between exact recomputations of the running targets, against drift of float32."""
+
+
+class QuantEaseOptions(SolverOptions):
+    """Options of QuantEase.
+
+    Attributes:
+        sweeps: passes over all columns.
+        relax_every: every n-th sweep leaves the columns unrounded, to escape poor local minima; 0 never does.
+        start: ``weight`` starts from the unquantized weight, ``gptq`` from the GPTQ solution.
+        act_order: solve columns by falling diagonal of H.
+        static_groups: groups of the original column order; off: groups of the solving order.
+        damping: fraction of the mean diagonal added to H; 0 as published.
+        gptq_damping: damping of the GPTQ start.
+        block_size: columns of one lazy batch.
+    """
+
+    sweeps: int = Field(default=30, ge=1)
+    relax_every: int = Field(default=3, ge=0)
+    start: Literal["weight", "gptq"] = "weight"
+    act_order: bool = False
+    static_groups: bool = True
+    damping: float = Field(default=0.0, ge=0.0)
+    gptq_damping: float = Field(default=0.01, ge=0.0)
+    block_size: int = Field(default=128, ge=1)
+
+
+def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
+    """Whether sweep number ``sweep`` (0-based) leaves the grid: 1, 4, ... 25 of 30; never the last."""
+    if relax_every < 1 or sweep == sweeps - 1 or sweep > LAST_RELAXED_SWEEP:
+        return False
+    return sweep % relax_every == 1 % relax_every
+
+
+def normalized_columns(hessian_II: Tensor, dtype: torch.dtype) -> Tensor:
+    """H_kj / H_jj with a zero diagonal, [I, I]; a dead input j (H_jj = 0) gets a zero column."""
+    diagonal_I = hessian_II.diagonal()
+    inverse_I = torch.where(diagonal_I > 0, 1 / diagonal_I, torch.zeros_like(diagonal_I))
+    normalized_II = (hessian_II * inverse_I[None, :]).to(dtype).contiguous()
+    normalized_II.fill_diagonal_(0)
+    return normalized_II
+
+
+def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions) -> Solution:
+    """Coordinate descent with lazy batches of columns.
+
+    Args:
+        weight_OI: float [O, I]; computed in float64 if it is float64, else in float32.
+        hessian_II: [I, I], sum or mean of x x^T over the calibration tokens.
+        grid: scales of the original weight; they stay fixed.
+        options: see ``QuantEaseOptions``.
+
+    Raises:
+        NumericsError: NaN or Inf in the inputs.
+    """
+    check_finite(weight_OI, hessian_II)
+    dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
+    order_I = column_order(hessian_II, options.act_order)
+    if not options.static_groups:
+        grid = regroup(grid, weight_OI, order_I)
+    damped_II = hessian_II.to(dtype)[order_I][:, order_I]
+    if options.damping:
+        damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
+    normalized_II = normalized_columns(damped_II, dtype)
+    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options)
+    group_of_I = grid.group_of_I[order_I].tolist()
+    slabs = []
+    for rows in row_slabs(weight_OI.shape[0]):
+        part = grid.rows_slice(rows)
+        target_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
+        current_IO = target_IO.clone() if start_OI is None else start_OI[rows].to(dtype)[:, order_I].T.contiguous()
+        _sweep_slab(target_IO, current_IO, normalized_II, part, group_of_I, options)
+        solved_OI = torch.empty_like(target_IO.T)
+        solved_OI[:, order_I] = current_IO.T
+        slabs.append(QuantizedWeight(quantize_to_grid(solved_OI, part), part))
+    return Solution(assemble(grid, slabs), options.damping or start_damping, notes)
+
+
+def _start(
+    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions
+) -> tuple[Tensor | None, tuple[str, ...], float]:
+    """The starting point [O, I] (None: the weight itself), notes, and the damping it used.
+
+    GPTQ starts on the same fixed grid; the target of the descent stays the original weight.
+    """
+    if options.start == "weight":
+        return None, (), 0.0
+    gptq_options = GptqOptions(damping=options.gptq_damping, act_order=options.act_order, block_size=options.block_size)
+    solution = solve_gptq(weight_OI, hessian_II, grid, gptq_options)
+    return dequantize(solution.weight.codes_OI, grid), solution.notes, solution.damping
+
+
+def _sweep_slab(
+    target_IO: Tensor,
+    current_IO: Tensor,
+    normalized_II: Tensor,
+    grid: Grid,
+    group_of_I: list[int],
+    options: QuantEaseOptions,
+) -> None:
+    """All sweeps over one slab of rows, in solving order; ``current_IO`` is updated in place."""
+    columns, rows = target_IO.shape
+    rounder = ColumnRounder(grid, target_IO.dtype)
+    change_BO = target_IO.new_zeros(min(options.block_size, columns), rows)
+    beta_O = target_IO.new_empty(rows)
+    starts = range(0, columns, options.block_size)
+    # Column j of a batch needs H_kj for the batch's earlier k as one contiguous vector.
+    inner = [normalized_II[s : s + options.block_size, s : s + options.block_size].T.contiguous() for s in starts]
+    for sweep in range(options.sweeps):
+        relaxed = is_relaxed(sweep, options.sweeps, options.relax_every)
+        if sweep % REFRESH_EVERY == 0:
+            beta_IO = torch.addmm(target_IO, normalized_II.T, target_IO - current_IO)
+        for index, start in enumerate(starts):
+            end = min(start + options.block_size, columns)
+            with one_thread():
+                for column in range(start, end):
+                    done = column - start
+                    torch.addmv(beta_IO[column], change_BO[:done].T, inner[index][done, :done], out=beta_O)
+                    value_O = beta_O if relaxed else rounder.nearest(beta_O, group_of_I[column], beta_O)
+                    torch.sub(current_IO[column], value_O, out=change_BO[done])
+                    current_IO[column] = value_O
+            beta_IO.addmm_(normalized_II[start:end].T, change_BO[: end - start])

@@ -1,0 +1,53 @@
+"""What a solver returns, and how good it is.
+
+Shape legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from finescale.grid import Grid, QuantizedWeight
+
+
+class SolverOptions(BaseModel):
+    """Options of a solver: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved layer and what had to be done to get it.
+
+    Attributes:
+        weight: int8 codes and their grid, columns in the original order.
+        damping: fraction of the mean diagonal that was added to the Hessian.
+        notes: fallbacks and choices worth a line in the report.
+    """
+
+    weight: QuantizedWeight
+    damping: float = 0.0
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+Solver = Callable[[Tensor, Tensor, Grid, Any], Solution]
+"""``(weight_OI, hessian_II, grid, options) -> Solution``; pure, and free to use the device of its inputs."""
+
+
+def squared_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T): the squared output error over the calibration tokens, accumulated in float64."""
+    difference_OI = weight_OI.double() - approximation_OI.double()
+    return float(((difference_OI @ hessian_II.double()) * difference_OI).sum())
+
+
+def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 from H = X X^T (QuantEase, arXiv 2309.01885); 0 when the layer saw only zeros."""
+    reference = squared_error(weight_OI, torch.zeros_like(weight_OI), hessian_II)
+    return squared_error(weight_OI, approximation_OI, hessian_II) / reference if reference > 0 else 0.0
