@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from finescale.calibration.data import encode, open_tokenizer, read_text
+from finescale.errors import InputError
 from finescale.evaluate.perplexity import Evaluation, cut_windows, evaluate_windows
+from finescale.formats.gguf import local_folder
+from finescale.formats.source import open_checkpoint
 from finescale.pipeline.quantize import Progress, prepare, run
 from finescale.recipe import Recipe
 from finescale.report import write_html
@@ -54,8 +58,6 @@ def quantize(
 
 def write_report(out: Path, report: dict[str, Any], comparisons: list[dict[str, Any]] | None = None) -> Path:
     """``out/report.html`` from a report and the ``run.json`` beside it; returns its path."""
-    import json
-
     run_file = out / "run.json"
     facts = json.loads(run_file.read_text()) if run_file.is_file() else None
     path = out / "report.html"
@@ -89,14 +91,11 @@ def evaluate(
     Raises:
         FinescaleError: one sentence with the remedy.
     """
-    from finescale.errors import InputError
-    from finescale.formats.source import open_checkpoint
-
-    loaded = model if isinstance(model, PreTrainedModel) else load(model)
     folder = tokenizer_from or (None if isinstance(model, PreTrainedModel) else model)
     if folder is None:
         raise InputError("give tokenizer_from, the folder of the tokenizer, with a loaded model.")
-    tokenizer = open_tokenizer(open_checkpoint(folder).path)
+    tokenizer = open_tokenizer(open_checkpoint(local_folder(folder)).path)
+    loaded = model if isinstance(model, PreTrainedModel) else load(model)
     longest = getattr(loaded.config, "max_position_embeddings", None)
     if longest and length > longest:
         raise InputError(f"--length {length} is longer than the model's {longest} positions; use at most {longest}.")

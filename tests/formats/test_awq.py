@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import awq
 from finescale.grid import ActivationScheme, WeightScheme
-
-from .examples import layers, random_weight, same
+from tests.formats.examples import layers, random_weight, same
 
 
 def slow_words(values: list[int]) -> list[int]:
@@ -54,6 +53,9 @@ def test_config_and_damaged_files():
     assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.b"]
     assert awq.layer_scheme(config, "model.layers.0.a") == scheme
     assert awq.layer_scheme(config, "model.layers.0.b") is None
+    ours = {"layers": {"a": {"symmetric": True}}}
+    symmetric = awq.quantization_config({"a": WeightScheme(4, 32, True)}, None, [], ours)
+    assert awq.layer_scheme(symmetric, "a") == WeightScheme(4, 32, True)
     good = awq.pack(random_weight(8, 64, scheme))
     for suffix in ("qweight", "qzeros", "scales"):
         with pytest.raises(CheckpointError, match=suffix):

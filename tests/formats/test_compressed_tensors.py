@@ -11,8 +11,7 @@ from finescale.errors import CheckpointError, InputError, NumericsError
 from finescale.formats import compressed_tensors as ct
 from finescale.grid import ActivationScheme, Grid, QuantizedWeight, WeightScheme
 from finescale.grid.packing import pack_rows, to_unsigned
-
-from .examples import layers, random_weight, same
+from tests.formats.examples import layers, random_weight, same
 
 library = pytest.importorskip("compressed_tensors")
 DENSE_THREE_BITS = Version(library.__version__) >= Version("0.18")

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import gptq
 from finescale.grid import ActivationScheme, Grid, QuantizedWeight, WeightScheme
-
-from .examples import layers, random_weight, same
+from tests.formats.examples import layers, random_weight, same
 
 
 def slow_words(values: list[int], bits: int) -> list[int]:

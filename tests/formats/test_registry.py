@@ -6,8 +6,7 @@ import torch
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import FORMATS, activation_scheme, detect, get
 from finescale.grid import ActivationScheme, WeightScheme
-
-from .examples import random_weight, same
+from tests.formats.examples import random_weight, same
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "dense"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,8 +89,8 @@ def bench_solver(
 ) -> dict[str, Any]:
     """Time rtn, gptq and quantease, and the plain loop.
 
-    Every column of the plain loop costs the same, so that by default ``plain_columns`` columns of one sweep are timed and
-    multiplied; None runs all of it.
+    Every column of the plain loop costs the same, so that by default ``plain_columns`` columns of one sweep are timed
+    and multiplied; None runs all of it.
     """
     rows_out = []
     for rows, columns in shapes:
@@ -99,17 +100,17 @@ def bench_solver(
         for name in ("rtn", "gptq", "quantease"):
             entry = find_solver(name)
             options = entry.options(**({"sweeps": sweeps} if name == "quantease" else {}))
-            seconds, solution = timed(
-                lambda e=entry, o=options: e.solve(weight_OI, hessian_II, grid, o), repeats, device
-            )
+            solve = partial(entry.solve, weight_OI, hessian_II, grid, options)
+            seconds, solution = timed(solve, repeats, device)
             row[f"{name}_seconds"] = seconds
             row[f"{name}_error"] = relative_error(weight_OI, solution.weight.dequantize(), hessian_II)
         if plain_columns is None:
-            row["plain_seconds"], _ = timed(lambda: plain_quantease(weight_OI, hessian_II, grid, sweeps), 1, device)
+            row["plain_seconds"], _ = timed(partial(plain_quantease, weight_OI, hessian_II, grid, sweeps), 1, device)
             row["plain_extrapolated"] = False
         else:
             measured = min(plain_columns, columns)
-            part, _ = timed(lambda: plain_quantease(weight_OI, hessian_II, grid, 1, measured), max(repeats, 2), device)
+            plain = partial(plain_quantease, weight_OI, hessian_II, grid, 1, measured)
+            part, _ = timed(plain, max(repeats, 2), device)
             row["plain_seconds"] = part * sweeps * columns / measured
             row["plain_extrapolated"] = True
         row["speedup_over_plain"] = row["plain_seconds"] / row["quantease_seconds"]

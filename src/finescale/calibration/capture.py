@@ -5,13 +5,20 @@ Shape legend: B sequences of a batch, T tokens, I hidden size.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finescale.models.skeleton import Skeleton, fill_except_blocks, fill_module, release_module
+from finescale.models.skeleton import (
+    Skeleton,
+    fill_except_blocks,
+    fill_module,
+    release_except_blocks,
+    release_module,
+)
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,7 @@ class BlockInputs:
 
     Attributes:
         hidden: float tensors [B, T, I], one per batch, on the CPU.
-        args: per block, the positional arguments after the hidden states.
-        kwargs: per block and batch shape (number of sequences), the keyword arguments.
+        kwargs: by number of sequences in a batch, each block's arguments besides the hidden states.
     """
 
     hidden: list[Tensor]
@@ -49,8 +55,6 @@ class _Recorder:
 
 def bind_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments after the hidden states, by name, merged with the keyword ones; caches are left out."""
-    import inspect
-
     names = list(inspect.signature(type(block).forward).parameters)[2:]
     merged = dict(zip(names, args, strict=False)) | kwargs
     return {name: value for name, value in merged.items() if name not in ("past_key_values", "layer_past", "use_cache")}
@@ -75,7 +79,7 @@ def capture_block_inputs(
     kwargs: dict[int, list[dict[str, Any]]] = {}
     try:
         for index, block in enumerate(blocks):
-            block.forward = recorder.forward_of(index)  # type: ignore[method-assign]
+            block.forward = recorder.forward_of(index)
         for tokens_BT in batches:
             recorder.kwargs = []
             with torch.no_grad():
@@ -85,7 +89,8 @@ def capture_block_inputs(
             kwargs.setdefault(tokens_BT.shape[0], recorder.kwargs)
     finally:
         for block, original in zip(blocks, originals, strict=True):
-            block.forward = original  # type: ignore[method-assign]
+            block.forward = original
+        release_except_blocks(skeleton)
     return BlockInputs(hidden, kwargs)
 
 
@@ -94,23 +99,23 @@ def _returns_tuple(skeleton: Skeleton, device: torch.device, dtype: torch.dtype,
     block = fill_module(skeleton, skeleton.block_path(0), device, dtype)
     seen: list[bool] = []
 
-    class _Stop(Exception):
+    class _StopError(Exception):
         pass
 
     original = block.forward
 
     def probe(*args: Any, **kwargs: Any) -> Any:
         seen.append(isinstance(original(*args, **kwargs), tuple))
-        raise _Stop
+        raise _StopError
 
     try:
-        block.forward = probe  # type: ignore[method-assign]
+        block.forward = probe
         with torch.no_grad():
             skeleton.model.base_model(input_ids=tokens_BT.to(device), use_cache=False)
-    except _Stop:
+    except _StopError:
         pass
     finally:
-        block.forward = original  # type: ignore[method-assign]
+        block.forward = original
         release_module(block)
     return seen[0]
 

@@ -44,7 +44,7 @@ class CalibrationData:
     def facts(self) -> dict[str, Any]:
         samples, length = self.tokens_BT.shape
         return {
-            "source": self.source,
+            "source": Path(self.source).name,
             "sha256": self.sha256,
             "samples": samples,
             "length": length,
@@ -54,16 +54,22 @@ class CalibrationData:
 
 
 def builtin_text(part: str = "all") -> str:
-    """Python's language reference out of ``pydoc_data``. ``calibration`` and ``evaluation`` are disjoint parts of it."""
+    """Python's language reference out of ``pydoc_data``; ``calibration`` and ``evaluation`` are disjoint parts of it.
+
+    Raises:
+        InputError: no such part.
+    """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    chosen = {
+    parts = {
         "all": names,
         "calibration": [name for index, name in enumerate(names) if index % 4 != 3],
         "evaluation": [name for index, name in enumerate(names) if index % 4 == 3],
-    }[part]
-    return "\n\n".join(topics[name] for name in chosen)
+    }
+    if part not in parts:
+        raise InputError(f"{BUILTIN}:{part} is no text; use {BUILTIN}, {BUILTIN}:calibration or {BUILTIN}:evaluation.")
+    return "\n\n".join(topics[name] for name in parts[part])
 
 
 def read_text(source: str) -> str:
@@ -88,13 +94,17 @@ def read_text(source: str) -> str:
 
 def _jsonl_text(text: str, source: str) -> str:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON strings may hold U+2028 and other separators as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            documents.append(json.loads(line)["text"])
+            document = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{source}, line {number}: each line must be an object with a field text.") from error
+        if not isinstance(document, str):
+            raise InputError(f"{source}, line {number}: the field text must be a string.")
+        documents.append(document)
     return "\n\n".join(documents)
 
 

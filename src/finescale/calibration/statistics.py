@@ -5,7 +5,7 @@ Shape legend: I inputs, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Moments:
 
 def collect_moments(
     block: nn.Module,
-    leaders: Sequence[str],
+    leaders: Mapping[str, str],
     batches: Iterable[tuple[Tensor, dict[str, Any]]],
     device: torch.device,
 ) -> dict[str, Moments]:
@@ -47,7 +47,7 @@ def collect_moments(
 
     Args:
         block: filled with weights.
-        leaders: layer paths inside the block, one for each distinct input.
+        leaders: layer paths inside the block, one for each distinct input, with their full names for messages.
         batches: (hidden states [B, T, I], keyword arguments) pairs.
         device: where the block lives.
 
@@ -71,5 +71,8 @@ def collect_moments(
             handle.remove()
     for name, moment in moments.items():
         if not bool(torch.isfinite(moment.sum_II).all()):
-            raise NumericsError(f"the input of {name} holds NaN or Inf; the model overflows on this calibration text.")
+            raise NumericsError(
+                f"the input of {leaders[name]} holds NaN or Inf; the checkpoint is damaged, or the model overflows on "
+                "this text."
+            )
     return moments

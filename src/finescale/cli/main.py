@@ -46,6 +46,11 @@ def main() -> None:
     except FinescaleError as error:
         stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(1)
+    except OSError as error:
+        # A full disk, a path that cannot be written: the machine's fault, not finescale's.
+        place = f"{error.filename}: " if error.filename else ""
+        stderr.print(f"[bold red]Error:[/] {_escaped(place)}{_escaped(error.strerror or str(error))}.", soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         stderr.print("Stopped; start the same command again to go on with the next block.")
         sys.exit(130)

@@ -54,7 +54,8 @@ def quantize(
     job = prepare(model, chosen, out, calibration, seed, device, tp, allow_partial, allow_unknown_family)
     facts = job.calibration.facts()
     console.print(
-        f"{len(job.plan.layers)} layers of {job.skeleton.block_count} blocks, {job.plan.share:.1%} of the block weights; "
+        f"{len(job.plan.layers)} layers of {job.skeleton.block_count} blocks, "
+        f"{job.plan.share:.1%} of the block weights; "
         f"calibration {facts['samples']} x {facts['length']} tokens of {facts['source']}; "
         f"needs about {job.memory_bytes / 1e9:.1f} GB of memory and {job.output_bytes / 1e9:.2f} GB of disk."
     )

@@ -60,14 +60,20 @@ def cut_windows(tokens_T: Tensor, windows: int | None, length: int, bos: int | N
     With ``bos`` each window is that token followed by ``length - 1`` tokens of text.
 
     Raises:
-        InputError: the text holds no whole window, or fewer than asked for.
+        InputError: the text holds no whole window, or fewer than asked for, or a window would predict nothing.
     """
+    least = 2 if bos is None else 3
+    if length < least or (windows is not None and windows < 1):
+        raise InputError(f"--windows must be at least 1 and --length at least {least}; choose larger ones.")
     step = length if bos is None else length - 1
     available = tokens_T.shape[0] // step
-    if available < max(windows or 1, 1):
+    if available < (windows or 1):
         raise InputError(
-            f"the text holds {tokens_T.shape[0]} tokens, {windows or 1} windows of {length} are asked for; "
+            f"the text holds {tokens_T.shape[0]} tokens, {windows} windows of {length} are asked for; "
             f"use --windows {available} or a shorter --length or more text."
+            if available
+            else f"the text holds {tokens_T.shape[0]} tokens, fewer than one window of {length}; "
+            "use a shorter --length or more text."
         )
     count = windows or available
     cut_WT = tokens_T[: count * step].view(count, step)

@@ -191,6 +191,9 @@ def layer_scheme(config: Mapping[str, Any], name: str) -> WeightScheme | None:
         return None
     try:
         bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
-        return WeightScheme(int(bits), int(group_size), symmetric=not config.get("zero_point", True))
+        # finescale writes the zero points of symmetric layers too, and remembers that they are all 8.
+        ours = config.get("finescale", {}).get("layers", {}).get(name, {})
+        symmetric = bool(ours.get("symmetric", not config.get("zero_point", True)))
+        return WeightScheme(int(bits), int(group_size), symmetric)
     except (InputError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name} has an awq scheme that finescale does not know: {error}") from error

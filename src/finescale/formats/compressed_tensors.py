@@ -142,7 +142,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
 def _unpack_codes(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[Tensor, Layout]:
     packed, shape = require(tensors, ["weight_packed", "weight_shape"], NAME)
     expect_shape(shape, (2,), "weight_shape")
-    rows, columns = (int(size) for size in shape)
+    rows, columns = (int(size) for size in shape.tolist())
     layout: Layout = "dense"
     if packed.shape[-1] != packed_words(columns, scheme.bits) and scheme.bits == 3:
         layout = "aligned"

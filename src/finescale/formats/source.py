@@ -1,4 +1,4 @@
-"""Reading a model checkpoint tensor by tensor, never whole: a local folder of safetensors, a hub name or a GGUF file."""
+"""Reading a model checkpoint tensor by tensor, never whole: a local folder of safetensors or a hub name."""
 
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ class SourceCheckpoint:
     def __contains__(self, key: str) -> bool:
         return key in self.files
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
     def keys(self) -> Iterator[str]:
         return iter(self.files)
 
@@ -55,12 +58,18 @@ class SourceCheckpoint:
             raise CheckpointError(f"{self.files[key]} is damaged at {key} ({error}); download it again.") from error
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, read from the header only."""
-        return tuple(self._open(key).get_slice(key).get_shape())
+        """Shape of a tensor, read from the header only; raises like ``read``."""
+        return tuple(self._header(key).get_shape())
 
     def dtype(self, key: str) -> torch.dtype:
-        """Stored type of a tensor, read from the header only."""
-        return _DTYPES[self._open(key).get_slice(key).get_dtype()]
+        """Stored type of a tensor, read from the header only; raises like ``read``, and for a type torch lacks."""
+        name = self._header(key).get_dtype()
+        if name not in _DTYPES:
+            raise CheckpointError(
+                f"{key} in {self.files[key]} is of type {name}, which finescale does not read; "
+                "give the model as float32, float16 or bfloat16."
+            )
+        return _DTYPES[name]
 
     def float_dtype(self) -> torch.dtype:
         """The type of most of the floating-point values: what new scales are stored in."""
@@ -94,6 +103,12 @@ class SourceCheckpoint:
         """Unmap the shards."""
         self._handles.clear()
         self._stack.close()
+
+    def _header(self, key: str) -> Any:
+        try:
+            return self._open(key).get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.files[key]} is damaged at {key} ({error}); download it again.") from error
 
     def _open(self, key: str) -> Any:
         if key not in self.files:
@@ -175,9 +190,9 @@ def _tensor_files(path: Path, name: str) -> dict[str, str]:
         weight_map = read_json(index, "").get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; download it again.")
-        for file in set(weight_map.values()):
+        for file in dict.fromkeys(map(str, weight_map.values())):
             # Names come from a downloaded file: they must stay inside the folder.
-            if not isinstance(file, str) or Path(file).name != file:
+            if Path(file).name != file:
                 raise CheckpointError(f"{index} points outside its folder ({file!r}); do not trust this checkpoint.")
             if not (path / file).is_file():
                 raise CheckpointError(f"{name} lacks its shard {file}; download it again.")
@@ -206,8 +221,11 @@ def check_shard(path: Path) -> None:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path.name} has a damaged header; download it again.") from error
-    entries = [value for key, value in header.items() if key != "__metadata__"]
-    expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    try:
+        entries = [value for key, value in header.items() if key != "__metadata__"]
+        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name} has a damaged header; download it again.") from error
     if size != expected:
         raise CheckpointError(
             f"{path.name} has {size} bytes where its header promises {expected}; it is truncated, download it again."

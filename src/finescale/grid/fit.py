@@ -30,8 +30,12 @@ _TINY = 1e-30
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
-    """The smallest step the stored type holds with full precision; all-zero groups get it."""
-    return float(torch.finfo(dtype).tiny)
+    """The smallest step that is stored; all-zero groups get it.
+
+    float16 goes down to its subnormals: the step of an 8-bit group whose weights stay below 0.008 is one already.
+    """
+    facts = torch.finfo(dtype)
+    return float(facts.tiny * facts.eps if dtype == torch.float16 else facts.tiny)
 
 
 def fit_grid(
@@ -107,7 +111,7 @@ def _range_to_grid(
 
 
 def _stored(scale_O: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round to what the file will hold; a group of zeros gets the smallest normal step."""
+    """Round to what the file will hold; a group of zeros gets the smallest step."""
     stored_O = scale_O.clamp(min=smallest_scale(scale_dtype)).to(scale_dtype).float()
     if not bool(torch.isfinite(stored_O).all()):
         raise NumericsError(f"a group scale does not fit {scale_dtype}; save with --dtype float32.")

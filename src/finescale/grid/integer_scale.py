@@ -35,7 +35,8 @@ def check_amplifier(amplifier: int) -> None:
     """Raises InputError unless ``amplifier`` is a power of two from 1 to 2**24."""
     if amplifier < 1 or amplifier > LARGEST_AMPLIFIER or amplifier & (amplifier - 1):
         raise InputError(
-            f"integer_scale.amplifier is {amplifier}; use a power of two from 1 to {LARGEST_AMPLIFIER}, heuristic or auto."
+            f"integer_scale.amplifier is {amplifier}; use a power of two from 1 to {LARGEST_AMPLIFIER}, "
+            "heuristic or auto."
         )
 
 
@@ -43,11 +44,13 @@ def heuristic_amplifier(scale_OG: Tensor) -> int:
     """The paper's heuristic: the smallest power of two that lifts the smallest scale to at least 1.
 
     The published loop returns 1/2 when every scale is already at least 1; this one never goes below 1
-    (arXiv 2405.14597, section on the adaptive amplifier).
+    (arXiv 2405.14597, section on the adaptive amplifier). Scales that even 2**24 barely lifts belong to groups of zeros
+    and do not count.
     """
-    smallest = float(scale_OG.min())
-    if not smallest > 0 or not math.isfinite(smallest):
+    if not bool((scale_OG > 0).all()) or not bool(torch.isfinite(scale_OG).all()):
         raise NumericsError("group scales must be positive and finite before they become integers.")
+    counted = scale_OG[scale_OG > 1 / LARGEST_AMPLIFIER]
+    smallest = float(counted.min()) if counted.numel() else 1.0
     exponent = max(0, math.ceil(-math.log2(smallest)))
     while exponent > 0 and smallest * 2.0 ** (exponent - 1) >= 1:
         exponent -= 1
@@ -131,6 +134,7 @@ def prove_no_overflow(
     bound = int(overflow_bound(codes_OI, integer_scale_OG, group_of_I, activation_max).max()) if codes_OI.numel() else 0
     if bound >= INT32_LIMIT:
         raise NumericsError(
-            f"{name}: the int32 bound is {bound / INT32_LIMIT:.2f} times 2^31; use integer_scale.amplifier auto or a smaller one."
+            f"{name}: the int32 bound is {bound / INT32_LIMIT:.2f} times 2^31; "
+            "use integer_scale.amplifier auto or a smaller one."
         )
     return bound

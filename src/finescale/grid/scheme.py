@@ -136,7 +136,8 @@ class Grid:
         integer_OG = exact_OG.round()
         if not torch.equal(exact_OG, integer_OG) or bool((integer_OG < 1).any()) or bool((integer_OG >= 2**31).any()):
             raise NumericsError(
-                f"scales times the amplifier {self.amplifier} are not all integers in [1, 2^31); quantize the model again."
+                f"scales times the amplifier {self.amplifier} are not all integers in [1, 2^31); "
+                "quantize the model again."
             )
         return integer_OG.to(torch.int32)
 
@@ -176,8 +177,13 @@ def dequantize(codes_OI: Tensor, grid: Grid) -> Tensor:
 
 
 def quantize_to_grid(weight_OI: Tensor, grid: Grid) -> Tensor:
-    """Nearest code, int8 [O, I], for float weights [O, I] (ties to even)."""
-    value_OI = weight_OI / grid.scale_OG.to(weight_OI.dtype)[:, grid.group_of_I]
+    """Nearest code, int8 [O, I], for float weights [O, I] (ties to even).
+
+    Computed in float64 for float64 weights, else in float32.
+    """
+    # A 16-bit division would round scale and quotient and pick other codes.
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    value_OI = weight_OI.to(dtype) / grid.scale_OG.to(dtype)[:, grid.group_of_I]
     if grid.zero_OG is not None:
-        value_OI = value_OI + grid.zero_OG.to(weight_OI.dtype)[:, grid.group_of_I]
+        value_OI = value_OI + grid.zero_OG.to(dtype)[:, grid.group_of_I]
     return value_OI.round_().clamp_(grid.scheme.code_min, grid.scheme.code_max).to(torch.int8)

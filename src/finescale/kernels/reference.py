@@ -75,12 +75,17 @@ def _check(
     if x_TI.dtype != torch.int8 or codes_OI.dtype != torch.int8 or integer_scale_OG.dtype != torch.int32:
         raise InputError("integer_scale_linear takes int8 activations, int8 codes and int32 scales.")
     columns = codes_OI.shape[1]
+    if group_size != -1 and group_size < 1:
+        raise InputError(f"group_size is {group_size}; use -1 (all inputs) or a positive number.")
     groups = 1 if group_size == -1 else -(-columns // group_size)
     if tuple(integer_scale_OG.shape) != (codes_OI.shape[0], groups):
         raise InputError(
-            f"scales {tuple(integer_scale_OG.shape)} must be [{codes_OI.shape[0]}, {groups}] for groups of {group_size}."
+            f"scales {tuple(integer_scale_OG.shape)} must be [{codes_OI.shape[0]}, {groups}] "
+            f"for groups of {group_size}."
         )
-    if tuple(x_scale_T1.shape) != (x_TI.shape[0], 1):
-        raise InputError(f"token scales {tuple(x_scale_T1.shape)} must be [{x_TI.shape[0]}, 1].")
+    if tuple(x_scale_T1.shape) != (x_TI.shape[0], 1) or x_scale_T1.dtype != torch.float32:
+        raise InputError(
+            f"token scales {tuple(x_scale_T1.shape)} of {x_scale_T1.dtype} must be float32 [{x_TI.shape[0]}, 1]."
+        )
     if amplifier < 1 or amplifier & (amplifier - 1):
         raise InputError(f"the amplifier {amplifier} must be a power of two.")

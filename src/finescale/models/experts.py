@@ -65,10 +65,10 @@ def unfuse_experts(root: nn.Module, names: ExpertNames) -> None:
     for name, module in list(root.named_modules()):
         if not is_fused_experts(module):
             continue
-        gate_up: Tensor = module.gate_up_proj  # type: ignore[assignment]
+        gate_up: Tensor = module.gate_up_proj
         count, _, hidden = gate_up.shape
-        intermediate = module.down_proj.shape[2]  # type: ignore[union-attr,index]
-        act: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
+        intermediate = module.down_proj.shape[2]
+        act: Callable[[Tensor], Tensor] = module.act_fn
         with torch.device(gate_up.device):
             experts = UnfusedExperts(Expert(hidden, int(intermediate), names, act, gate_up.dtype) for _ in range(count))
         parent, _, leaf = name.rpartition(".")

@@ -1,7 +1,7 @@
 """How the layers of a block hang together, read off one forward pass: order of execution, shared inputs, norms.
 
-No table of families is needed: two linears share their input when they are called with the same tensor, and a norm feeds
-a linear when the tensor it returned is the one the linear was called with.
+No table of families is needed: two linears share their input when they are called with the same tensor, and a norm
+feeds a linear when the tensor it returned is the one the linear was called with.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def trace_steps(block: nn.Module, hidden_BTI: Tensor, kwargs: Mapping[str, Any])
     return steps
 
 
-def _group(called_with: dict[str, int], made_by: dict[int, str], experts: dict[str, nn.Module]) -> tuple[Step, ...]:
+def _group(called_with: dict[str, int], made_by: dict[int, str], experts: dict[str, Expert]) -> tuple[Step, ...]:
     """Linears by input, in order of the first call. Experts are grouped by structure: routing may leave some unused."""
     groups: dict[Any, list[str]] = {}
     for name, key in called_with.items():
@@ -84,7 +84,6 @@ def _group(called_with: dict[str, int], made_by: dict[int, str], experts: dict[s
             groups.setdefault(key, []).append(name)
     steps = [Step(tuple(names), made_by.get(key)) for key, names in groups.items()]
     for expert, module in experts.items():
-        assert isinstance(module, Expert)
         names = module.names
         steps.append(Step((f"{expert}.{names.gate}", f"{expert}.{names.up}")))
         steps.append(Step((f"{expert}.{names.down}",)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -74,8 +75,12 @@ def build_empty(path: Path, name: str) -> PreTrainedModel:
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(f"{name}: transformers cannot build this model ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # a config can be wrong in many ways, and each model class fails in its own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"{name}: transformers {transformers.__version__} cannot build this model ({reason}); "
+            "check its config.json."
+        ) from error
     model.eval()
     model.requires_grad_(False)
     return model
@@ -85,9 +90,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: the module list as long as the config says, all of one class."""
     depth = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts) and len(module) == depth:
-            if len({type(block) for block in module}) == 1:
-                return name, module
+        is_list = isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts)
+        if is_list and len(module) == depth and len({type(block) for block in module}) == 1:
+            return name, module
     raise InputError(f"no list of {depth} equal blocks found in {type(model).__name__}; this family is not supported.")
 
 
@@ -148,13 +153,25 @@ def fill_module(skeleton: Skeleton, path: str, device: torch.device, dtype: torc
 
 def fill_except_blocks(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> None:
     """Fill what runs before and after the blocks (embeddings, norms, rotary tables), not the language-model head."""
-    base = skeleton.model.base_model
-    blocks = set(skeleton.blocks.modules())
-    for prefix, module in skeleton.model.named_modules():
-        if module in blocks or not any(module is inner for inner in base.modules()):
-            continue
+    for prefix, module in _outside_blocks(skeleton):
         fill_parameters(skeleton, prefix, module, device, dtype)
         fill_buffers(skeleton, prefix, module, device)
+
+
+def release_except_blocks(skeleton: Skeleton) -> None:
+    """Drop what ``fill_except_blocks`` filled."""
+    for _, module in _outside_blocks(skeleton):
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to("meta")
+
+
+def _outside_blocks(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
+    base, blocks = set(skeleton.model.base_model.modules()), set(skeleton.blocks.modules())
+    return [(path, module) for path, module in skeleton.model.named_modules() if module in base - blocks]
 
 
 def fill_parameters(
@@ -180,7 +197,8 @@ def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> Tensor:
         )
     if value.shape != expected.shape:
         raise CheckpointError(
-            f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(expected.shape)} by config.json; they do not fit."
+            f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(expected.shape)} by config.json; "
+            "they do not belong together, download the model again."
         )
     return value
 
@@ -201,7 +219,7 @@ def fill_buffers(skeleton: Skeleton, prefix: str, module: nn.Module, device: tor
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Quantizable layers of a block by path: ``nn.Linear`` and GPT-2's ``Conv1D``, without routers and gates of experts."""
+    """Quantizable layers of a block by path: ``nn.Linear`` and GPT-2's ``Conv1D``, without the gates of experts."""
     return {
         name: module
         for name, module in block.named_modules()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from finescale.calibration.capture import run_block
-from finescale.calibration.statistics import Moments, collect_moments
+from finescale.calibration.statistics import collect_moments
 from finescale.errors import NumericsError
 from finescale.formats.registry import Format
 from finescale.grid import ActivationScheme, fake_quantize_tokens
@@ -25,6 +25,8 @@ from finescale.pipeline.output import stored_weight
 from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import Recipe
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Batches = Sequence[tuple[Tensor, dict[str, Any]]]
 
 
@@ -34,9 +36,10 @@ class Timer:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def measure(self, phase: str, work: Callable[[], Any]) -> Any:
+    def measure(self, phase: str, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """``work(*args, **kwargs)``, its time added to ``phase``."""
         start = time.perf_counter()
-        result = work()
+        result = work(*args, **kwargs)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         return result
 
@@ -76,18 +79,13 @@ def quantize_block(
     rounds = _merge_experts(rounds)
     results: list[LayerResult] = []
     for members in rounds:
-        leaders = [step.linears[0] for step in members]
-        moments: dict[str, Moments] = timer.measure(
-            "forward", lambda leaders=leaders: collect_moments(block, leaders, batches, device)
-        )
+        leaders = {step.linears[0]: plans[step.linears[0]].name for step in members}
+        moments = timer.measure("forward", collect_moments, block, leaders, batches, device)
         for step in members:
             moment = moments.pop(step.linears[0])
             layers = [(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears]
             solved = timer.measure(
-                "solve",
-                lambda layers=layers, moment=moment: solve_together(
-                    layers, moment.hessian(), moment.tokens, recipe, scale_dtype, index
-                ),
+                "solve", solve_together, layers, moment.hessian(), moment.tokens, recipe, scale_dtype, index
             )
             for result in solved:
                 set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))

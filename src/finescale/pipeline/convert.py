@@ -11,13 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finescale._version import __version__
 from finescale.errors import InputError
 from finescale.formats import registry
-from finescale.formats.source import INDEX_NAME
-from finescale.grid import ActivationScheme, QuantizedWeight, WeightScheme, integerized, quantize_to_grid
+from finescale.formats.source import INDEX_NAME, read_json
+from finescale.grid import (
+    ActivationScheme,
+    QuantizedWeight,
+    WeightScheme,
+    contiguous_groups,
+    integerized,
+    quantize_to_grid,
+)
 from finescale.grid.fit import smallest_scale
 from finescale.grid.integer_scale import (
     INT32_LIMIT,
@@ -28,12 +36,24 @@ from finescale.grid.integer_scale import (
     heuristic_amplifier,
     prove_no_overflow,
 )
-from finescale.pipeline.journal import check_free, clear_output, write_json, write_shard
-from finescale.pipeline.output import COPY_LIMIT, NOT_COPIED
+from finescale.pipeline.journal import (
+    REPORT,
+    Journal,
+    check_free,
+    clear_output,
+    file_sha256,
+    finished_signature,
+    full_disk_explained,
+    signature,
+    write_json,
+    write_shard,
+)
+from finescale.pipeline.output import small_files
 from finescale.pipeline.plan import check_disk
 from finescale.runtime.checkpoint import METADATA_VERSION, QuantizedCheckpoint, open_quantized
 
 Progress = Callable[[str, int, int], None]
+_FORMAT = registry.get("compressed-tensors")
 
 
 def convert(
@@ -65,71 +85,121 @@ def convert(
     if isinstance(amplifier, int):
         check_amplifier(amplifier)
     quantized = open_quantized(path)
-    names = quantized.layer_names()
-    schemes = _checked_schemes(quantized, names)
-    (clear_output if fresh else check_free)(out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} holds an earlier result; use --fresh to replace it or another --out.")
+    schemes = _checked_schemes(quantized)
+    facts = {
+        "finescale": __version__,
+        "source": quantized.source.fingerprint(),
+        "amplifier": amplifier,
+        "round_again": round_again,
+    }
+    journal = Journal(out, signature(facts))
+    check_free(out)
+    if not fresh and (done := finished_signature(out)) is not None:
+        if done != journal.signature:
+            raise InputError(f"{out} holds an earlier result; use --fresh to replace it or another --out.")
+        return read_json(out / REPORT, "") | {"already_complete": True}
     check_disk(out, quantized.source.total_bytes())
-    out.mkdir(parents=True, exist_ok=True)
-    activations = quantized.activations or ActivationScheme(8)
-    fmt = registry.get("compressed-tensors")
+    copies = small_files(quantized.source.path)
+    shards = sorted(set(quantized.source.files.values()))
+    with journal.locked():
+        if fresh:
+            clear_output(out)
+        files = [*shards, INDEX_NAME, "config.json", *(path.name for path in copies)]
+        journal.begin(files)
+        records = _write_shards(quantized, schemes, out, amplifier, round_again, on_progress)
+        for copy in copies:
+            with full_disk_explained(out):
+                shutil.copyfile(copy, out / copy.name)
+        write_json(out / "config.json", _config(quantized, schemes, records))
+        report = {
+            "finescale": __version__,
+            "signature": journal.signature,
+            "converted_from": Path(path).name,
+            "amplifier": amplifier,
+            "round_again": round_again,
+            "layers": records,
+            "files": {name: file_sha256(out / name) for name in files},
+        }
+        write_json(out / REPORT, report)
+        journal.close()
+    return report
+
+
+def _write_shards(
+    quantized: QuantizedCheckpoint,
+    schemes: dict[str, WeightScheme],
+    out: Path,
+    amplifier: Amplifier,
+    round_again: bool,
+    on_progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """All tensors, in files of the source's names, and their index. Returns the layers' records."""
     records: list[dict[str, Any]] = []
-    files = sorted(set(quantized.source.files.values()))
     weight_map: dict[str, str] = {}
     total = 0
+    files = sorted(set(quantized.source.files.values()))
     for number, file in enumerate(files):
         if on_progress:
             on_progress(f"converting {file}", number, len(files))
-        tensors = _convert_file(quantized, file, names, fmt, amplifier, round_again, activations, records)
+        tensors = _convert_file(quantized, file, list(schemes), amplifier, round_again, records)
         write_shard(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += (out / file).stat().st_size
     write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    _copy_small_files(quantized.source.path, out)
-    report = {
-        "finescale": __version__,
-        "signature": "convert",
-        "converted_from": str(Path(path).name),
-        "amplifier": amplifier,
-        "round_again": round_again,
-        "layers": records,
-    }
+    return records
+
+
+def _activations(quantized: QuantizedCheckpoint) -> ActivationScheme:
+    return quantized.activations or ActivationScheme(8)
+
+
+def _config(
+    quantized: QuantizedCheckpoint, schemes: dict[str, WeightScheme], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    facts = ("bits", "group_size", "symmetric", "amplifier", "bound")
+    activations = _activations(quantized)
     metadata = {
         "version": METADATA_VERSION,
         "finescale": __version__,
         "recipe": "convert",
         "activations": {"bits": activations.bits},
-        "layers": {
-            r["name"]: {k: r[k] for k in ("bits", "group_size", "symmetric", "amplifier", "bound")} for r in records
-        },
+        "layers": {record["name"]: {key: record[key] for key in facts} for record in records},
     }
-    config = dict(quantized.source.config)
-    config["quantization_config"] = fmt.quantization_config(schemes, activations, _ignored(quantized), metadata)
-    write_json(out / "config.json", config)
-    write_json(out / "report.json", report)
-    return report
+    return quantized.source.config | {
+        "quantization_config": _FORMAT.quantization_config(schemes, activations, _ignored(quantized), metadata)
+    }
 
 
-def _checked_schemes(quantized: QuantizedCheckpoint, names: list[str]) -> dict[str, WeightScheme]:
+def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
     schemes: dict[str, WeightScheme] = {}
-    for name in names:
+    for name in quantized.layer_names():
         scheme = quantized.fmt.layer_scheme(quantized.config, name)
         assert scheme is not None
         if not scheme.symmetric:
             raise InputError(
                 f"{name} is asymmetric; integer scales need symmetric weights, quantize the original instead."
             )
+        for suffix in ("g_idx", "weight_g_idx"):
+            if f"{name}.{suffix}" in quantized.source:
+                _check_order(name, quantized.source.read(f"{name}.{suffix}"), scheme)
         schemes[name] = scheme
-    if not names:
+    if not schemes:
         raise InputError(f"{quantized.source.name} holds no quantized layer to convert.")
     return schemes
+
+
+def _check_order(name: str, group_of_I: Tensor, scheme: WeightScheme) -> None:
+    if not torch.equal(group_of_I.to(torch.int64), contiguous_groups(group_of_I.shape[0], scheme.group_size)):
+        raise InputError(
+            f"{name} has groups in activation order, which compressed-tensors cannot hold; "
+            "quantize the original instead."
+        )
 
 
 def _ignored(quantized: QuantizedCheckpoint) -> list[str]:
     """Two-dimensional weights that are not quantized; embeddings among them do no harm."""
     names = set(quantized.layer_names())
-    keys = (key.removesuffix(".weight") for key in quantized.source.keys() if key.endswith(".weight"))
+    keys = (key.removesuffix(".weight") for key in quantized.source if key.endswith(".weight"))
     return [name for name in keys if name not in names and len(quantized.source.shape(name + ".weight")) == 2]
 
 
@@ -137,10 +207,8 @@ def _convert_file(
     quantized: QuantizedCheckpoint,
     file: str,
     names: list[str],
-    fmt: registry.Format,
     amplifier: Amplifier,
     round_again: bool,
-    activations: ActivationScheme,
     records: list[dict[str, Any]],
 ) -> dict[str, Tensor]:
     """The tensors of one output file: layers whose scales lie in the source file, and its other tensors as they are."""
@@ -150,13 +218,14 @@ def _convert_file(
         for key, home in quantized.source.files.items()
         if home == file and key not in owned
     }
+    activation_max = _activations(quantized).code_max
     for name in names:
         scale = "weight_scale" if f"{name}.weight_scale" in quantized.source else "scales"
         if quantized.source.files[f"{name}.{scale}"] != file:
             continue
-        weight, record = convert_layer(name, quantized.read(name), amplifier, round_again, activations.code_max)
+        weight, record = convert_layer(name, quantized.read(name), amplifier, round_again, activation_max)
         records.append(record)
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in fmt.pack(weight).items()}
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _FORMAT.pack(weight).items()}
     return tensors
 
 
@@ -198,6 +267,7 @@ def convert_layer(
         "scale_max": float(integer_OG.max()),
         "weight_mse": float(change_OI.double().square().mean()),
         "relative_error": float(change_OI.norm() / before_OI.norm().clamp(min=1e-30)) ** 2,
+        "sha256": converted.sha256(),
         "notes": notes,
     }
 
@@ -213,7 +283,8 @@ def _choose(weight: QuantizedWeight, amplifier: Amplifier, activation_max: int) 
 
 
 def _positive_scales(weight: QuantizedWeight) -> tuple[QuantizedWeight, list[str]]:
-    grid, notes = weight.grid, []
+    grid = weight.grid
+    notes: list[str] = []
     negative_OG, zero_OG = grid.scale_OG < 0, grid.scale_OG == 0
     if not bool(negative_OG.any()) and not bool(zero_OG.any()):
         return weight, notes
@@ -228,17 +299,3 @@ def _positive_scales(weight: QuantizedWeight) -> tuple[QuantizedWeight, list[str
     if bool(zero_OG.any()):
         notes.append(f"{int(zero_OG.sum())} groups with a zero scale hold zeros")
     return QuantizedWeight(codes_OI, replace(grid, scale_OG=scale_OG)), notes
-
-
-def _copy_small_files(source: Path, out: Path) -> None:
-    for path in sorted(source.iterdir()):
-        known = path.name in (
-            "config.json",
-            INDEX_NAME,
-            "report.json",
-            "run.json",
-            "report.html",
-            "quantize_config.json",
-        )
-        if path.is_file() and path.suffix not in NOT_COPIED and not known and path.stat().st_size <= COPY_LIMIT:
-            shutil.copyfile(path, out / path.name)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finescale.errors import CheckpointError, InputError
+from finescale.formats.source import INDEX_NAME
 
 FOLDER = ".finescale"
 REPORT = "report.json"
+_OWN_NAMES = ("config.json", INDEX_NAME, REPORT, "run.json", "report.html")
 
 
 def signature(facts: dict[str, Any]) -> str:
@@ -78,8 +80,14 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         partial.replace(path)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 class Journal:
-    """The journal of one output folder."""
+    """The journal of one output folder; every change to it, and to the folder, happens while it is locked."""
 
     def __init__(self, out: Path, run_signature: str) -> None:
         self.out = out
@@ -88,7 +96,8 @@ class Journal:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the output folder. Raises InputError when another process writes to it."""
+        """Hold the output folder. Raises InputError when it is not ours or another process writes to it."""
+        check_free(self.out)
         with full_disk_explained(self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as stream:
@@ -100,8 +109,11 @@ class Journal:
                 ) from error
             yield
 
-    def begin(self) -> None:
+    def begin(self, files: Iterable[str]) -> None:
         """Claim the folder for this run, or go on with it.
+
+        Args:
+            files: names of all files that will be written to the folder, which --fresh may remove again.
 
         Raises:
             InputError: the folder belongs to a run with other settings.
@@ -114,7 +126,7 @@ class Journal:
                     "give the same settings to go on, --fresh to start over, or another --out."
                 )
         else:
-            write_json(claim, {"signature": self.signature})
+            write_json(claim, {"signature": self.signature, "files": sorted(files)})
 
     def block_done(self, block: int) -> dict[str, Any] | None:
         """The entry of a finished block, or None."""
@@ -130,32 +142,37 @@ class Journal:
 
 
 def finished_signature(out: Path) -> str | None:
-    """Signature of the complete run in a folder, None when there is none."""
+    """Signature of the complete run in a folder, None when there is none.
+
+    Raises:
+        CheckpointError: there is a report, and it is damaged.
+    """
     report = out / REPORT
     if not report.is_file() or not (out / "config.json").is_file():
         return None
     try:
-        return str(json.loads(report.read_text()).get("signature"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{report} is damaged; use --fresh or another --out.") from error
+        facts = json.loads(report.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{report} is damaged; remove the folder or choose another --out.") from error
+    value = facts.get("signature") if isinstance(facts, dict) and "finescale" in facts else None
+    return None if value is None else str(value)
 
 
 def clear_output(out: Path) -> None:
-    """Remove what a run wrote into ``out``, and nothing else: refuses a folder that no run wrote.
+    """Remove the files that a run wrote, or was going to write, into ``out``, and nothing else.
 
-    Raises:
-        InputError: the folder holds files and no sign of a finescale run.
+    The folder must be locked; the lock itself stays.
     """
-    if not out.exists():
-        return
-    ours = (out / FOLDER).is_dir() or finished_signature(out) is not None
-    if not ours:
-        check_free(out)
-        return
-    for path in out.iterdir():
-        if path.suffix in (".safetensors", ".json", ".html", ".jinja", ".partial", ".txt", ".model"):
-            path.unlink()
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    names = set(_OWN_NAMES)
+    for record in (out / REPORT, out / FOLDER / "run.json"):
+        if record.is_file():
+            names.update(json.loads(record.read_text(encoding="utf-8")).get("files", ()))
+    for name in names:
+        if Path(name).name == name:
+            (out / name).unlink(missing_ok=True)
+            (out / f"{name}.partial").unlink(missing_ok=True)
+    for path in (out / FOLDER).glob("*.json*"):
+        path.unlink()
 
 
 def check_free(out: Path) -> None:

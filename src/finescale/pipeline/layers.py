@@ -26,7 +26,7 @@ from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import Recipe
 from finescale.solvers import Solution, relative_error
 
-CURVE = tuple(2**exponent for exponent in range(6, 18))
+CURVE = tuple(2**exponent for exponent in range(6, 21))
 """Amplifiers of the curve amplifier against error."""
 FEW_TOKENS_DAMPING = 0.01
 HISTOGRAM_BINS = 40
@@ -152,7 +152,8 @@ def _finish(
         if recipe.integer_scale.amplifier != "auto" or amplifier is None or amplifier == 1:
             raise NumericsError(
                 f"{plan.name}: an amplifier of {amplifier} could overflow int32 (bound "
-                f"{_bound(weight, recipe) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a smaller one."
+                f"{_bound(weight, recipe) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a "
+                "smaller one."
             )
         grid = integerized(fit_grid(weight_OI, plan.scheme, scale_dtype), amplifier // 2)
         weight = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options()).weight
@@ -226,7 +227,7 @@ def _histogram(scale_OG: Tensor) -> dict[str, list[float]]:
 
 
 def _curve(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe) -> list[dict[str, float]]:
-    """Weight error of the paper's conversion (same codes, rounded scales) and use of int32 for a range of amplifiers."""
+    """Weight error of the paper's conversion (same codes, rounded scales) and use of int32, by amplifier."""
     grid = fit_grid(weight_OI, plan.scheme)
     codes_OI = quantize_to_grid(weight_OI.float(), grid)
     sums_OG = group_absolute_sums(codes_OI, grid.group_of_I, grid.scale_OG.shape[1])

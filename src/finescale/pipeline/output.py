@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finescale._version import __version__
 from finescale.errors import CheckpointError
@@ -17,13 +18,14 @@ from finescale.formats.registry import Format
 from finescale.formats.source import INDEX_NAME, check_shard
 from finescale.grid import QuantizedWeight
 from finescale.models import Skeleton
-from finescale.models.skeleton import checkpoint_key
-from finescale.pipeline.journal import full_disk_explained, write_json, write_shard
+from finescale.models.skeleton import checkpoint_key, layer_name, linear_modules, read_tensor
+from finescale.pipeline.journal import file_sha256, full_disk_explained, write_json, write_shard
 from finescale.pipeline.plan import LayerPlan, Plan
 from finescale.runtime.checkpoint import METADATA_VERSION
 
 NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".h5", ".msgpack", ".onnx", ".partial", ".ckpt"}
 COPY_LIMIT = 64 << 20
+WRITTEN_ANEW = {"config.json", INDEX_NAME, "quantize_config.json", "report.json", "run.json", "report.html"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class Output:
         number = 1 if block is None else block + 2
         return self.out / f"model-{number:05d}-of-{total:05d}.safetensors"
 
-    def block_of(self, key: str) -> int | None:
-        """Number of the block a source tensor belongs to."""
-        rest = key.removeprefix(self._blocks_prefix())
-        if rest == key:
-            return None
-        number = rest.split(".", 1)[0]
-        return int(number) if number.isdigit() and int(number) < self.skeleton.block_count else None
+    @cached_property
+    def _keys(self) -> dict[int | None, list[str]]:
+        """Source tensors by the number of their block; None is everything outside the blocks."""
+        prefix = self._blocks_prefix()
+        keys: dict[int | None, list[str]] = {block: [] for block in (None, *range(self.skeleton.block_count))}
+        for key in self.skeleton.source:
+            number = key.removeprefix(prefix).split(".", 1)[0] if key.startswith(prefix) else ""
+            block = int(number) if number.isdigit() and int(number) < self.skeleton.block_count else None
+            keys[block].append(key)
+        return keys
 
     def _blocks_prefix(self) -> str:
         first = self.skeleton.block_path(0)
@@ -59,7 +64,13 @@ class Output:
         )
 
     def keys_of(self, block: int | None) -> list[str]:
-        return [key for key in self.skeleton.source.keys() if self.block_of(key) == block]
+        """Names of the source tensors of a block."""
+        return self._keys[block]
+
+    def file_names(self) -> list[str]:
+        """Names of all files that make up the output, besides the report."""
+        shards = [self.shard(block).name for block in self._keys]
+        return [*shards, INDEX_NAME, "config.json", *(path.name for path in self._small_files())]
 
     def write_rest(self) -> None:
         """Everything outside the blocks, byte for byte."""
@@ -78,10 +89,24 @@ class Output:
         for name, (plan, weight) in solved.items():
             packed = pack_layer(self.fmt, plan, weight)
             if self.fmt.name.startswith("gptq"):
-                # GPTQ readers expect a bias beside every layer's tensors only when the layer has one: it is copied above.
+                # GPTQ readers expect a bias only beside layers that have one, and that one is copied above.
                 packed.pop("bias", None)
             tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+        if fused:
+            tensors.update(self._unfused(block, solved))
         write_shard(self.shard(block), tensors)
+
+    def _unfused(self, block: int, solved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Experts' weights that are not quantized, out of 3-D tensors: they are named one by one like the others."""
+        tensors = {}
+        for path in linear_modules(self.skeleton.blocks[block]):
+            full = f"{self.skeleton.block_path(block)}.{path}"
+            name = layer_name(self.skeleton, full)
+            if name not in solved and name + ".weight" not in self.skeleton.source:
+                value = read_tensor(self.skeleton, full + ".weight")
+                assert value is not None
+                tensors[name + ".weight"] = value
+        return tensors
 
     def _fused_keys(self, block: int, solved: Mapping[str, Any]) -> set[str]:
         """3-D expert tensors of the source that the output replaces by one tensor per expert."""
@@ -89,21 +114,29 @@ class Output:
             return set()
         return {key for key in self.keys_of(block) if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
 
-    def finish(self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]) -> int:
-        """Index, tokenizer and, last, config.json: only now the folder is a model. Returns the bytes of all shards."""
+    def finish(
+        self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
+    ) -> tuple[int, dict[str, str]]:
+        """Index, tokenizer and, last, config.json: only now the folder is a model.
+
+        Returns:
+            The bytes of all shards, and the SHA-256 of every file by name.
+        """
         weight_map, total = self._index()
         write_json(self.out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for path in sorted(self.skeleton.source.path.iterdir()):
-            if path.is_file() and path.suffix not in NOT_COPIED and path.name not in ("config.json", INDEX_NAME):
-                if path.name not in ("report.json", "run.json") and path.stat().st_size <= COPY_LIMIT:
-                    with full_disk_explained(self.out):
-                        shutil.copyfile(path, self.out / path.name)
+        for path in self._small_files():
+            with full_disk_explained(self.out):
+                shutil.copyfile(path, self.out / path.name)
         config = dict(self.skeleton.source.config)
         quantization = self._quantization_config(plan, activations, layer_records, recipe)
         if quantization is not None:
             config["quantization_config"] = quantization
         write_json(self.out / "config.json", config)
-        return total
+        return total, {name: file_sha256(self.out / name) for name in self.file_names()}
+
+    def _small_files(self) -> list[Path]:
+        """Files of the source beside its weights and config: tokenizer, chat template, generation config, licence."""
+        return small_files(self.skeleton.source.path)
 
     def _index(self) -> tuple[dict[str, str], int]:
         from safetensors import safe_open
@@ -135,17 +168,13 @@ class Output:
             "layers": layers,
         }
         if self.fmt.name.startswith("gptq"):
-            solver = recipe["solver"]
+            solver = recipe["solver"]  # see plan.scattered_groups
             scattered = bool(solver.get("act_order")) and not solver.get("static_groups", True)
             return self.fmt.quantization_config(schemes, activations, ignore, metadata, desc_act=scattered)
         return self.fmt.quantization_config(schemes, activations, ignore, metadata)
 
     def _other_linears(self) -> list[str]:
         """Linear layers outside the blocks (the head) and routers inside, which stay as they are."""
-        from torch import nn
-
-        from finescale.models.skeleton import linear_modules
-
         quantizable = {
             f"{self.skeleton.block_path(index)}.{path}"
             for index, block in enumerate(self.skeleton.blocks)
@@ -158,6 +187,19 @@ class Output:
                 key = checkpoint_key(self.skeleton, name + ".weight")
                 others.append(key.removesuffix(".weight") if key else name)
         return others
+
+
+def small_files(source: Path) -> list[Path]:
+    """The files of a model folder that a result takes over as they are."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix not in NOT_COPIED
+        and path.name not in WRITTEN_ANEW
+        and not path.name.startswith(".")
+        and path.stat().st_size <= COPY_LIMIT
+    ]
 
 
 def pack_layer(fmt: Format, plan: LayerPlan, weight: QuantizedWeight) -> dict[str, Tensor]:

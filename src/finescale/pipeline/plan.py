@@ -1,4 +1,4 @@
-"""What will be quantized and how, settled before any work: layers, schemes, share, and everything that can be refused."""
+"""What will be quantized and how, settled before any work: layers, schemes, share, and all that can be refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -71,9 +71,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
     Raises:
         InputError: nothing to quantize, too small a share, or a scheme that the format cannot hold.
     """
-    options = recipe.solver.options()
-    scattered = getattr(options, "act_order", False) and not getattr(options, "static_groups", True)
-    if scattered and recipe.weights.group_size != -1 and not fmt.name.startswith("gptq"):
+    if scattered_groups(recipe) and recipe.weights.group_size != -1 and not fmt.name.startswith("gptq"):
         raise InputError(
             f"{fmt.name} holds groups of consecutive columns only; set solver.static_groups true or --format gptq."
         )
@@ -95,6 +93,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
             "pass --allow-partial if that is what you want."
         )
     return plan
+
+
+def scattered_groups(recipe: Recipe) -> bool:
+    """Whether groups follow the solver's order of columns, not the weight's (act-order without static groups)."""
+    options = recipe.solver.options()
+    return bool(getattr(options, "act_order", False)) and not getattr(options, "static_groups", True)
 
 
 def _drafts(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Any], list[str]]:
@@ -139,7 +143,7 @@ def _group_size(part: WeightsPart, columns: int, common: int | None) -> int:
 def _count(skeleton: Skeleton, blocks: list[dict[str, LayerPlan]], skipped: list[str], notes: list[str]) -> Plan:
     block_parameters = sum(parameter.numel() for parameter in skeleton.blocks.parameters())
     quantized = sum(layer.shape_OI[0] * layer.shape_OI[1] for block in blocks for layer in block.values())
-    parameters = sum(torch.Size(skeleton.source.shape(key)).numel() for key in skeleton.source.keys())
+    parameters = sum(torch.Size(skeleton.source.shape(key)).numel() for key in skeleton.source)
     counted = tuple(f"{note} (in {count} layers)" if count > 1 else note for note, count in Counter(notes).items())
     return Plan(tuple(blocks), tuple(skipped), block_parameters, quantized, parameters, counted)
 
@@ -174,7 +178,8 @@ def check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed * 1.05 + (16 << 20):
         raise InputError(
-            f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; free some or choose another --out."
+            f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; "
+            "free some or choose another --out."
         )
 
 

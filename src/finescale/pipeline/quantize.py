@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finescale._version import __version__
@@ -22,7 +24,7 @@ from finescale.errors import CheckpointError, InputError
 from finescale.formats import registry
 from finescale.formats.engines import engine_table
 from finescale.formats.gguf import local_folder
-from finescale.formats.source import SourceCheckpoint, open_checkpoint
+from finescale.formats.source import SourceCheckpoint, check_shard, open_checkpoint, read_json
 from finescale.models import Skeleton, Step, linear_modules, open_skeleton, trace_steps
 from finescale.models.skeleton import fill_module, release_module, set_weight_OI
 from finescale.pipeline import journal as journals
@@ -36,8 +38,10 @@ from finescale.pipeline.plan import (
     make_plan,
     memory_bytes,
     output_bytes,
+    scattered_groups,
 )
 from finescale.recipe import Recipe
+from finescale.runtime.load import usable_device
 
 Progress = Callable[[str, int, int], None]
 """``(what is being done, blocks done, blocks in all)``."""
@@ -96,9 +100,7 @@ def prepare(
         InputError, CheckpointError: what cannot work, with the remedy.
     """
     fmt = registry.get(recipe.format)
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available here; use --device cpu.")
+    target = usable_device(device)
     journals.check_free(out)
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
@@ -165,29 +167,38 @@ def run(job: Job, fresh: bool = False, on_progress: Progress | None = None) -> d
         InputError: the output folder belongs to another run.
         NumericsError: NaN or Inf, with the name of the layer.
     """
-    if fresh:
-        journals.clear_output(job.out)
-    done = journals.finished_signature(job.out)
-    if done is not None:
-        if done != job.signature:
-            raise InputError(
-                f"{job.out} holds the result of a run with other settings; use --fresh to replace it or another --out."
-            )
-        from finescale.formats.source import read_json
-
-        return read_json(job.out / journals.REPORT, "") | {"already_complete": True}
     journal = journals.Journal(job.out, job.signature)
+    if not fresh and not journal.folder.exists():
+        report = _finished(job)
+        if report is not None:
+            return report
+    output = Output(job.skeleton, job.fmt, job.out)
     with journal.locked():
-        journal.begin()
-        report = _work(job, journal, on_progress or (lambda *_: None))
-    journal.close()
+        if fresh:
+            journals.clear_output(job.out)
+        report = _finished(job)  # a run killed in its last moment, or one that ended while this one began
+        if report is None:
+            journal.begin(output.file_names())
+            report = _work(job, journal, output, on_progress or (lambda *_: None))
+        journal.close()
     return report
 
 
-def _work(job: Job, journal: journals.Journal, on_progress: Progress) -> dict[str, Any]:
+def _finished(job: Job) -> dict[str, Any] | None:
+    """The report of the complete run in the output folder. Raises InputError when it had other settings."""
+    done = journals.finished_signature(job.out)
+    if done is None:
+        return None
+    if done != job.signature:
+        raise InputError(
+            f"{job.out} holds the result of a run with other settings; use --fresh to replace it or another --out."
+        )
+    return read_json(job.out / journals.REPORT, "") | {"already_complete": True}
+
+
+def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Progress) -> dict[str, Any]:
     started, clock = time.time(), time.perf_counter()
     total = job.skeleton.block_count
-    output = Output(job.skeleton, job.fmt, job.out)
     with journals.full_disk_explained(job.out):
         on_progress("embedding the calibration text", 0, total)
         output.write_rest()
@@ -197,8 +208,8 @@ def _work(job: Job, journal: journals.Journal, on_progress: Progress) -> dict[st
         records = [record for entry in entries for record in entry["layers"]]
         activations = job.recipe.activations.scheme() if job.recipe.activations else None
         on_progress("writing the index and the report", total, total)
-        after = output.finish(job.plan, activations, records, job.recipe.to_dict())
-    report = _report(job, records, after)
+        after, files = output.finish(job.plan, activations, records, job.recipe.to_dict())
+    report = _report(job, records, after) | {"files": files}
     journals.write_json(job.out / "run.json", _run_facts(job, entries, started, time.perf_counter() - clock, resumed))
     # The report carries the signature: written last, it marks the folder as complete.
     journals.write_json(job.out / journals.REPORT, report)
@@ -219,7 +230,7 @@ def _blocks(
         on_progress(f"{'replaying' if entry else 'quantizing'} block {index + 1} of {total}", index, total)
         timer = Timer()
         path = skeleton.block_path(index)
-        block = timer.measure("load", lambda path=path: fill_module(skeleton, path, job.device, job.compute_dtype))
+        block = timer.measure("load", fill_module, skeleton, path, job.device, job.compute_dtype)
         batches = [(x_BTI, inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
         plans = job.plan.blocks[index]
         if entry is not None and not output.shard(index).is_file():
@@ -235,13 +246,13 @@ def _blocks(
                 block, index, plans, traced[names], batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
             )
             results.sort(key=lambda result: list(plans).index(result.plan.path))
-            timer.measure("write", lambda i=index, r=results: output.write_block(i, [(x.plan, x.weight) for x in r]))
+            timer.measure("write", output.write_block, index, [(result.plan, result.weight) for result in results])
             entry = {"layers": [result.record for result in results]}
         if index + 1 < total:
             hooks = []
             if job.recipe.activations and job.recipe.calibration.quantized_activations:
                 hooks = quantize_inputs(block, list(plans), job.recipe.activations.scheme())
-            hidden = timer.measure("forward", lambda b=block, n=path, x=batches: propagate(b, n, x, job.device))
+            hidden = timer.measure("forward", propagate, block, path, batches, job.device)
             for hook in hooks:
                 hook.remove()
             _check_replay(entry, hidden, index)
@@ -255,20 +266,23 @@ def _blocks(
 
 
 def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:
-    """Outputs of a replayed block must be those of the first run, or the rest would differ from an uninterrupted run."""
+    """Outputs of a replayed block must be those of the first run: else the rest would differ from an unbroken run."""
     digest = hashlib.sha256(hidden[0].float().numpy().tobytes()).hexdigest()
     if entry.setdefault("outputs", digest) != digest:
         raise CheckpointError(
-            f"block {index} puts out other numbers than before the interruption (another machine or number of threads); "
-            "start over with --fresh."
+            f"block {index} puts out other numbers than before the interruption (another machine or number of "
+            "threads); start over with --fresh."
         )
 
 
 def _install(job: Job, output: Output, index: int, block: torch.nn.Module) -> None:
     """Put the weights of a finished block, as its shard holds them, into the module."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(output.shard(index))
+    shard = output.shard(index)
+    check_shard(shard)
+    try:
+        tensors = load_file(shard)
+    except SafetensorError as error:
+        raise CheckpointError(f"{shard} is damaged ({error}); start over with --fresh.") from error
     for plan in job.plan.blocks[index].values():
         prefix = plan.name + "."
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -304,7 +318,12 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
         "layers": records,
         "fallbacks": fallbacks,
         "engines": engine_table(
-            job.fmt.name, [layer.scheme for layer in plan.layers], activations, job.skeleton.family.model_type
+            job.fmt.name,
+            {layer.name: layer.scheme for layer in plan.layers},
+            activations,
+            job.skeleton.family.model_type,
+            {layer.name: layer.shape_OI for layer in plan.layers},
+            scattered_groups(job.recipe),
         ),
     }
 

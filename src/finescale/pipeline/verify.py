@@ -5,20 +5,21 @@ Shape legend: O outputs, I inputs, T tokens.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from finescale.errors import CheckpointError, NumericsError
-from finescale.formats.source import open_checkpoint
-from finescale.grid import QuantizedWeight, fit_grid, quantize_tokens
+from finescale.formats.source import SourceCheckpoint, open_checkpoint, read_json
+from finescale.grid import QuantizedWeight
 from finescale.kernels import grouped_int32_product
-from finescale.models import open_skeleton
-from finescale.models.skeleton import read_tensor
+from finescale.models import linear_modules, open_skeleton
+from finescale.models.skeleton import layer_name, read_tensor
+from finescale.pipeline.journal import file_sha256
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 
 PROBE_TOKENS = 4
@@ -31,14 +32,16 @@ class Verification:
     Attributes:
         layers: quantized layers read back.
         integer_layers: of these, layers whose int32 path was proved free of overflow and equal to int64.
+        packed_again: layers whose tensors, packed again, are the file's bytes (none in a dense checkpoint).
+        shards: files whose SHA-256 is the one in the report.
         copied: tensors found equal, byte for byte, to the original's (None: no original given).
         worst_relative: largest relative weight error against the original (None: no original given).
-        packed_again: layers whose tensors, packed again, are the file's bytes.
     """
 
     layers: int
     integer_layers: int
     packed_again: int
+    shards: int
     copied: int | None
     worst_relative: float | None
 
@@ -49,15 +52,21 @@ class Verification:
 def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     """Reload a checkpoint and prove what can be proved of it.
 
-    Every layer is unpacked and packed again (same bytes), compared with the run's report (same error-free record of bits,
-    groups, amplifier, bound), and, with integer scales, its int32 accumulator is compared with int64 on random tokens
-    and on the tokens that reach the bound. With ``against`` every tensor that was not quantized must equal the original's.
+    Every layer is unpacked and packed again (same bytes) and compared with the run's report (bits, groups, amplifier,
+    hash of codes and scales). With integer scales its int32 accumulator is compared with int64 on random tokens and on
+    the tokens that reach the bound. The files must have the hashes of the report. With ``against`` every tensor that
+    was not quantized must equal the original's. A dense checkpoint holds neither codes nor scales: its weights must
+    lie on a grid of the bits and groups in the report.
 
     Raises:
         CheckpointError, NumericsError: the first thing that does not hold.
     """
+    source = open_checkpoint(path)
+    facts = _facts(source.path)
+    report = {record["name"]: record for record in facts.get("layers", [])}
+    if not source.config.get("quantization_config") and report:
+        return _verify_dense(source, facts, report, against)
     quantized = open_quantized(path)
-    report = _report(quantized)
     integer = packed = 0
     worst: float | None = None
     original = _Original(against) if against is not None else None
@@ -75,19 +84,71 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
             _check_integer_path(name, weight, quantized.activations.code_max if quantized.activations else 127)
             integer += 1
         if original is not None:
-            worst = max(worst or 0.0, original.relative_error(name, weight))
-    copied = None if original is None else original.count_equal(quantized, set(names))
-    return Verification(len(names), integer, packed, copied, worst)
+            worst = max(worst or 0.0, original.relative_error(name, weight.dequantize()))
+    copied = None
+    if original is not None:
+        owned = {f"{name}.{suffix}" for name in names for suffix in quantized.fmt.suffixes}
+        copied = original.count_equal(quantized.source, set(names), owned)
+    return Verification(len(names), integer, packed, _check_files(source.path, facts), copied, worst)
 
 
-def _report(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
-    file = quantized.source.path / "report.json"
+def _verify_dense(
+    source: SourceCheckpoint, facts: dict[str, Any], report: dict[str, Any], against: str | Path | None
+) -> Verification:
+    original = _Original(against) if against is not None else None
+    transposed = _Original(source.path).transposed
+    worst: float | None = None
+    for name, record in report.items():
+        stored = source.read(name + ".weight").float()
+        weight_OI = stored.T if name in transposed else stored
+        _check_on_a_grid(name, weight_OI, record)
+        if original is not None:
+            worst = max(worst or 0.0, original.relative_error(name, weight_OI))
+    owned = {f"{name}.weight" for name in report}
+    copied = None if original is None else original.count_equal(source, set(report), owned)
+    return Verification(len(report), 0, 0, _check_files(source.path, facts), copied, worst)
+
+
+def _check_on_a_grid(name: str, weight_OI: Tensor, record: dict[str, Any]) -> None:
+    if list(weight_OI.shape) != record["shape"] or not bool(torch.isfinite(weight_OI).all()):
+        raise CheckpointError(f"{name}: not the finite {record['shape']} of the report; the file was changed.")
+    columns = weight_OI.shape[1]
+    size = columns if record["group_size"] == -1 else record["group_size"]
+    for part_OI in weight_OI.split(size, dim=1):
+        steps_O = part_OI.sort(dim=1).values.diff(dim=1).ne(0).sum(1)
+        if int(steps_O.max()) >= 2 ** record["bits"]:
+            raise CheckpointError(
+                f"{name}: more values in a group than {record['bits']} bits can tell apart; the file was changed."
+            )
+
+
+def _check_files(folder: Path, facts: dict[str, Any]) -> int:
+    shards = {name: digest for name, digest in facts.get("files", {}).items() if name.endswith(".safetensors")}
+    for name, digest in shards.items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            raise CheckpointError(f"{name} is not the file that was written; it was changed, quantize again.")
+    return len(shards)
+
+
+def _is_record(record: Any) -> bool:
+    keys = ("name", "shape", "bits", "group_size", "symmetric", "amplifier")
+    return isinstance(record, dict) and all(key in record for key in keys)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The run's report, empty when there is none, as beside checkpoints of other tools."""
+    file = folder / "report.json"
     if not file.is_file():
         return {}
-    try:
-        return {record["name"]: record for record in json.loads(file.read_text())["layers"]}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged; quantize again with --fresh.") from error
+    facts = read_json(file, "")
+    records, files = facts.get("layers"), facts.get("files", {})
+    if (
+        not isinstance(records, list)
+        or not all(_is_record(record) for record in records)
+        or not isinstance(files, dict)
+    ):
+        raise CheckpointError(f"{file} is damaged; quantize again with --fresh.")
+    return facts
 
 
 def _check_complete(quantized: QuantizedCheckpoint, names: list[str], report: dict[str, Any]) -> None:
@@ -160,51 +221,64 @@ def _check_integer_path(name: str, weight: QuantizedWeight, activation_max: int)
 
 
 class _Original:
-    """The full-precision checkpoint that a quantized one is compared with."""
+    """The checkpoint that a quantized one is compared with.
+
+    ``transposed`` holds the names of the layers that keep their weight as [I, O] (GPT-2's Conv1D).
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.source = open_checkpoint(path)
         self.skeleton = open_skeleton(self.source, allow_unknown=True)
+        self.transposed = {
+            layer_name(self.skeleton, f"{self.skeleton.block_path(index)}.{path}")
+            for index, block in enumerate(self.skeleton.blocks)
+            for path, module in linear_modules(block).items()
+            if isinstance(module, Conv1D)
+        }
 
-    def relative_error(self, name: str, weight: QuantizedWeight) -> float:
+    def relative_error(self, name: str, dense_OI: Tensor) -> float:
         """||Q - W|| / ||W||. Raises CheckpointError when it is no better than a grid of zeros."""
         value = self.source.read(name + ".weight") if name + ".weight" in self.source else None
         if value is None:
             value = read_tensor(self.skeleton, name + ".weight")
         if value is None:
             raise CheckpointError(f"{name} does not occur in {self.source.name}; it is another model.")
-        original_OI = value.float()
-        dense_OI = weight.dequantize()
+        original_OI = value.float().T if name in self.transposed else value.float()
         if original_OI.shape != dense_OI.shape:
-            original_OI = original_OI.T
+            raise CheckpointError(f"{name} has another shape in {self.source.name}; it is another model.")
         error = float((dense_OI - original_OI).norm() / original_OI.norm().clamp(min=1e-30))
         if error >= 1.0:
-            coarse = fit_grid(original_OI, weight.grid.scheme).scale_OG.max()
             raise CheckpointError(
-                f"{name}: the weights are {error:.2f} of their norm away from the original's (largest step {coarse:.2g}); "
+                f"{name}: the weights are {error:.2f} of their norm away from the original's; "
                 f"{self.source.name} is another model or the file is damaged."
             )
         return error
 
-    def count_equal(self, quantized: QuantizedCheckpoint, names: set[str]) -> int:
+    def count_equal(self, quantized: SourceCheckpoint, names: set[str], owned: set[str]) -> int:
+        """How many tensors were not quantized; all of them must be the original's, byte for byte, and no other.
+
+        Args:
+            quantized: the tensors of the result.
+            names: its quantized layers.
+            owned: the tensors of these layers.
+        """
+        fused = {key for key in self.source if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
         count = 0
-        for key in self.source.keys():
-            if key.removesuffix(".weight") in names or key not in quantized.source:
-                if key.removesuffix(".weight") not in names and not key.endswith((".gate_up_proj", ".down_proj")):
-                    raise CheckpointError(f"{key} of the original is missing in {quantized.source.name}.")
+        for key in self.source:
+            if key.removesuffix(".weight") in names or (key in fused and key not in quantized):
                 continue
-            if not torch.equal(self.source.read(key), quantized.source.read(key)):
+            if key not in quantized:
+                raise CheckpointError(f"{key} of the original is missing in {quantized.name}; quantize again.")
+            if not _same_bytes(self.source.read(key), quantized.read(key)):
                 raise CheckpointError(f"{key} differs from the original though it was not quantized.")
             count += 1
+        for key in quantized:
+            if key not in self.source and key not in owned and not (fused and ".experts." in key):
+                raise CheckpointError(f"{key} is in {quantized.name} and not in the original; the file was changed.")
         return count
 
 
-def float_and_integer_codes_agree(weight: QuantizedWeight, x_TI: Tensor, activations: Any) -> bool:
-    """Whether the float path and the exact integer path start from the same codes and give outputs that differ only by
-    float32 rounding of the sum, for float inputs [T, I]."""
-    codes_TI, scale_T1 = quantize_tokens(x_TI, activations)
-    float_TO = (codes_TI.double() * scale_T1.double()) @ weight.dequantize().double().T
-    grid = weight.grid
-    integer_TO = grouped_int32_product(codes_TI, weight.codes_OI, grid.integer_scale_OG(), grid.scheme.group_size)
-    exact_TO = integer_TO.double() * scale_T1.double() / (grid.amplifier or 1)
-    return bool(torch.allclose(float_TO, exact_TO, rtol=1e-12, atol=0.0))
+def _same_bytes(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))

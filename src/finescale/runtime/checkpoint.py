@@ -43,7 +43,7 @@ class QuantizedCheckpoint:
     def layer_names(self) -> list[str]:
         """Names of the quantized layers, in the order of the file's tensors."""
         marks = tuple("." + suffix for suffix in self.fmt.suffixes if suffix not in ("weight", "bias"))
-        names = dict.fromkeys(key.rpartition(".")[0] for key in self.source.keys() if key.endswith(marks))
+        names = dict.fromkeys(key.rpartition(".")[0] for key in self.source if key.endswith(marks))
         return [name for name in names if self.fmt.layer_scheme(self.config, name) is not None]
 
     def read(self, name: str) -> QuantizedWeight:
@@ -57,7 +57,8 @@ class QuantizedCheckpoint:
         if scheme is None:
             raise CheckpointError(f"{name} is not quantized in {self.source.name}.")
         prefix = name + "."
-        suffixes = [suffix for suffix in self.fmt.suffixes if prefix + suffix in self.source]
+        # weight_g_idx: files of old versions of compressed-tensors, which finescale reads and never writes.
+        suffixes = [suffix for suffix in (*self.fmt.suffixes, "weight_g_idx") if prefix + suffix in self.source]
         tensors = {suffix: self.source.read(prefix + suffix) for suffix in suffixes if suffix != "bias"}
         amplifier = self.metadata.get("layers", {}).get(name, {}).get("amplifier")
         weight = self.fmt.unpack(tensors, scheme, amplifier)
@@ -69,7 +70,8 @@ class QuantizedCheckpoint:
             stored = self.metadata["layers"][name].get("bound")
             if stored != bound:
                 raise NumericsError(
-                    f"{name}: the stored overflow bound {stored} is not the {bound} of its tensors; the file was changed."
+                    f"{name}: the stored overflow bound {stored} is not the {bound} of its tensors; "
+                    "the file was changed, quantize again."
                 )
         return weight
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from finescale.errors import CheckpointError
+from finescale.errors import CheckpointError, InputError
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.models import Skeleton, linear_modules, open_skeleton
@@ -18,6 +18,21 @@ from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
 
+Rounding = Literal["finescale", "compressed-tensors", "none"]
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name. Raises InputError when there is none such, or not here."""
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device is {device}; use cpu or cuda.") from error
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {device}; use cpu or cuda.")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available here; use --device cpu.")
+    return target
+
 
 def load(
     model: str | Path,
@@ -25,6 +40,7 @@ def load(
     device: str | torch.device = "cpu",
     path: ComputePath = "float",
     cache: bool = True,
+    rounding: Rounding = "finescale",
 ) -> PreTrainedModel:
     """A transformers model of a folder, hub name or GGUF file, with quantized layers where the checkpoint has them.
 
@@ -32,19 +48,22 @@ def load(
         model: what to load.
         dtype: type of everything that is not quantized, and of the activations.
         device: where to.
-        path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are integers.
+        path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are
+            integers.
         cache: keep dequantized weights (only for ``float``).
+        rounding: of the inputs of W4A8 layers; the others show what other engines make of the file: ``compressed-tensors``
+            what transformers does, ``none`` what engines do that run it as W4A16.
 
     Raises:
         InputError, CheckpointError, NumericsError: a checkpoint that is missing, damaged or fails its proof.
     """
     model = local_folder(model)
     source = open_checkpoint(model)
-    target = torch.device(device)
+    target = usable_device(device)
     skeleton = open_skeleton(source, allow_unknown=True)
     quantized = open_quantized(model) if source.config.get("quantization_config") else None
     if quantized is not None:
-        _install_quantized(skeleton, quantized, target, dtype, path, cache)
+        _install_quantized(skeleton, quantized, target, dtype, path, cache, rounding)
     _fill_rest(skeleton, target, dtype)
     loaded = skeleton.model
     loaded.config.use_cache = True
@@ -60,21 +79,23 @@ def _install_quantized(
     dtype: torch.dtype,
     path: ComputePath,
     cache: bool,
+    rounding: Rounding,
 ) -> None:
     """Replace every layer that the checkpoint holds in quantized form."""
     names = set(quantized.layer_names())
+    activations = None if rounding == "none" else quantized.activations
+    full_range = rounding == "compressed-tensors"
     for index, block in enumerate(skeleton.blocks):
-        for module_path, module in linear_modules(block).items():
+        for module_path in linear_modules(block):
             name = layer_name(skeleton, f"{skeleton.block_path(index)}.{module_path}")
             if name not in names:
                 continue
             names.discard(name)
             weight = quantized.read(name)
             bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
-            integer = path == "integer" and weight.grid.amplifier is not None and quantized.activations is not None
-            layer = QuantizedLinear(
-                weight, bias, quantized.activations, "integer" if integer else "float", cache and not integer
-            ).to(device)
+            integer = path == "integer" and weight.grid.amplifier is not None and activations is not None
+            compute: ComputePath = "integer" if integer else "float"
+            layer = QuantizedLinear(weight, bias, activations, compute, cache and not integer, full_range).to(device)
             if layer.dense_OI is not None:
                 layer.dense_OI = layer.dense_OI.to(dtype)
             parent, _, leaf = module_path.rpartition(".")

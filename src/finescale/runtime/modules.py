@@ -24,6 +24,7 @@ class QuantizedLinear(nn.Module):
         bias: float [O] or None.
         activations: how inputs are rounded, None for float inputs.
         path: see ``Path``; ``integer`` needs integer scales and 8-bit activations.
+        full_range: round inputs as the library compressed-tensors does (``fake_quantize_tokens``); float path only.
         cache: keep the dequantized weight (fast, four times the memory) instead of making it in every call.
     """
 
@@ -41,12 +42,14 @@ class QuantizedLinear(nn.Module):
         activations: ActivationScheme | None,
         path: Path = "float",
         cache: bool = False,
+        full_range: bool = False,
     ) -> None:
         super().__init__()
         grid = weight.grid
         self.scheme, self.amplifier, self.scale_dtype = grid.scheme, grid.amplifier, grid.scale_dtype
         self.activations = activations
         self.path: Path = path
+        self.full_range = full_range
         self.out_features, self.in_features = weight.codes_OI.shape
         self.register_buffer("codes_OI", weight.codes_OI, persistent=False)
         self.register_buffer("scale_OG", grid.scale_OG, persistent=False)
@@ -65,7 +68,7 @@ class QuantizedLinear(nn.Module):
         if self.path == "integer":
             return self._integer(x_TI)
         if self.activations is not None:
-            x_TI = fake_quantize_tokens(x_TI, self.activations)
+            x_TI = fake_quantize_tokens(x_TI, self.activations, self.full_range)
         dense_OI = self.dense_OI if self.dense_OI is not None else self.quantized_weight().dequantize()
         bias = None if self.bias is None else self.bias.to(x_TI.dtype)
         return nn.functional.linear(x_TI, dense_OI.to(x_TI.dtype), bias)

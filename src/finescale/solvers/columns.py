@@ -42,14 +42,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def check_finite_weight(weight_OI: Tensor) -> None:
+    """Raises NumericsError when the weight holds NaN or Inf."""
+    if not bool(torch.isfinite(weight_OI).all()):
+        raise NumericsError("the weight holds NaN or Inf; repair or re-download the checkpoint.")
+
+
 def check_finite(weight_OI: Tensor, hessian_II: Tensor) -> None:
     """Raises NumericsError when weight or Hessian hold NaN or Inf, or their shapes do not fit."""
     if hessian_II.shape != (weight_OI.shape[1], weight_OI.shape[1]):
         raise NumericsError(
             f"the Hessian is {tuple(hessian_II.shape)} for a weight of {tuple(weight_OI.shape)}; it must be [I, I]."
         )
-    if not bool(torch.isfinite(weight_OI).all()):
-        raise NumericsError("the weight holds NaN or Inf; repair or re-download the checkpoint.")
+    check_finite_weight(weight_OI)
     if not bool(torch.isfinite(hessian_II).all()):
         raise NumericsError(
             "the calibration statistics hold NaN or Inf; the model's activations overflow on this text."

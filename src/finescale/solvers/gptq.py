@@ -106,7 +106,7 @@ def solve_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqO
 def _solve_slab(
     weight_IO: Tensor, upper_II: Tensor, grid: Grid, group_of_I: list[int], block_size: int, refit: bool
 ) -> tuple[Tensor, Grid]:
-    """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O] and the grid, refitted or not."""
+    """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O] and the grid they index."""
     columns, rows = weight_IO.shape
     rounder = ColumnRounder(grid, weight_IO.dtype)
     scale_OG = grid.scale_OG.clone()

@@ -4,9 +4,9 @@ Column j of the quantized weight, all others fixed, has the closed-form best val
 
     beta_j = W_j + sum_{k != j} (W_k - Q_k) H_kj / H_jj
 
-and its nearest grid point minimizes the error in that coordinate (the paper's Lemma 1). The running targets beta are kept
-for all columns; inside a lazy batch of columns only the batch itself is corrected, and all other columns follow with one
-matrix product per batch, so that nearly all work is matrix products.
+and its nearest grid point minimizes the error in that coordinate (the paper's Lemma 1). The running targets beta are
+kept for all columns; inside a lazy batch of columns only the batch itself is corrected, and all other columns follow
+with one matrix product per batch, so that nearly all work is matrix products.
 
 Shape legend: O outputs, I inputs, B columns of one lazy batch.
 """
@@ -70,9 +70,10 @@ def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
 
 
 def normalized_columns(hessian_II: Tensor, dtype: torch.dtype) -> Tensor:
-    """H_kj / H_jj with a zero diagonal, [I, I]; a dead input j (H_jj = 0) gets a zero column."""
+    """H_kj / H_jj with a zero diagonal, [I, I]; a dead input j (H_jj zero, or too small to divide by) gets zeros."""
     diagonal_I = hessian_II.diagonal()
-    inverse_I = torch.where(diagonal_I > 0, 1 / diagonal_I, torch.zeros_like(diagonal_I))
+    alive_I = diagonal_I >= torch.finfo(hessian_II.dtype).tiny
+    inverse_I = torch.where(alive_I, 1 / diagonal_I, torch.zeros_like(diagonal_I))
     normalized_II = (hessian_II * inverse_I[None, :]).to(dtype).contiguous()
     normalized_II.fill_diagonal_(0)
     return normalized_II
