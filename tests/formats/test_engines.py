@@ -85,3 +85,10 @@ def test_tensor_parallel():
         check_tensor_parallel((512, 512), 128, 3, "column")
     with pytest.raises(InputError, match="1 or more"):
         check_tensor_parallel((512, 512), 128, 0, "column")
+
+
+def test_conv1d_layers_are_read_by_finescale_only():
+    scheme = {"h.0.attn.c_attn": WeightScheme(4, 64, True)}
+    rows = engine_table("compressed-tensors", scheme, None, "gpt2")
+    assert [row["engine"] for row in rows if row["loads"]] == ["finescale"]
+    assert all(row["loads"] for row in engine_table("dense", scheme, None, "gpt2"))

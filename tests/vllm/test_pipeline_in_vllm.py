@@ -1,7 +1,7 @@
 """What the real command writes for a trained model, in a real vLLM on a CPU: the same greedy tokens as finescale's own.
 
-vLLM's CPU kernels for packed weights need float16 and run W4A8 files as W4A16 there, so that finescale generates without
-rounding the inputs, too.
+vLLM's CPU kernels for packed weights need float16 and run W4A8 files as W4A16 there, so that finescale generates
+without rounding the inputs, too.
 """
 
 import json

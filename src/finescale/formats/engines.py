@@ -24,6 +24,8 @@ _CUDA_GROUPS = (-1, 32, 64, 128)
 _EXPERT_FAMILIES = re.compile(r"mixtral|moe|deepseek_v[23]|gpt_oss|qwen3_next|dbrx|jamba")
 # Layers that engines load as one matrix, which must have one scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_CONV1D_FAMILIES = ("gpt2",)
+_CONV1D = "GPT-2's Conv1D layers are read packed by finescale only; save with dense"
 _W8A8_ONLY = "int-quantized weights must be symmetric 8-bit per channel, with 8-bit activations"
 _ONE_SCHEME = "the schemes within {} differ, yet engines load these layers as one; give them one scheme"
 
@@ -119,6 +121,8 @@ def engine_table(
     rows = []
     for engine, describe in engines.items():
         reasons, runs_as, remarks = describe(model)
+        if engine != "finescale" and model.family in _CONV1D_FAMILIES and model.format_name != DENSE:
+            reasons = [_CONV1D]
         loads = not reasons
         rows.append(
             {
@@ -263,8 +267,7 @@ def _vllm_cuda(model: Model) -> Row:
         remarks.append("asymmetric 8 bits need a Hopper GPU")
     if model.activation_bits is not None:
         remarks.append(
-            "activations stay 16-bit, silently; integers only with the finescale plugin or with humming-kernels and "
-            "--linear-backend humming"
+            "activations stay 16-bit, silently; integers only with humming-kernels and --linear-backend humming"
         )
     elif model.keys <= {(4, 32, True), (4, 64, True), (4, 128, True)}:
         remarks.append("VLLM_MARLIN_INPUT_DTYPE=int8 makes it W4A8")

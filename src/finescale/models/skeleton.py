@@ -96,28 +96,26 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise InputError(f"no list of {depth} equal blocks found in {type(model).__name__}; this family is not supported.")
 
 
-def checkpoint_key(skeleton: Skeleton, name: str) -> str | None:
-    """Name in the checkpoint of the tensor that the module graph calls ``name``; None when it is not there.
+def possible_names(skeleton: Skeleton, name: str) -> tuple[str, ...]:
+    """Names that a checkpoint may have for what the module graph calls ``name``, the likeliest first.
 
     Checkpoints come with and without the prefix of the base model (``transformer.``, ``model.``).
     """
     for module_part, checkpoint_part in skeleton.family.renames:
         name = name.replace(module_part, checkpoint_part)
     prefix = skeleton.model.base_model_prefix + "."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in skeleton.source:
-            return candidate
-    return None
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def checkpoint_key(skeleton: Skeleton, name: str) -> str | None:
+    """Name in the checkpoint of the tensor that the module graph calls ``name``; None when it is not there."""
+    return next((key for key in possible_names(skeleton, name) if key in skeleton.source), None)
 
 
 def layer_name(skeleton: Skeleton, module_name: str) -> str:
-    """Name of a layer in the checkpoint, for a module path in the graph."""
+    """Name of a layer in a full-precision checkpoint, for a module path in the graph."""
     key = checkpoint_key(skeleton, module_name + ".weight")
-    if key is not None:
-        return key.removesuffix(".weight")
-    for module_part, checkpoint_part in skeleton.family.renames:
-        module_name = module_name.replace(module_part, checkpoint_part)
-    return module_name
+    return possible_names(skeleton, module_name)[0] if key is None else key.removesuffix(".weight")
 
 
 def read_tensor(skeleton: Skeleton, name: str) -> Tensor | None:

@@ -13,7 +13,7 @@ from finescale.errors import CheckpointError, InputError
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.models import Skeleton, linear_modules, open_skeleton
-from finescale.models.skeleton import fill_buffers, fill_parameters, layer_name
+from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
@@ -51,8 +51,8 @@ def load(
         path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are
             integers.
         cache: keep dequantized weights (only for ``float``).
-        rounding: of the inputs of W4A8 layers; the others show what other engines make of the file: ``compressed-tensors``
-            what transformers does, ``none`` what engines do that run it as W4A16.
+        rounding: of the inputs of W4A8 layers; the others show what other engines make of the file:
+            ``compressed-tensors`` what transformers does, ``none`` what engines do that run it as W4A16.
 
     Raises:
         InputError, CheckpointError, NumericsError: a checkpoint that is missing, damaged or fails its proof.
@@ -87,8 +87,9 @@ def _install_quantized(
     full_range = rounding == "compressed-tensors"
     for index, block in enumerate(skeleton.blocks):
         for module_path in linear_modules(block):
-            name = layer_name(skeleton, f"{skeleton.block_path(index)}.{module_path}")
-            if name not in names:
+            possible = possible_names(skeleton, f"{skeleton.block_path(index)}.{module_path}")
+            name = next((candidate for candidate in possible if candidate in names), None)
+            if name is None:
                 continue
             names.discard(name)
             weight = quantized.read(name)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finescale.calibration.statistics import Moments, collect_moments
+from finescale.errors import NumericsError
+from tests.helpers import assert_sentence
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 20)), min_size=1, max_size=4), st.integers(0, 99))
+def test_moments_are_the_mean_of_x_x_transposed(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(batch, length, 7, generator=generator) for batch, length in shapes]
+    moments = Moments(torch.zeros(7, 7))
+    for x_BTI in batches:
+        moments.add(x_BTI)
+    x_TI = torch.cat([x_BTI.reshape(-1, 7) for x_BTI in batches]).double()
+    assert moments.tokens == x_TI.shape[0]
+    assert torch.allclose(moments.hessian().double(), x_TI.T @ x_TI / x_TI.shape[0], rtol=1e-5, atol=1e-6)
+
+
+def test_no_token_gives_zeros():
+    assert torch.equal(Moments(torch.zeros(3, 3)).hessian(), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_made_in_float32(dtype):
+    """In half precision, 4096 equal terms would stop growing long before the end."""
+    moments = Moments(torch.zeros(2, 2))
+    for _ in range(4096):
+        moments.add(torch.ones(1, 2, dtype=dtype))
+    assert torch.equal(moments.hessian(), torch.ones(2, 2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), Conv1D(4, 6)
+
+    def forward(self, hidden_states, shift):
+        return self.second(torch.relu(self.first(hidden_states + shift)))
+
+
+def test_statistics_are_those_of_each_layers_own_input():
+    block, batches = Block(), [(torch.randn(2, 3, 5), {"shift": 1.0}), (torch.randn(1, 3, 5), {"shift": -2.0})]
+    found = collect_moments(block, {"first": "a.first", "second": "a.second"}, batches, CPU)
+    first = torch.cat([(x_BTI + kwargs["shift"]).reshape(-1, 5) for x_BTI, kwargs in batches]).double()
+    with torch.no_grad():
+        second = torch.relu(block.first(first.float())).double()
+    for name, x_TI in (("first", first), ("second", second)):
+        assert found[name].tokens == 9
+        assert torch.allclose(found[name].hessian().double(), x_TI.T @ x_TI / 9, rtol=1e-5, atol=1e-6)
+    assert not block.first._forward_pre_hooks and not block.second._forward_pre_hooks
+
+
+def test_nan_in_an_input_names_the_layer_in_full():
+    batches = [(torch.full((1, 2, 5), float("nan")), {"shift": 0.0})]
+    with pytest.raises(NumericsError, match=r"model\.layers\.7\.first") as caught:
+        collect_moments(Block(), {"first": "model.layers.7.first"}, batches, CPU)
+    assert_sentence(str(caught.value))
