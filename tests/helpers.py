@@ -229,3 +229,13 @@ def logits_of(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 
 def some_tokens(batch: int = 2, length: int = 40, seed: int = 3) -> Tensor:
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def command(*arguments: Any) -> tuple[list[str], dict[str, str]]:
+    """The real command line for ``subprocess``, and its environment."""
+    import os
+    import sys
+
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return [sys.executable, "-m", "finescale.cli.main", *map(str, arguments)], environment

@@ -59,7 +59,7 @@ def slow_code(value, scale, zero, bits):
 
 
 def slow_error(values, scale, zero, bits):
-    return sum(abs(scale * (slow_code(v, scale, zero, bits) - zero) - v) ** 2.4 for v in values)
+    return sum(abs(scale * (slow_code(v, scale, zero, bits) - zero) - v) ** 2 for v in values)
 
 
 def stored(value, dtype):
@@ -105,14 +105,14 @@ def test_minmax_equals_the_definition(bits, symmetric, group_size, dtype):
 @pytest.mark.parametrize("group_size", [-1, 7])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_mse_search_finds_the_best_of_eighty_shrunk_ranges(bits, symmetric, group_size, dtype):
+def test_mse_search_finds_the_best_of_forty_shrunk_ranges(bits, symmetric, group_size, dtype):
     weight_OI = weight_of(rows=4, seed=1)
     grid = fit_grid(weight_OI, WeightScheme(bits, group_size, symmetric, "mse"), dtype)
     for row in range(4):
         for group, columns in enumerate(members(20, group_size)):
             values = [float(weight_OI[row, column]) for column in columns]
             candidates = []
-            for shrink in (1 - 0.01 * step for step in range(80)):
+            for shrink in (1 - 0.02 * step for step in range(40)):
                 scale = stored(slow_scale(values, bits, symmetric, shrink), dtype)
                 zero = 0 if symmetric else slow_zero(values, scale, bits, shrink)
                 candidates.append((slow_error(values, scale, zero, bits), scale))
@@ -120,7 +120,7 @@ def test_mse_search_finds_the_best_of_eighty_shrunk_ranges(bits, symmetric, grou
             zero = 0 if symmetric else int(grid.zero_OG[row, group])
             found = slow_error(values, scale, zero, bits)
             assert found <= min(candidates)[0] * (1 + 1e-3)
-            assert any(scale == pytest.approx(other, rel=torch.finfo(dtype).eps) for _, other in candidates)
+            assert any(scale == pytest.approx(other, rel=2 * torch.finfo(dtype).eps) for _, other in candidates)
 
 
 def test_mse_search_shrinks_a_range_that_one_outlier_spoils():
@@ -137,7 +137,10 @@ def fitted(draw, clips=("minmax", "mse")):
     rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 12))
     values = draw(st.lists(st.lists(finite, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
     scheme = WeightScheme(
-        draw(st.sampled_from(BITS)), draw(st.sampled_from([-1, 2, 5])), draw(st.booleans()), draw(st.sampled_from(clips))
+        draw(st.sampled_from(BITS)),
+        draw(st.sampled_from([-1, 2, 5])),
+        draw(st.booleans()),
+        draw(st.sampled_from(clips)),
     )
     weight_OI = torch.tensor(values, dtype=torch.float32)
     return weight_OI, fit_grid(weight_OI, scheme, draw(st.sampled_from(DTYPES)))
@@ -207,7 +210,7 @@ def test_mse_is_never_worse_than_minmax_in_its_own_measure(layer):
     def error_of(grid):
         difference_OI = (dequantize(quantize_to_grid(weight_OI, grid), grid) - weight_OI).double()
         error_OG = torch.zeros(grid.scale_OG.shape, dtype=torch.float64)
-        return error_OG.index_add_(1, grid.group_of_I, difference_OI.abs() ** 2.4)
+        return error_OG.index_add_(1, grid.group_of_I, difference_OI**2)
 
     assert bool((error_of(narrow) <= error_of(wide) * (1 + 1e-4) + 1e-30).all())
 

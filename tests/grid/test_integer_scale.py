@@ -168,9 +168,7 @@ def test_auto_amplifier_is_the_largest_that_fits(pairs, dtype, activation_max):
 
 def test_each_limit_of_the_auto_amplifier_binds():
     def auto(scale, absolute_sum, activation_max=127):
-        return auto_amplifier(
-            torch.tensor([[scale]]), torch.tensor([[absolute_sum]]), torch.float32, activation_max
-        )
+        return auto_amplifier(torch.tensor([[scale]]), torch.tensor([[absolute_sum]]), torch.float32, activation_max)
 
     assert auto(1e-4, 1) == LARGEST_AMPLIFIER
     assert auto(0.25, 1) == 2**16  # S = 2**14; 2**15 is over 16 bits

@@ -10,7 +10,7 @@ from finescale.solvers import find_solver
 
 
 def layer(rows=6, columns=24, seed=0, dead=(), tokens=None):
-    """Weight [O, I] and Hessian [I, I] of correlated inputs with a few loud channels; inputs ``dead`` are always zero."""
+    """Weight [O, I] and Hessian [I, I] of correlated inputs, a few of them loud, those in ``dead`` always zero."""
     generator = torch.Generator().manual_seed(seed)
     weight_OI = 0.05 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     x_TI = torch.randn(tokens or 3 * columns, columns, generator=generator, dtype=torch.float64)
@@ -53,8 +53,8 @@ class Rounder:
 
 
 def slow_gptq(weight_OI, hessian_II, grid, damping=0.01, order_I=None, refit=False):
-    """GPTQ as published: round a column, spread its error with the inverse of H over the columns that are left, take the
-    column out of the inverse by one step of Gaussian elimination.
+    """GPTQ as published: round a column, spread its error with the inverse of H over the columns that are left, take
+    the column out of the inverse by one step of Gaussian elimination.
 
     ``refit``: fit each group's scale to the compensated weights when its first column comes up; groups are those of
     ``grid.group_of_I``. Returns codes [O, I], scales and zeros.

@@ -58,7 +58,9 @@ def test_option_values_that_cannot_work_are_refused(name, values):
 def test_codes_lie_on_the_grid_and_come_in_the_original_order(name, options, bits, symmetric):
     weight_OI, hessian_II = layer(5, 20)
     weight_OI[:, 3] *= 5  # one column that stands out, so that a wrong order shows
-    weight = solve(name, weight_OI.float(), hessian_II.float(), grid_of(weight_OI, bits, 8, symmetric), **options).weight
+    weight = solve(
+        name, weight_OI.float(), hessian_II.float(), grid_of(weight_OI, bits, 8, symmetric), **options
+    ).weight
     assert weight.codes_OI.dtype == torch.int8 and weight.codes_OI.shape == (5, 20)
     assert weight.codes_OI.is_contiguous()
     assert int(weight.codes_OI.min()) >= -(2 ** (bits - 1)) and int(weight.codes_OI.max()) < 2 ** (bits - 1)

@@ -39,9 +39,7 @@ def test_groups_fitted_on_the_way_equal_the_textbook(group_size, symmetric, act_
     grouped = regroup(grid, weight_OI, order_I)
     # The groups are consecutive in the order of solving.
     assert torch.equal(grouped.group_of_I[order_I], contiguous_groups(24, group_size))
-    codes_OI, scale_OG, zero_OG = slow_gptq(
-        weight_OI, hessian_II, grouped, order_I=order_I, refit=group_size != -1
-    )
+    codes_OI, scale_OG, zero_OG = slow_gptq(weight_OI, hessian_II, grouped, order_I=order_I, refit=group_size != -1)
     assert torch.equal(found.codes_OI, codes_OI)
     assert torch.equal(found.grid.scale_OG.double(), scale_OG)
     assert symmetric or torch.equal(found.grid.zero_OG.double(), zero_OG)
@@ -78,7 +76,9 @@ def test_dead_inputs_are_rounded_to_nearest_and_do_not_disturb_the_rest():
     dead = [0, 9, 23]
     weight_OI, hessian_II = layer(dead=dead)
     grid = grid_of(weight_OI)
-    codes_OI = solve("gptq", weight_OI, hessian_II, grid, damping=0.0).weight.codes_OI
+    solution = solve("gptq", weight_OI, hessian_II, grid, damping=0.0)
+    assert solution.damping == 0 and solution.notes == (), "dead inputs alone are no reason to damp"
+    codes_OI = solution.weight.codes_OI
     assert torch.equal(codes_OI[:, dead], quantize_to_grid(weight_OI, grid)[:, dead])
     live = [column for column in range(24) if column not in dead]
     small = type(grid)(**(vars(grid) | {"group_of_I": grid.group_of_I[live]}))

@@ -24,7 +24,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with ETA; yields ``(label, done, total)``."""
+    """A bar with ETA, on a terminal only; yields ``(label, done, total)``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,7 +34,8 @@ def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True, speed_estimate_period=3600) as progress:
+    options: dict[str, Any] = {"transient": True, "speed_estimate_period": 3600, "disable": not stderr.is_terminal}
+    with Progress(*columns, console=stderr, **options) as progress:
         task = progress.add_task("starting", total=None)
 
         def update(label: str, done: int, total: int) -> None:

@@ -22,8 +22,8 @@ from finescale.grid.integer_scale import (
 from finescale.grid.scheme import Grid, WeightScheme, contiguous_groups, number_of_groups, quantize_to_grid
 
 CLIP_CANDIDATES = 40
-"""Shrink factors tried by the clipping search: 1.0, 0.98, ... down to 0.22 of the range. Twice as many, or the exponent 2.4
-of other tools' searches, were measured to give no lower layer errors and cost up to six times as much."""
+"""Shrink factors tried by the clipping search: 1.0, 0.98, ... down to 0.22 of the range. Twice as many, or the exponent
+2.4 of other tools' searches, were measured to give no lower layer errors and cost up to six times as much."""
 CLIP_STEP = 0.02
 
 

@@ -118,22 +118,66 @@ def layer_name(skeleton: Skeleton, module_name: str) -> str:
     return possible_names(skeleton, module_name)[0] if key is None else key.removesuffix(".weight")
 
 
-def read_tensor(skeleton: Skeleton, name: str) -> Tensor | None:
-    """A tensor by its name in the module graph, in its stored type; experts fused in the file are sliced out."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: under ``key``, and if experts are fused there, at ``expert`` from row ``first`` on."""
+
+    key: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    first: int = 0
+
+
+def _find(skeleton: Skeleton, name: str) -> _Place | None:
     key = checkpoint_key(skeleton, name)
     if key is not None:
-        return skeleton.source.read(key)
+        return _Place(key, skeleton.source.shape(key))
     match, experts = _FUSED_EXPERT.match(name), skeleton.family.experts
     if match is None or experts is None:
         return None
     is_down = match["projection"] == experts.down
-    fused = checkpoint_key(skeleton, f"{match['experts']}.{'down_proj' if is_down else 'gate_up_proj'}")
-    if fused is None:
+    key = checkpoint_key(skeleton, f"{match['experts']}.{'down_proj' if is_down else 'gate_up_proj'}")
+    if key is None or len(skeleton.source.shape(key)) != 3:
         return None
-    weight_OI = skeleton.source.read(fused)[int(match["index"])]
+    count, rows, columns = skeleton.source.shape(key)
+    if int(match["index"]) >= count:
+        return None
     if is_down:
-        return weight_OI.clone()
-    return weight_OI.chunk(2)[0 if match["projection"] == experts.gate else 1].clone()
+        return _Place(key, (rows, columns), int(match["index"]))
+    first = 0 if match["projection"] == experts.gate else rows // 2
+    return _Place(key, (rows // 2, columns), int(match["index"]), first)
+
+
+def read_tensor(skeleton: Skeleton, name: str) -> Tensor | None:
+    """A tensor by its name in the module graph, in its stored type; experts fused in the file are sliced out."""
+    place = _find(skeleton, name)
+    if place is None:
+        return None
+    tensor = skeleton.source.read(place.key)
+    return tensor if place.expert is None else tensor[place.expert, place.first : place.first + place.shape[0]].clone()
+
+
+def check_tensors(skeleton: Skeleton) -> set[str]:
+    """Look up every parameter of the model, by the files' headers only.
+
+    Returns:
+        The names in the checkpoint of all tensors that the model uses.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the config says.
+    """
+    head = skeleton.model.get_output_embeddings()
+    tied = getattr(skeleton.model.config, "tie_word_embeddings", False)
+    keys = set()
+    for prefix, module in skeleton.model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{prefix}.{leaf}"
+            if module is head and tied and leaf == "weight" and checkpoint_key(skeleton, name) is None:
+                continue
+            keys.add(_checked(skeleton, name, parameter).key)
+    return keys
 
 
 def fill_module(skeleton: Skeleton, path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -178,7 +222,9 @@ def fill_parameters(
     """Values for the parameters of one module itself, not of those below it; raises like ``fill_module``."""
     for leaf, parameter in list(module._parameters.items()):
         if parameter is not None:
-            value = _checked(skeleton, f"{prefix}.{leaf}", parameter)
+            _checked(skeleton, f"{prefix}.{leaf}", parameter)
+            value = read_tensor(skeleton, f"{prefix}.{leaf}")
+            assert value is not None
             module._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
 
 
@@ -187,18 +233,18 @@ def release_module(root: nn.Module) -> None:
     root.to("meta")
 
 
-def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> Tensor:
-    value = read_tensor(skeleton, name)
-    if value is None:
+def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> _Place:
+    place = _find(skeleton, name)
+    if place is None:
         raise CheckpointError(
             f"{skeleton.source.name} has no tensor for {name}; the checkpoint does not fit its config."
         )
-    if value.shape != expected.shape:
+    if place.shape != tuple(expected.shape):
         raise CheckpointError(
-            f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(expected.shape)} by config.json; "
+            f"{name} is {place.shape} in the checkpoint and {tuple(expected.shape)} by config.json; "
             "they do not belong together, download the model again."
         )
-    return value
+    return place
 
 
 def fill_buffers(skeleton: Skeleton, prefix: str, module: nn.Module, device: torch.device) -> None:

@@ -120,18 +120,25 @@ def quantize_inputs(block: nn.Module, paths: Sequence[str], scheme: ActivationSc
     return [block.get_submodule(path).register_forward_pre_hook(hook) for path in paths]
 
 
-def propagate(block: nn.Module, name: str, batches: Batches, device: torch.device) -> list[Tensor]:
-    """Outputs of a block for all batches, on the CPU.
+def propagate(
+    block: nn.Module, name: str, hidden: list[Tensor], arguments: Sequence[dict[str, Any]], device: torch.device
+) -> None:
+    """Replace the inputs of a block by its outputs, batch by batch, on the CPU.
+
+    Args:
+        block: as it will be in the result.
+        name: for messages.
+        hidden: float [B, T, I] per batch; each input is dropped when its output is there, so that only one is kept.
+        arguments: keyword arguments per batch.
+        device: where the block lives.
 
     Raises:
         NumericsError: NaN or Inf came out.
     """
-    outputs = []
-    for hidden_BTI, kwargs in batches:
-        output = run_block(block, hidden_BTI.to(device), kwargs)
+    for number, kwargs in enumerate(arguments):
+        output = run_block(block, hidden[number].to(device), kwargs)
         if not bool(torch.isfinite(output).all()):
             raise NumericsError(
                 f"{name} puts out NaN or Inf on the calibration text; its weights or its dtype are unfit."
             )
-        outputs.append(output.to("cpu"))
-    return outputs
+        hidden[number] = output.to("cpu")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from finescale._version import __version__
-from finescale.errors import CheckpointError
+from finescale.errors import CheckpointError, NumericsError
 from finescale.formats.registry import Format
 from finescale.formats.source import INDEX_NAME, check_shard
 from finescale.grid import QuantizedWeight
 from finescale.models import Skeleton
-from finescale.models.skeleton import checkpoint_key, layer_name, linear_modules, read_tensor
+from finescale.models.skeleton import check_tensors, checkpoint_key, layer_name, linear_modules, read_tensor
 from finescale.pipeline.journal import file_sha256, full_disk_explained, write_json, write_shard
 from finescale.pipeline.plan import LayerPlan, Plan
 from finescale.runtime.checkpoint import METADATA_VERSION
@@ -73,10 +73,19 @@ class Output:
         return [*shards, INDEX_NAME, "config.json", *(path.name for path in self._small_files())]
 
     def write_rest(self) -> None:
-        """Everything outside the blocks, byte for byte."""
+        """Everything outside the blocks, byte for byte.
+
+        Raises:
+            NumericsError: a tensor that the model uses holds NaN or Inf.
+        """
         path = self.shard(None)
-        if not path.is_file():
-            write_shard(path, {key: self.skeleton.source.read(key) for key in self.keys_of(None)})
+        if path.is_file():
+            return
+        tensors = {key: self.skeleton.source.read(key) for key in self.keys_of(None)}
+        for key in check_tensors(self.skeleton) & set(tensors):
+            if not bool(torch.isfinite(tensors[key]).all()):
+                raise NumericsError(f"{key} holds NaN or Inf; repair or re-download the checkpoint.")
+        write_shard(path, tensors)
 
     def write_block(self, block: int, layers: Iterable[tuple[LayerPlan, QuantizedWeight]]) -> None:
         """One block: quantized layers packed, every other tensor byte for byte under its own name."""

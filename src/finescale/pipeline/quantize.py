@@ -26,9 +26,9 @@ from finescale.formats.engines import engine_table
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import SourceCheckpoint, check_shard, open_checkpoint, read_json
 from finescale.models import Skeleton, Step, linear_modules, open_skeleton, trace_steps
-from finescale.models.skeleton import fill_module, release_module, set_weight_OI
+from finescale.models.skeleton import check_tensors, fill_module, release_module, set_weight_OI
 from finescale.pipeline import journal as journals
-from finescale.pipeline.block import Timer, propagate, quantize_block, quantize_inputs
+from finescale.pipeline.block import Batches, Timer, propagate, quantize_block, quantize_inputs
 from finescale.pipeline.output import Output, unpack_layer
 from finescale.pipeline.plan import (
     Plan,
@@ -104,6 +104,7 @@ def prepare(
     journals.check_free(out)
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
+    check_tensors(skeleton)
     plan = make_plan(skeleton, recipe, fmt, allow_partial)
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
@@ -221,7 +222,8 @@ def _blocks(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """All blocks in turn; finished ones are only replayed. Returns journal entries and where work was resumed."""
     skeleton, total = job.skeleton, job.skeleton.block_count
-    hidden = inputs.hidden
+    hidden = list(inputs.hidden)
+    inputs.hidden.clear()  # or they would stay in memory to the end
     traced: dict[tuple[str, ...], tuple[Step, ...]] = {}
     entries: list[dict[str, Any]] = []
     resumed: int | None = None
@@ -231,8 +233,7 @@ def _blocks(
         timer = Timer()
         path = skeleton.block_path(index)
         block = timer.measure("load", fill_module, skeleton, path, job.device, job.compute_dtype)
-        batches = [(x_BTI, inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
-        plans = job.plan.blocks[index]
+        arguments = [inputs.kwargs[x_BTI.shape[0]][index] for x_BTI in hidden]
         if entry is not None and not output.shard(index).is_file():
             entry = None
         if entry is not None:
@@ -241,18 +242,15 @@ def _blocks(
         else:
             names = tuple(linear_modules(block))
             if names not in traced:
-                traced[names] = trace_steps(block, batches[0][0].to(job.device), batches[0][1])
-            results = quantize_block(
-                block, index, plans, traced[names], batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
-            )
-            results.sort(key=lambda result: list(plans).index(result.plan.path))
-            timer.measure("write", output.write_block, index, [(result.plan, result.weight) for result in results])
-            entry = {"layers": [result.record for result in results]}
+                traced[names] = trace_steps(block, hidden[0].to(job.device), arguments[0])
+            batches = list(zip(hidden, arguments, strict=True))
+            entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, timer)}
+            del batches  # or it would keep the block's inputs beside its outputs
         if index + 1 < total:
             hooks = []
             if job.recipe.activations and job.recipe.calibration.quantized_activations:
-                hooks = quantize_inputs(block, list(plans), job.recipe.activations.scheme())
-            hidden = timer.measure("forward", propagate, block, path, batches, job.device)
+                hooks = quantize_inputs(block, list(job.plan.blocks[index]), job.recipe.activations.scheme())
+            timer.measure("forward", propagate, block, path, hidden, arguments, job.device)
             for hook in hooks:
                 hook.remove()
             _check_replay(entry, hidden, index)
@@ -263,6 +261,26 @@ def _blocks(
             journal.finish_block(index, entry)
         entries.append(entry)
     return entries, resumed
+
+
+def _quantize_and_write(
+    job: Job,
+    output: Output,
+    index: int,
+    block: torch.nn.Module,
+    steps: tuple[Step, ...],
+    batches: Batches,
+    timer: Timer,
+) -> list[dict[str, Any]]:
+    """Solve a block, put the quantized weights in place and write its shard. Returns the layers' records."""
+    plans = job.plan.blocks[index]
+    results = quantize_block(
+        block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
+    )
+    order = {path: number for number, path in enumerate(plans)}
+    results.sort(key=lambda result: order[result.plan.path])
+    timer.measure("write", output.write_block, index, [(result.plan, result.weight) for result in results])
+    return [result.record for result in results]
 
 
 def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:

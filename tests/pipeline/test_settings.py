@@ -1,0 +1,530 @@
+"""What a recipe asks for is what the folder holds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from finescale.errors import CheckpointError, InputError, NumericsError
+from finescale.pipeline.quantize import prepare
+from finescale.pipeline.verify import verify
+from finescale.recipe import Recipe
+from finescale.runtime.checkpoint import open_quantized
+from finescale.runtime.load import load, quantized_layers
+from tests.helpers import (
+    CHAT_TEMPLATE,
+    W4A8,
+    assert_sentence,
+    change_tensor,
+    hashes,
+    lasting_files,
+    logits_of,
+    quantize,
+    read_json,
+    read_tensors,
+    recipe,
+    reference_model,
+    some_tokens,
+)
+
+INT32 = 2**31
+
+
+def integer_recipe(mode="before", amplifier="auto", solver="gptq", group=32, **parts):
+    return recipe(solver, 4, group, integer_scale={"mode": mode, "amplifier": amplifier}, **W4A8, **parts)
+
+
+# Types
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_are_stored_in_the_models_type(tiny, text, tmp_path, dtype, symmetric):
+    path = tiny("qwen2", dtype)
+    report = quantize(path, tmp_path / "out", recipe("gptq", 4, 32, weights={"symmetric": symmetric}), text)
+    tensors = read_tensors(tmp_path / "out")
+    for record in report["layers"]:
+        assert tensors[f"{record['name']}.weight_scale"].dtype == dtype
+        assert tensors[f"{record['name']}.weight_packed"].dtype == torch.int32
+        assert (f"{record['name']}.weight_zero_point" in tensors) == (not symmetric)
+    assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == dtype
+    verify(tmp_path / "out", path)
+    # What the solver counted on is what a reader computes with: no scale was rounded on the way to the file.
+    tokens_BT = some_tokens()
+    ours, theirs = logits_of(load(tmp_path / "out"), tokens_BT), logits_of(reference_model(path, tmp_path / "out"), tokens_BT)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integer_scales_are_exact_in_the_stored_type(tiny, text, tmp_path, dtype):
+    path = tiny("llama", dtype)
+    report = quantize(path, tmp_path / "out", integer_recipe(), text)
+    tensors = read_tensors(tmp_path / "out")
+    for record in report["layers"]:
+        scale_OG = tensors[f"{record['name']}.weight_scale"]
+        integer_OG = scale_OG.double() * record["amplifier"]
+        assert scale_OG.dtype == dtype and torch.equal(integer_OG, integer_OG.round()) and float(integer_OG.min()) >= 1
+    assert verify(tmp_path / "out", path).integer_layers == len(report["layers"])
+
+
+# Integer scales
+
+
+@pytest.mark.parametrize("mode", ["before", "after"])
+@pytest.mark.parametrize("amplifier", [1024, "heuristic", "auto"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
+def test_integer_scales(tiny, text, tmp_path, mode, amplifier, solver):
+    path, out = tiny("llama", torch.float16), tmp_path / "out"
+    report = quantize(path, out, integer_recipe(mode, amplifier, solver), text)
+    assert verify(out, path).integer_layers == len(report["layers"])
+    quantized = open_quantized(out)
+    for record in report["layers"]:
+        chosen = record["amplifier"]
+        assert chosen & (chosen - 1) == 0 and chosen >= 1
+        assert amplifier != 1024 or chosen == 1024
+        weight = quantized.read(record["name"])
+        scale_OI = weight.grid.integer_scale_OG().long()[:, weight.grid.group_of_I]
+        bound = int((127 * scale_OI * weight.codes_OI.long().abs()).sum(1).max())
+        assert bound == record["bound"] < INT32
+        assert record["overflow_use"] == bound / INT32 < 1
+        assert quantized.metadata["layers"][record["name"]]["bound"] == bound
+        if amplifier == "auto":
+            # The largest that fits: with twice the amplifier the bound, or S in 16 bits, would not hold any more.
+            assert record["overflow_use"] > 0.2 or record["scale_max"] > 2**14
+        if amplifier == "heuristic":
+            assert record["scale_min"] >= 1 and (chosen == 1 or float(weight.grid.scale_OG.min()) * chosen < 2.1)
+
+
+def test_before_is_at_least_as_good_as_after_at_a_coarse_amplifier(tiny, text, tmp_path):
+    """The claim of the method: the solver absorbs the rounding of the scales."""
+    total = {}
+    for mode in ("before", "after"):
+        report = quantize(tiny("llama"), tmp_path / mode, integer_recipe(mode, 64), text)
+        total[mode] = sum(record["relative_error"] for record in report["layers"] if record["block"] == 0)
+    assert total["before"] < total["after"]
+
+
+def test_integer_and_float_path_agree(tiny, text, tmp_path):
+    for kind in ("qwen2", "gpt2", "mixtral"):
+        out = tmp_path / kind
+        quantize(tiny(kind), out, integer_recipe(solver="rtn"), text)
+        floats, integers = load(out), load(out, path="integer")
+        assert {layer.path for layer in quantized_layers(integers).values()} == {"integer"}
+        assert {layer.path for layer in quantized_layers(floats).values()} == {"float"}
+        tokens_BT = some_tokens()
+        # Both round inputs per token to the same codes; only the order of float sums differs. A code on the edge may
+        # still fall to the other side, which moves a few logits a little.
+        difference_BT = (logits_of(floats, tokens_BT) - logits_of(integers, tokens_BT)).abs().amax(-1)
+        assert float(difference_BT.median()) < 1e-4
+        assert float(difference_BT.max()) < 0.5
+
+
+def test_rounded_inputs_are_part_of_a_w4a8_model(tiny, text, tmp_path):
+    """The float path rounds inputs too: its logits are not those of the same weights with float inputs."""
+    quantize(tiny("llama"), tmp_path / "out", integer_recipe(), text)
+    tokens_BT = some_tokens()
+    rounded, plain = logits_of(load(tmp_path / "out"), tokens_BT), logits_of(reference_model(tiny("llama"), tmp_path / "out"), tokens_BT)
+    assert 1e-4 < float((rounded - plain).abs().mean()) < 0.1
+
+
+def test_an_amplifier_that_could_overflow_is_refused_with_the_layer(tiny, text, tmp_path):
+    with pytest.raises(NumericsError, match=r"model\.layers\.0\.\S+.*overflow int32") as caught:
+        quantize(tiny("llama"), tmp_path / "out", integer_recipe(amplifier=2**22), text)
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (6, 31), (4, 7)])
+def test_the_bound_is_that_of_the_activations_bits(tiny, text, tmp_path, bits, largest):
+    parts = {"weights": {"symmetric": True}, "activations": {"bits": bits}}
+    chosen = recipe("rtn", 4, 32, integer_scale={"mode": "after", "amplifier": 1024}, **parts)
+    report = quantize(tiny("llama"), tmp_path / "out", chosen, text)
+    assert verify(tmp_path / "out").integer_layers == len(report["layers"])
+    quantized = open_quantized(tmp_path / "out")
+    for record in report["layers"]:
+        weight = quantized.read(record["name"])
+        scale_OI = weight.grid.integer_scale_OG().long()[:, weight.grid.group_of_I]
+        assert record["bound"] == int((largest * scale_OI * weight.codes_OI.long().abs()).sum(1).max())
+
+
+# Overrides and share
+
+
+def test_overrides_skip_and_change_layers(tiny, text, tmp_path):
+    path, out = tiny("llama"), tmp_path / "out"
+    overrides = [
+        {"pattern": "*.k_proj", "skip": True},
+        {"pattern": r"re:layers\.1\.mlp\.down_proj$", "weights": {"bits": 8, "group_size": -1, "symmetric": True}},
+    ]
+    report = quantize(path, out, recipe("gptq", 3, 32, overrides=overrides), text)
+    schemes = {r["name"]: (r["bits"], r["group_size"], r["symmetric"]) for r in report["layers"]}
+    assert not [name for name in schemes if name.endswith("k_proj")]
+    assert schemes.pop("model.layers.1.mlp.down_proj") == (8, -1, True)
+    assert set(schemes.values()) == {(3, 32, False)}
+    before, after = read_tensors(path), read_tensors(out)
+    for block in (0, 1):
+        key = f"model.layers.{block}.self_attn.k_proj.weight"
+        assert torch.equal(before[key], after[key])
+    assert verify(out, path).layers == 12
+    tokens_BT = some_tokens()
+    torch.testing.assert_close(logits_of(load(out), tokens_BT), logits_of(reference_model(path, out), tokens_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_skipped_experts_of_fused_tensors_are_kept(tiny, text, tmp_path):
+    """3-D expert tensors are written expert by expert: also the experts that stay as they are."""
+    path, out = tiny("qwen3_moe", style="fused"), tmp_path / "out"
+    quantize(path, out, recipe("rtn", overrides=[{"pattern": "*.experts.1.*", "skip": True}]), text, allow_partial=True)
+    fused = read_tensors(path)["model.layers.0.mlp.experts.down_proj"]
+    assert torch.equal(read_tensors(out)["model.layers.0.mlp.experts.1.down_proj.weight"], fused[1])
+    verify(out, path)
+    tokens_BT = some_tokens()
+    torch.testing.assert_close(logits_of(load(out), tokens_BT), logits_of(reference_model(path, out), tokens_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_too_small_a_share_is_refused_unless_allowed(tiny, text, tmp_path):
+    chosen = recipe("rtn", overrides=[{"pattern": "*.mlp.*", "skip": True}])
+    with pytest.raises(InputError, match=r"only \d+%.*--allow-partial") as caught:
+        prepare(tiny("llama"), chosen, tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+    assert "model.layers.0.mlp" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    report = quantize(tiny("llama"), tmp_path / "out", chosen, text, allow_partial=True)
+    assert report["model"]["quantized_share"] < 0.8
+    verify(tmp_path / "out", tiny("llama"))
+
+
+def test_nothing_left_to_quantize(tiny, text, tmp_path):
+    chosen = recipe("rtn", overrides=[{"pattern": "*", "skip": True}])
+    with pytest.raises(InputError, match="no layer is left"):
+        prepare(tiny("llama"), chosen, tmp_path / "out", str(text), allow_partial=True)
+
+
+def test_an_unknown_family_needs_the_flag(text, tmp_path, tokenizer):
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    config = StableLmConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, vocab_size=300, max_position_embeddings=256)  # fmt: skip
+    torch.manual_seed(0)
+    StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="--allow-unknown-family"):
+        prepare(tmp_path / "model", recipe(), tmp_path / "out", str(text))
+    report = quantize(tmp_path / "model", tmp_path / "out", recipe("gptq", 4, 32), text, allow_unknown_family=True)
+    assert report["model"]["family"] == "stablelm" and report["model"]["quantized_share"] > 0.95
+    verify(tmp_path / "out", tmp_path / "model")
+    tokens_BT = some_tokens()
+    expected = logits_of(reference_model(tmp_path / "model", tmp_path / "out"), tokens_BT)
+    torch.testing.assert_close(logits_of(load(tmp_path / "out"), tokens_BT), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_group_size(tiny, text, tmp_path):
+    report = quantize(tiny("llama"), tmp_path / "a", recipe("rtn", group="auto"), text)
+    assert {record["group_size"] for record in report["layers"]} == {32}  # divides 64 and 96
+    report = quantize(tiny("mixtral"), tmp_path / "b", recipe("rtn", group="auto"), text)
+    by_width = {record["shape"][1]: record["group_size"] for record in report["layers"]}
+    assert by_width == {64: 32, 32: 32} or by_width == {64: 32, 32: -1}
+    verify(tmp_path / "a"), verify(tmp_path / "b")
+
+
+def test_a_group_as_wide_as_the_layer_is_per_channel(tiny, text, tmp_path):
+    report = quantize(tiny("llama"), tmp_path / "out", recipe("rtn", group=64), text)
+    assert {(r["shape"][1], r["group_size"]) for r in report["layers"]} == {(64, -1), (96, 64)}
+    assert any("ragged" in note for note in report["fallbacks"])
+    verify(tmp_path / "out")
+
+
+# Trouble in the model or the text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
+def test_nan_in_a_weight_names_the_layer(tiny, text, tmp_path, value, solver):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+
+    def spoil(tensor):
+        tensor[3, 5] = value
+        return tensor
+
+    change_tensor(path, "model.layers.1.mlp.gate_proj.weight", spoil)
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.(gate|down)_proj") as caught:
+        quantize(path, tmp_path / "out", recipe(solver), text)
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.layers.1.input_layernorm.weight", r"model\.layers\.1\.self_attn\.q_proj"),
+        ("model.embed_tokens.weight", r"model\.embed_tokens\.weight"),
+        ("model.norm.weight", r"model\.norm\.weight"),
+        ("lm_head.weight", r"lm_head\.weight"),
+    ],
+)
+def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key, named):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+
+    def spoil(tensor):
+        tensor.view(-1)[7] = float("nan")
+        return tensor
+
+    change_tensor(path, key, spoil)
+    with pytest.raises(NumericsError, match=named) as caught:
+        quantize(path, tmp_path / "out", recipe("rtn"), text)
+    assert_sentence(str(caught.value))
+
+
+def test_experts_with_too_few_tokens_are_named(tiny, text, tmp_path):
+    """One short window cannot fill a 64 x 64 Hessian per expert: each such expert is solved, damped and reported."""
+    path, out = tiny("mixtral"), tmp_path / "out"
+    report = quantize(path, out, recipe("gptq", 4, 32, calibration={"samples": 1, "length": 16}), text)
+    experts = {record["name"]: record for record in report["layers"] if ".experts." in record["name"]}
+    assert len(experts) == 24
+    for name, record in experts.items():
+        if record["tokens"] < record["shape"][1]:
+            assert any(line.startswith(f"{name}: short of tokens: {record['tokens']} ") for line in report["fallbacks"])
+    assert sum(record["tokens"] < record["shape"][1] for record in experts.values()) >= 16
+    verify(out, path)
+
+
+def test_an_expert_without_any_token_is_still_quantized(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("mixtral"), tmp_path / "model")
+    for block in (0, 1):  # routers that always choose the first two experts
+        change_tensor(path, f"model.layers.{block}.block_sparse_moe.gate.weight", lambda tensor: tensor * 0)
+    for solver in ("rtn", "gptq", "quantease"):
+        report = quantize(path, tmp_path / solver, recipe(solver, 4, 32), text)
+        idle = [record for record in report["layers"] if record["tokens"] == 0]
+        assert len(idle) == 2 * 2 * 3 and all(record["weight_mse"] < 1e-3 for record in idle)
+        assert solver == "rtn" or all("short of tokens: 0" in record["notes"][0] for record in idle)
+        verify(tmp_path / solver, path)
+
+
+@pytest.mark.parametrize("solver", ["gptq", "quantease"])
+def test_dead_inputs_and_dead_rows(tiny, text, tmp_path, solver):
+    """Units that never fire and outputs whose weights are all zero, as pruned models have."""
+    path = shutil.copytree(tiny("opt"), tmp_path / "model")
+
+    def zero_rows(tensor):
+        tensor[:7] = 0
+        return tensor
+
+    change_tensor(path, "model.decoder.layers.0.fc1.weight", zero_rows)
+    change_tensor(path, "model.decoder.layers.0.fc1.bias", lambda tensor: tensor.clamp(max=-0.1))
+    report = quantize(path, tmp_path / "out", recipe(solver, 4, 32), text)
+    weight = open_quantized(tmp_path / "out").read("model.decoder.layers.0.fc1")
+    assert torch.equal(weight.dequantize()[:7], torch.zeros(7, 64))
+    assert all(0 <= record["relative_error"] < 0.2 for record in report["layers"])
+    verify(tmp_path / "out", path)
+
+
+# What lies beside the weights
+
+
+def test_tokenizer_template_and_generation_config_are_copied(tiny, text, tmp_path):
+    path, out = tiny("llama"), tmp_path / "out"
+    quantize(path, out, recipe(), text)
+    small = [name for name in lasting_files(path) if name not in ("config.json", "model.safetensors")]
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= set(small)
+    assert hashes(path, small) == hashes(out, small)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+    assert load(out).generation_config.max_new_tokens == 7
+
+
+def test_code_pickles_and_earlier_reports_are_not_copied(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    for name in ("modeling.py", "pytorch_model.bin", "report.json", "run.json", "report.html", ".hidden", "a.gguf"):
+        (path / name).write_text("{}")
+    (path / "LICENSE").write_text("free")
+    quantize(path, tmp_path / "out", recipe(), text)
+    names = set(lasting_files(tmp_path / "out"))
+    assert "LICENSE" in names
+    assert not names & {"modeling.py", "pytorch_model.bin", ".hidden", "a.gguf"}
+    assert read_json(tmp_path / "out" / "report.json")["layers"]
+
+
+def test_config_keeps_every_key_of_the_model(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = read_json(path / "config.json") | {"a_key_of_another_tool": [1, {"b": None}]}
+    (path / "config.json").write_text(json.dumps(config))
+    quantize(path, tmp_path / "out", recipe(), text)
+    after = read_json(tmp_path / "out" / "config.json")
+    quantization = after.pop("quantization_config")
+    assert after == config
+    assert quantization["quant_method"] == "compressed-tensors" and "lm_head" in quantization["ignore"]
+    assert len(quantization["finescale"]["layers"]) == 14
+
+
+def test_the_index_names_every_tensor_and_the_report_every_file(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    report = quantize(tiny("llama", style="shards"), out, recipe(), text)
+    index = read_json(out / "model.safetensors.index.json")
+    assert set(index["weight_map"]) == set(read_tensors(out))
+    assert index["metadata"]["total_size"] == report["size"]["after_bytes"]
+    assert index["metadata"]["total_size"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert report["files"] == hashes(out, [name for name in lasting_files(out) if name != "report.json"])
+    assert report["size"]["before_bytes"] == sum(
+        file.stat().st_size for file in tiny("llama", style="shards").glob("*.safetensors")
+    )
+
+
+def test_report_facts(tiny, text, tmp_path):
+    report = quantize(tiny("llama"), tmp_path / "out", recipe("gptq", 4, 32), text)
+    model = report["model"]
+    tensors = read_tensors(tiny("llama"))
+    assert model["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert model["block_parameters"] == sum(t.numel() for key, t in tensors.items() if ".layers." in key)
+    assert model["quantized_parameters"] == sum(
+        tensor.numel() for key, tensor in tensors.items() if ".layers." in key and tensor.dim() == 2
+    )
+    # 4 bits, and a float32 scale and a 4-bit zero point for each 32 weights.
+    assert report["size"]["bits_per_weight"] == pytest.approx(4 + (32 + 4) / 32)
+    run = read_json(tmp_path / "out" / "run.json")
+    assert len(run["blocks"]) == 2 and run["peak_rss_bytes"] > 0 and run["resumed_from_block"] is None
+    assert report == read_json(tmp_path / "out" / "report.json")
+
+
+def test_same_settings_same_bytes_other_seed_other_bytes(tiny, text, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        quantize(tiny("llama"), tmp_path / name, recipe("quantease", 3, 32), text, seed=seed)
+    first, again, other = (hashes(tmp_path / name, lasting_files(tmp_path / name)) for name in "abc")
+    assert first == again
+    assert first["model-00002-of-00003.safetensors"] != other["model-00002-of-00003.safetensors"]
+
+
+# Formats
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "dense", "compressed-tensors", "int-quantized"])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_formats_through_the_pipeline(tiny, text, tmp_path, name, kind):
+    path, out = tiny(kind, torch.float16), tmp_path / "out"
+    bits = 8 if name == "int-quantized" else 4
+    chosen = recipe("gptq", bits, 32, format=name, weights={"symmetric": name == "gptq"})
+    report = quantize(path, out, chosen, text)
+    verification = verify(out, path)
+    assert verification.layers == len(report["layers"])
+    assert verification.packed_again == (0 if name == "dense" else len(report["layers"]))
+    tokens_BT = some_tokens()
+    ours = logits_of(load(out), tokens_BT)
+    quantize(path, tmp_path / "same", chosen.model_copy(update={"format": "compressed-tensors"}), text)
+    expected = logits_of(reference_model(path, tmp_path / "same"), tokens_BT)
+    if name == "dense":  # these weights are rounded to float16 once more
+        assert float((ours - expected).abs().mean()) < 1e-2
+    else:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activation_order_with_scattered_groups_in_gptq(tiny, text, tmp_path):
+    path, out = tiny("llama", torch.float16), tmp_path / "out"
+    options = {"act_order": True, "static_groups": False}
+    chosen = recipe("gptq", 4, 32, format="gptq", options=options, weights={"symmetric": True})
+    report = quantize(path, out, chosen, text)
+    assert read_json(out / "config.json")["quantization_config"]["desc_act"] is True
+    orders = [tensor for key, tensor in read_tensors(out).items() if key.endswith("g_idx")]
+    assert any(bool((order.diff() < 0).any()) for order in orders)
+    assert verify(out, path).packed_again == len(report["layers"])
+    tokens_BT = some_tokens()
+    torch.testing.assert_close(logits_of(load(out), tokens_BT), logits_of(reference_model(path, out), tokens_BT), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="static_groups"):
+        prepare(path, chosen.model_copy(update={"format": "compressed-tensors"}), tmp_path / "other", str(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("gptq", {"activations": {"bits": 8}}, "activations"),
+        ("awq", {"activations": {"bits": 8}}, "activations"),
+        ("awq", {"weights": {"bits": 3}}, "4-bit"),
+        ("no-such-format", {}, "unknown format"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_the_work(tiny, text, tmp_path, name, parts, message):
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(tiny("llama"), recipe("rtn", 4, 32, format=name, **parts), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+# Calibration by default
+
+
+def test_what_the_recipe_does_not_ask_for_gives_way(tiny, tmp_path):
+    """Defaults of 128 x 2048 tokens shrink to what a short model and a short text can give; what is asked for does not."""
+    short = tmp_path / "short.txt"
+    from finescale.calibration.data import builtin_text
+
+    short.write_text(builtin_text()[:16_000])
+    job = prepare(tiny("llama"), Recipe.named("gptq"), tmp_path / "out", str(short))
+    facts = job.calibration.facts()
+    assert facts["length"] == 256 and 16 <= facts["samples"] < 128
+    assert any("fewer than the usual 128" in note for note in job.notes)
+    with pytest.raises(InputError, match="256 positions"):
+        prepare(tiny("llama"), Recipe.load("gptq", ("calibration.length=512",)), tmp_path / "out", str(short))
+    with pytest.raises(InputError, match="--samples"):
+        prepare(tiny("llama"), Recipe.load("gptq", ("calibration.samples=128",)), tmp_path / "out", str(short))
+    assert prepare(tiny("llama"), Recipe.named("rtn"), tmp_path / "out", str(short)).calibration.tokens_BT.shape[0] == 8
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        change_tensor(path, key, lambda tensor: tensor[:150])
+    config = read_json(path / "config.json") | {"vocab_size": 150}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="another model") as caught:
+        prepare(path, recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "meta"])
+def test_devices_that_are_not_here(tiny, text, tmp_path, device):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(InputError, match="--device") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text), device=device)
+    assert_sentence(str(caught.value))
+
+
+def test_a_quantized_model_is_not_quantized_again(tiny, text, tmp_path):
+    quantize(tiny("llama"), tmp_path / "out", recipe(), text)
+    with pytest.raises(InputError, match="already quantized"):
+        prepare(tmp_path / "out", recipe(), tmp_path / "again", str(text))
+
+
+def test_tensor_parallel_is_checked(tiny, text, tmp_path):
+    prepare(tiny("llama"), recipe("rtn", 4, 32), tmp_path / "out", str(text), tensor_parallel=1)
+    with pytest.raises(InputError) as caught:
+        prepare(tiny("llama"), recipe("rtn", 4, 32), tmp_path / "out", str(text), tensor_parallel=4)
+    assert_sentence(str(caught.value))
+    with pytest.raises(InputError):
+        prepare(tiny("llama"), recipe("rtn", 4, -1), tmp_path / "out", str(text), tensor_parallel=5)
+    prepare(tiny("llama"), recipe("rtn", 4, -1), tmp_path / "out", str(text), tensor_parallel=2)
+
+
+def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, text, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import finescale.pipeline.plan as plan
+
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="GB free") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+    monkeypatch.undo()
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(InputError, match="of memory") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+
+
+def test_a_missing_tensor_is_found_before_the_work(tiny, text, tmp_path):
+    for name, change in (("missing", lambda _: None), ("other-shape", lambda tensor: tensor[:-1])):
+        path = shutil.copytree(tiny("llama"), tmp_path / name)
+        change_tensor(path, "model.layers.1.mlp.down_proj.weight", change)
+        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight") as caught:
+            prepare(path, recipe(), tmp_path / "out", str(text))
+        assert_sentence(str(caught.value))
+        assert not (tmp_path / "out").exists()
