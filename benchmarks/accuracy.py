@@ -53,7 +53,7 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             "text": str(wiki / "wiki.test.joined.txt"),
             "samples": 32,
             "length": 512,
-            "windows": 6,
+            "windows": 4,
             "window_length": 2048,
         },
         "zoo-llama": {
@@ -73,8 +73,11 @@ class Runner:
 
     def __init__(self, setting: dict[str, Any], work: Path) -> None:
         self.setting, self.work = setting, work
+        self.original = load(setting["model"])
+        self.original_perplexity: float | None = None
 
-    def perplexity(self, folder: str | Path) -> float:
+    def quality(self, folder: str | Path) -> dict[str, Any]:
+        """Perplexity, and the mean KL divergence from the original in nats per token."""
         setting = self.setting
         model = load(folder)
         with progress_bar("windows") as update:
@@ -83,10 +86,12 @@ class Runner:
                 setting["text"],
                 windows=setting["windows"],
                 length=setting["window_length"],
+                against=self.original,
                 tokenizer_from=setting["model"],
                 on_progress=lambda done, total: update(f"evaluating {Path(folder).name}", done, total),
             )
-        return result.perplexity
+        self.original_perplexity = result.reference_perplexity
+        return {"perplexity": result.perplexity, "kl": result.kl}
 
     def quantized(self, name: str, recipe: str, settings: tuple[str, ...]) -> dict[str, Any]:
         out = self.work / name
@@ -103,7 +108,7 @@ class Runner:
         verify(out, self.setting["model"])
         run = json.loads((out / "run.json").read_text())
         return {
-            "perplexity": self.perplexity(out),
+            **self.quality(out),
             "bits_per_weight": report["size"]["bits_per_weight"],
             "seconds": run["seconds"],
             "peak_rss_bytes": run["peak_rss_bytes"],
@@ -138,17 +143,18 @@ def compare_scales(runner: Runner) -> dict[str, dict[str, Any]]:
         report = convert(runner.work / "float", out, 1024, round_again=again, fresh=True)
         verify(out)
         use = max(layer["overflow_use"] for layer in report["layers"])
-        rows[label] = {"perplexity": runner.perplexity(out), "overflow_use": use}
+        rows[label] = {**runner.quality(out), "overflow_use": use}
     return rows
 
 
 def print_solvers(console: Console, name: str, original: float, tables: list[dict[str, Any]]) -> None:
     """The table of the solver comparison."""
-    table = Table(title=f"{name}: asymmetric, per channel (original perplexity {original:.2f})")
+    table = Table(title=f"{name}: asymmetric, per channel; perplexity (KL), original {original:.2f}")
     for column in ("bits", "rtn", "gptq", "quantease", "layers below gptq", "median error / gptq's"):
         table.add_column(column)
     for entry in tables:
-        cells = [f"{entry['rows'][solver]['perplexity']:.2f}" for solver in SOLVERS]
+        rows = [entry["rows"][solver] for solver in SOLVERS]
+        cells = [f"{row['perplexity']:.2f} ({row['kl']:.4f})" for row in rows]
         share, ratio = entry["layers_below_gptq"], entry["median_ratio_to_gptq"]
         table.add_row(str(entry["bits"]), *cells, f"{share:.1%}", f"{ratio:.3f}")
     console.print(table)
@@ -157,13 +163,22 @@ def print_solvers(console: Console, name: str, original: float, tables: list[dic
 def print_scales(console: Console, name: str, rows: dict[str, dict[str, Any]]) -> None:
     """The table of the scale comparison."""
     table = Table(title=f"{name}: W4A8, symmetric, group 64")
-    for column in ("scales", "perplexity", "against float scales", "int32 used"):
+    for column in ("scales", "perplexity", "KL", "against float scales", "int32 used"):
         table.add_column(column)
     base = rows["float scales"]["perplexity"]
     for label, row in rows.items():
         used = f"{row['overflow_use']:.1%}" if row["overflow_use"] else "-"
-        table.add_row(label, f"{row['perplexity']:.3f}", f"{row['perplexity'] / base - 1:+.3%}", used)
+        table.add_row(
+            label, f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['perplexity'] / base - 1:+.3%}", used
+        )
     console.print(table)
+
+
+def save(result: dict[str, Any], runner: Runner, entry: dict[str, Any], path: Path) -> None:
+    """Write what there is so far: these runs are long."""
+    entry["original_perplexity"] = runner.original_perplexity
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -187,17 +202,18 @@ def main() -> None:
             entry: dict[str, Any] = {
                 "setting": setting | names,
                 "source_bytes": open_checkpoint(setting["model"]).total_bytes(),
-                "original_perplexity": runner.perplexity(setting["model"]),
             }
+            result["models"][name] = entry
             if "solvers" in arguments.parts:
-                entry["solvers"] = [compare_solvers(runner, int(bits)) for bits in arguments.bits.split(",")]
+                entry["solvers"] = []
+                for bits in arguments.bits.split(","):
+                    entry["solvers"].append(compare_solvers(runner, int(bits)))
+                    save(result, runner, entry, arguments.json)
                 print_solvers(console, name, entry["original_perplexity"], entry["solvers"])
             if "scales" in arguments.parts:
                 entry["scales"] = compare_scales(runner)
+                save(result, runner, entry, arguments.json)
                 print_scales(console, name, entry["scales"])
-            result["models"][name] = entry
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"written to {arguments.json}")
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: tiny models made on the spot, texts, and the development data beside the checkout, if it is there."""
+"""What all tests share: tiny models made on the spot, texts, and the development data beside the checkout, if any."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tiny models and texts for the tests, made on the spot without any download, and runs over them.
 
-Weights are random but not small: attention is peaked, biases and norms differ from their defaults, so that a layer that is
-left out, mixed up or given the wrong bias changes the logits.
+Weights are random but not small: attention is peaked, biases and norms differ from their defaults, so that a layer that
+is left out, mixed up or given the wrong bias changes the logits.
 """
 
 from __future__ import annotations
@@ -225,6 +225,15 @@ def _set_expert(model: PreTrainedModel, name: str, dense_OI: Tensor) -> None:
 def logits_of(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=tokens_BT, use_cache=False).logits
+
+
+def assert_same_logits(original: Path, quantized: Path) -> None:
+    """A loaded checkpoint computes what transformers computes with its dequantized weights."""
+    from finescale.runtime.load import load
+
+    tokens_BT = some_tokens()
+    expected = logits_of(reference_model(original, quantized), tokens_BT)
+    torch.testing.assert_close(logits_of(load(quantized), tokens_BT), expected, rtol=1e-4, atol=1e-4)
 
 
 def some_tokens(batch: int = 2, length: int = 40, seed: int = 3) -> Tensor:

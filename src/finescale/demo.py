@@ -56,7 +56,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     file = Path(model) if model else find_demo_model()
     on_progress("unpacking the model", 0, 1)
-    source = unpack_gguf(file, out / "original") if is_gguf(file) else file
+    source = unpack_gguf(file, out / file.stem) if is_gguf(file) else file
     original = load(source)
     rows: list[dict[str, Any]] = []
     report: dict[str, Any] = {}

@@ -17,7 +17,9 @@ def test_nothing_stays_filled_and_no_forward_stays_replaced(tiny, kind):
     capture_block_inputs(skeleton, [some_tokens(2, 10)], CPU, torch.float32)
     everything = [*skeleton.model.parameters(), *skeleton.model.buffers()]
     assert all(tensor.device.type == "meta" for tensor in everything)
-    assert all("probe" not in repr(block.forward) and "forward_of" not in repr(block.forward) for block in skeleton.blocks)
+    assert all(
+        "probe" not in repr(block.forward) and "forward_of" not in repr(block.forward) for block in skeleton.blocks
+    )
 
 
 def test_arguments_are_kept_by_size_of_batch(tiny):

@@ -38,7 +38,14 @@ def test_asking_for_all_windows_takes_all():
 
 def test_facts_and_batches():
     data = calibration_windows(TOKENS_T, 7, 16, 3, "text")
-    assert data.facts() == {"source": "text", "sha256": data.sha256, "samples": 7, "length": 16, "tokens": 112, "seed": 3}
+    assert data.facts() == {
+        "source": "text",
+        "sha256": data.sha256,
+        "samples": 7,
+        "length": 16,
+        "tokens": 112,
+        "seed": 3,
+    }
     batches = data.batches(3)
     assert [batch.shape[0] for batch in batches] == [3, 3, 1]
     assert torch.equal(torch.cat(batches), data.tokens_BT)

@@ -61,7 +61,16 @@ def refused(answer, *words):
 
 def test_quantize(cli, tiny, text, tmp_path):
     out, report_file = tmp_path / "out", tmp_path / "deep" / "report.json"
-    options = ("--recipe", "w4a8-integer-scale", "--set", "solver.sweeps=3", "--calibration", text, "--json", report_file)
+    options = (
+        "--recipe",
+        "w4a8-integer-scale",
+        "--set",
+        "solver.sweeps=3",
+        "--calibration",
+        text,
+        "--json",
+        report_file,
+    )
     code, stdout, stderr = cli("quantize", tiny("llama", torch.float16), "--out", out, *options, *WINDOWS)
     assert code == 0, stderr
     assert "14 layers of 2 blocks" in stdout and str(out) in stdout and "calibration 4 x 48 tokens" in stdout
@@ -81,7 +90,9 @@ def test_quantize(cli, tiny, text, tmp_path):
 
 def test_dry_run_writes_nothing(cli, tiny, text, tmp_path):
     out = tmp_path / "out"
-    answer = cli("quantize", tiny("llama"), "--recipe", "gptq", "--out", out, "--calibration", text, *WINDOWS, "--dry-run")
+    answer = cli(
+        "quantize", tiny("llama"), "--recipe", "gptq", "--out", out, "--calibration", text, *WINDOWS, "--dry-run"
+    )
     assert answer[0] == 0 and "14 layers" in answer[1] and "GB of memory" in answer[1]
     assert not out.exists()
 
@@ -159,7 +170,9 @@ def test_models_that_cannot_be_quantized(cli, tiny, text, tmp_path, result):
 def test_a_bad_line_of_jsonl_is_named(cli, tiny, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n{"body": "y"}\n')
-    refused(cli("quantize", tiny("llama"), "--recipe", "rtn", "--out", tmp_path / "out", "--calibration", file), "line 2")
+    refused(
+        cli("quantize", tiny("llama"), "--recipe", "rtn", "--out", tmp_path / "out", "--calibration", file), "line 2"
+    )
 
 
 def test_square_brackets_in_a_message_are_printed_as_they_are(cli, tmp_path):

@@ -115,7 +115,10 @@ def test_equal_values_in_different_tensors_are_different_inputs():
         def forward(self, hidden_states):
             return self.first(hidden_states) + self.second(hidden_states) + self.third(hidden_states.clone())
 
-    assert [step.linears for step in trace_steps(Block(), torch.randn(1, 3, 4), {})] == [("first", "second"), ("third",)]
+    assert [step.linears for step in trace_steps(Block(), torch.randn(1, 3, 4), {})] == [
+        ("first", "second"),
+        ("third",),
+    ]
 
 
 def test_hooks_are_removed_after_a_failure():

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from finescale.errors import InputError, NumericsError
+from finescale.errors import CheckpointError, InputError, NumericsError
 from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.pipeline.convert import convert, convert_layer
 from finescale.pipeline.verify import verify
@@ -204,13 +204,16 @@ def test_groups_in_activation_order_are_refused_before_the_work(tiny, text, tmp_
 
 
 def test_a_model_that_is_not_quantized(tiny, tmp_path):
-    with pytest.raises(Exception, match="not quantized") as caught:
+    with pytest.raises(CheckpointError, match="not quantized") as caught:
         convert(tiny("llama"), tmp_path / "out")
     assert_sentence(str(caught.value))
 
 
 def test_overrides_survive(tiny, text, tmp_path):
-    overrides = [{"pattern": "*.k_proj", "skip": True}, {"pattern": "*.down_proj", "weights": {"bits": 8, "group_size": -1}}]
+    overrides = [
+        {"pattern": "*.k_proj", "skip": True},
+        {"pattern": "*.down_proj", "weights": {"bits": 8, "group_size": -1}},
+    ]
     chosen = recipe("rtn", 4, 32, weights={"symmetric": True}, overrides=overrides)
     quantize(tiny("llama"), tmp_path / "model", chosen, text)
     convert(tmp_path / "model", tmp_path / "out")

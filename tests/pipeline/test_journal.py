@@ -88,7 +88,7 @@ def test_other_settings_are_refused_and_change_nothing(tiny, text, tmp_path, oth
     out = tmp_path / "out"
     quantize(tiny("llama"), out, recipe(), text)
     before = contents(out)
-    with pytest.raises(InputError, match="other settings.*--fresh") as caught:
+    with pytest.raises(InputError, match=r"other settings.*--fresh") as caught:
         quantize(tiny("llama"), out, recipe(**other), text)
     assert_sentence(str(caught.value))
     assert contents(out) == before
@@ -111,7 +111,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(tiny, text, tmp_path):
     out = tmp_path / "out"
     stop_after_a_block(tiny, text, out)
     before = contents(out)
-    with pytest.raises(InputError, match="unfinished run.*--fresh") as caught:
+    with pytest.raises(InputError, match=r"unfinished run.*--fresh") as caught:
         quantize(tiny("llama"), out, recipe(bits=3), text)
     assert_sentence(str(caught.value))
     assert contents(out) == before
@@ -157,7 +157,9 @@ def test_fresh_on_a_folder_of_a_larger_model_leaves_no_shard_behind(tiny, text, 
     out = tmp_path / "out"
     quantize(tiny("llama-tied"), out, recipe(), text)
     run(prepare(tiny("llama"), recipe(), out, str(text)), fresh=True)
-    assert sorted(path.name for path in out.glob("*.safetensors")) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == [
+        f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)
+    ]
     verify(out, tiny("llama"))
 
 

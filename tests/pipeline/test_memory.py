@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 
 from finescale.pipeline import quantize as pipeline
@@ -59,10 +60,8 @@ def test_replayed_blocks_are_released_too(tokenizer, text, tmp_path):
         if done == 3:
             raise StopError
 
-    try:
+    with pytest.raises(StopError):
         run(prepare(path, recipe("rtn"), tmp_path / "out", str(text)), on_progress=stop)
-    except StopError:
-        pass
     job = prepare(path, recipe("rtn"), tmp_path / "out", str(text))
     labels = []
 

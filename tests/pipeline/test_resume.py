@@ -140,7 +140,9 @@ def test_every_state_a_kill_can_leave(tiny, text, tmp_path, kind, name, state):
     assert not list(out.glob("*.partial")) and "already_complete" not in report
 
 
-@pytest.mark.parametrize("missing", [["report.json"], ["report.json", "run.json"], ["report.json", "run.json", "config.json"]])
+@pytest.mark.parametrize(
+    "missing", [["report.json"], ["report.json", "run.json"], ["report.json", "run.json", "config.json"]]
+)
 def test_killed_in_the_last_moments(tiny, text, tmp_path, missing):
     """All blocks done, the small files not all written."""
     out, chosen = tmp_path / "out", CHOSEN["plain"]
@@ -209,7 +211,7 @@ def test_a_full_disk_keeps_finished_blocks_and_the_run_goes_on(deep, text, tmp_p
                 while True:
                     stream.write(b"\0" * 4096)
 
-    with pytest.raises(InputError, match="disk.*is full") as caught:
+    with pytest.raises(InputError, match=r"disk.*is full") as caught:
         run(prepare(deep, chosen, out, str(text)), on_progress=fill)
     assert_sentence(str(caught.value))
     entries = sorted(path.name for path in (out / ".finescale").glob("block-*.json"))

@@ -38,7 +38,9 @@ def expected_errors(original, seen_by, out, tokens_BT):
     for name, weight in layers.items():
         original_OI = weight_OI_of(float_model.get_submodule(name)).double()
         change_OI = original_OI - weight.dequantize().double()
-        errors[name] = float((inputs[name] @ change_OI.T).square().sum() / (inputs[name] @ original_OI.T).square().sum())
+        errors[name] = float(
+            (inputs[name] @ change_OI.T).square().sum() / (inputs[name] @ original_OI.T).square().sum()
+        )
     return errors
 
 

@@ -95,7 +95,9 @@ def test_one_bit_of_the_codes(damaged, kind, position, bit):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
-@pytest.mark.parametrize("change", [lambda s: s * 2, lambda s: s.nextafter(s * 2) if s.dtype == torch.float32 else s * 1.01])
+@pytest.mark.parametrize(
+    "change", [lambda s: s * 2, lambda s: s.nextafter(s * 2) if s.dtype == torch.float32 else s * 1.01]
+)
 def test_an_edited_scale(damaged, kind, change):
     folder = damaged(kind)
 
@@ -184,7 +186,9 @@ def test_any_dropped_tensor_of_a_layer(damaged, results, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+)
 def test_a_changed_tensor_that_was_not_quantized(damaged, tiny, kind, key):
     folder = damaged(kind)
     change_tensor(folder, key, flip(9, 0))
@@ -238,7 +242,9 @@ def test_an_edited_report(damaged, kind):
     found(folder, match=LAYER.replace(".", r"\."))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"layers": 3}', '{"layers": [3]}', '{"layers": [{"name": "x"}]}', "{}"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"layers": 3}', '{"layers": [3]}', '{"layers": [{"name": "x"}]}', "{}"]
+)
 def test_a_damaged_report(damaged, content):
     folder = damaged("float")
     (folder / "report.json").write_text(content)

@@ -54,7 +54,9 @@ def test_a_tied_model_whose_file_holds_the_head_as_well(tiny, tmp_path):
     from tests.helpers import write_tensors
 
     tensors = read_tensors(path)
-    write_tensors(path / "model.safetensors", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    write_tensors(
+        path / "model.safetensors", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    )
     tokens_BT = some_tokens()
     assert torch.equal(logits_of(load(path), tokens_BT), logits_of(load(tiny("llama-tied")), tokens_BT))
 
@@ -73,7 +75,8 @@ def test_dtype_and_cache(result):
 def test_rounding_of_inputs_can_be_that_of_other_engines(result):
     tokens_BT = some_tokens()
     ours, theirs, none = (
-        logits_of(load(result, rounding=rounding), tokens_BT) for rounding in ("finescale", "compressed-tensors", "none")
+        logits_of(load(result, rounding=rounding), tokens_BT)
+        for rounding in ("finescale", "compressed-tensors", "none")
     )
     assert not torch.equal(ours, theirs) and not torch.equal(ours, none)
     assert float((ours - theirs).abs().mean()) < 0.2

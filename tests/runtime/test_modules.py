@@ -5,8 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finescale.grid import ActivationScheme, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid, quantize_tokens
-from finescale.grid import with_integer_scales
+from finescale.grid import (
+    ActivationScheme,
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    quantize_to_grid,
+    quantize_tokens,
+    with_integer_scales,
+)
 from finescale.runtime.modules import QuantizedLinear
 
 

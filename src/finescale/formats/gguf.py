@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -37,9 +39,10 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float16) ->
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    ).to(dtype)
+    with redirect_stderr(io.StringIO()):  # a progress bar of its own, which no setting switches off
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        ).to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     partial = folder.with_name(folder.name + ".partial")

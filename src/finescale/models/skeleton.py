@@ -259,7 +259,12 @@ def fill_buffers(skeleton: Skeleton, prefix: str, module: nn.Module, device: tor
         missing |= value is None
         module._buffers[leaf] = torch.empty_like(buffer, device=device) if value is None else value.to(device)
     if missing:
+        # The initializer makes weights as well as buffers: it must not see those that are already filled.
+        filled = dict(module._parameters)
+        for leaf, parameter in filled.items():
+            module._parameters[leaf] = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
         skeleton.model._init_weights(module)
+        module._parameters.update(filled)
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,179 @@
+"""What cannot work is refused before the work starts; what breaks on the way is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from finescale.errors import CheckpointError, InputError, NumericsError
+from finescale.pipeline.quantize import prepare
+from finescale.pipeline.verify import verify
+from finescale.recipe import Recipe
+from finescale.runtime.checkpoint import open_quantized
+from tests.helpers import assert_sentence, change_tensor, quantize, read_json, recipe
+
+# In the model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
+def test_nan_in_a_weight_names_the_layer(tiny, text, tmp_path, value, solver):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+
+    def spoil(tensor):
+        tensor[3, 5] = value
+        return tensor
+
+    change_tensor(path, "model.layers.1.mlp.gate_proj.weight", spoil)
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.(gate|down)_proj") as caught:
+        quantize(path, tmp_path / "out", recipe(solver), text)
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.layers.1.input_layernorm.weight", r"model\.layers\.1\.self_attn\.q_proj"),
+        ("model.embed_tokens.weight", r"model\.embed_tokens\.weight"),
+        ("model.norm.weight", r"model\.norm\.weight"),
+        ("lm_head.weight", r"lm_head\.weight"),
+    ],
+)
+def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key, named):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+
+    def spoil(tensor):
+        tensor.view(-1)[7] = float("nan")
+        return tensor
+
+    change_tensor(path, key, spoil)
+    with pytest.raises(NumericsError, match=named) as caught:
+        quantize(path, tmp_path / "out", recipe("rtn"), text)
+    assert_sentence(str(caught.value))
+
+
+def test_experts_with_too_few_tokens_are_named(tiny, text, tmp_path):
+    """One short window cannot fill a 64 x 64 Hessian per expert: each such expert is solved, damped and reported."""
+    path, out = tiny("mixtral"), tmp_path / "out"
+    report = quantize(path, out, recipe("gptq", 4, 32, calibration={"samples": 1, "length": 16}), text)
+    experts = {record["name"]: record for record in report["layers"] if ".experts." in record["name"]}
+    assert len(experts) == 24
+    for name, record in experts.items():
+        if record["tokens"] < record["shape"][1]:
+            assert any(line.startswith(f"{name}: short of tokens: {record['tokens']} ") for line in report["fallbacks"])
+    assert sum(record["tokens"] < record["shape"][1] for record in experts.values()) >= 16
+    verify(out, path)
+
+
+def test_an_expert_without_any_token_is_still_quantized(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("mixtral"), tmp_path / "model")
+    for block in (0, 1):  # routers that always choose the first two experts
+        change_tensor(path, f"model.layers.{block}.block_sparse_moe.gate.weight", lambda tensor: tensor * 0)
+    for solver in ("rtn", "gptq", "quantease"):
+        report = quantize(path, tmp_path / solver, recipe(solver, 4, 32), text)
+        idle = [record for record in report["layers"] if record["tokens"] == 0]
+        assert len(idle) == 2 * 2 * 3 and all(record["weight_mse"] < 1e-3 for record in idle)
+        assert solver == "rtn" or all("short of tokens: 0" in record["notes"][0] for record in idle)
+        verify(tmp_path / solver, path)
+
+
+@pytest.mark.parametrize("solver", ["gptq", "quantease"])
+def test_dead_inputs_and_dead_rows(tiny, text, tmp_path, solver):
+    """Units that never fire and outputs whose weights are all zero, as pruned models have."""
+    path = shutil.copytree(tiny("opt"), tmp_path / "model")
+
+    def zero_rows(tensor):
+        tensor[:7] = 0
+        return tensor
+
+    change_tensor(path, "model.decoder.layers.0.fc1.weight", zero_rows)
+    change_tensor(path, "model.decoder.layers.0.fc1.bias", lambda tensor: tensor.clamp(max=-0.1))
+    report = quantize(path, tmp_path / "out", recipe(solver, 4, 32), text)
+    weight = open_quantized(tmp_path / "out").read("model.decoder.layers.0.fc1")
+    assert torch.equal(weight.dequantize()[:7], torch.zeros(7, 64))
+    assert all(0 <= record["relative_error"] < 0.2 for record in report["layers"])
+    verify(tmp_path / "out", path)
+
+
+# In the settings
+
+
+def test_what_the_recipe_does_not_ask_for_gives_way(tiny, tmp_path):
+    """Defaults of 128 x 2048 tokens shrink to what a short model and a short text give; what is asked for does not."""
+    short = tmp_path / "short.txt"
+    from finescale.calibration.data import builtin_text
+
+    short.write_text(builtin_text()[:16_000])
+    job = prepare(tiny("llama"), Recipe.named("gptq"), tmp_path / "out", str(short))
+    facts = job.calibration.facts()
+    assert facts["length"] == 256 and 16 <= facts["samples"] < 128
+    assert any("fewer than the usual 128" in note for note in job.notes)
+    with pytest.raises(InputError, match="256 positions"):
+        prepare(tiny("llama"), Recipe.load("gptq", ("calibration.length=512",)), tmp_path / "out", str(short))
+    with pytest.raises(InputError, match="--samples"):
+        prepare(tiny("llama"), Recipe.load("gptq", ("calibration.samples=128",)), tmp_path / "out", str(short))
+    assert prepare(tiny("llama"), Recipe.named("rtn"), tmp_path / "out", str(short)).calibration.tokens_BT.shape[0] == 8
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, text, tmp_path):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        change_tensor(path, key, lambda tensor: tensor[:150])
+    config = read_json(path / "config.json") | {"vocab_size": 150}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        prepare(path, recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "meta"])
+def test_devices_that_are_not_here(tiny, text, tmp_path, device):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(InputError, match="--device") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text), device=device)
+    assert_sentence(str(caught.value))
+
+
+def test_a_quantized_model_is_not_quantized_again(tiny, text, tmp_path):
+    quantize(tiny("llama"), tmp_path / "out", recipe(), text)
+    with pytest.raises(InputError, match="already quantized"):
+        prepare(tmp_path / "out", recipe(), tmp_path / "again", str(text))
+
+
+def test_tensor_parallel_is_checked(tiny, text, tmp_path):
+    prepare(tiny("llama"), recipe("rtn", 4, 32), tmp_path / "out", str(text), tensor_parallel=1)
+    with pytest.raises(InputError) as caught:
+        prepare(tiny("llama"), recipe("rtn", 4, 32), tmp_path / "out", str(text), tensor_parallel=4)
+    assert_sentence(str(caught.value))
+    with pytest.raises(InputError):
+        prepare(tiny("llama"), recipe("rtn", 4, -1), tmp_path / "out", str(text), tensor_parallel=5)
+    prepare(tiny("llama"), recipe("rtn", 4, -1), tmp_path / "out", str(text), tensor_parallel=2)
+
+
+def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, text, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import finescale.pipeline.plan as plan
+
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="GB free") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+    monkeypatch.undo()
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(InputError, match="of memory") as caught:
+        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+
+
+def test_a_missing_tensor_is_found_before_the_work(tiny, text, tmp_path):
+    for name, change in (("missing", lambda _: None), ("other-shape", lambda tensor: tensor[:-1])):
+        path = shutil.copytree(tiny("llama"), tmp_path / name)
+        change_tensor(path, "model.layers.1.mlp.down_proj.weight", change)
+        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight") as caught:
+            prepare(path, recipe(), tmp_path / "out", str(text))
+        assert_sentence(str(caught.value))
+        assert not (tmp_path / "out").exists()
