@@ -63,7 +63,7 @@ def test_convert_verify_load(source, tiny, tmp_path, name, amplifier, round_agai
     for record in report["layers"]:
         old, new = before.read(record["name"]), after.read(record["name"])
         change = float((new.dequantize() - old.dequantize()).norm() / old.dequantize().norm())
-        assert change < (0.15 if amplifier == "heuristic" else 0.02)  # the heuristic stops at S = 1
+        assert change < (0.3 if amplifier == "heuristic" else 0.02)  # the heuristic stops at S = 1
         assert record["relative_error"] == pytest.approx(change**2, rel=1e-3, abs=1e-12)
         assert record["overflow_use"] < 1
         if not round_again:

@@ -16,6 +16,7 @@ from tests.helpers import (
     W4A8,
     assert_same_logits,
     assert_sentence,
+    change_tensor,
     hashes,
     lasting_files,
     logits_of,
@@ -327,6 +328,28 @@ def test_formats_through_the_pipeline(tiny, text, tmp_path, name, kind):
         assert float((ours - expected).abs().mean()) < 1e-2
     else:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
+def test_gptq_version_1_holds_groups_without_negative_weights(tiny, text, tmp_path, solver):
+    """Their zero point would be the lowest code, which this layout cannot store: found only when a block is written."""
+    path, out = shutil.copytree(tiny("llama", torch.float16), tmp_path / "model"), tmp_path / "out"
+
+    def edit(tensor):
+        tensor[3] = 0
+        tensor[5] = tensor[5].abs()
+        return tensor
+
+    change_tensor(path, "model.layers.1.mlp.up_proj.weight", edit)
+    quantize(path, out, recipe(solver, 4, 32, format="gptq"), text)
+    verify(out, path)
+    assert_same_logits(path, out)
+    weight = open_quantized(out).read("model.layers.1.mlp.up_proj")
+    assert bool((weight.dequantize()[3] == 0).all())
+    if solver == "rtn":
+        original_I = read_tensors(path)["model.layers.1.mlp.up_proj.weight"][5].float()
+        steps_I = weight.grid.scale_OG[5, weight.grid.group_of_I]
+        assert bool(((weight.dequantize()[5] - original_I).abs() <= 0.51 * steps_I).all())
 
 
 def test_activation_order_with_scattered_groups_in_gptq(tiny, text, tmp_path):

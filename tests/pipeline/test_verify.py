@@ -298,3 +298,18 @@ def test_adversarial_tokens_reach_the_bound_exactly(results):
         product_TO = x_TI @ (grid.integer_scale_OG().long()[:, grid.group_of_I] * weight.codes_OI.long()).T
         bound = quantized.metadata["layers"][name]["bound"]
         assert int(product_TO.max()) == bound and int(product_TO.min()) == -bound < 0
+
+
+def test_the_int32_product_itself_is_compared_with_int64(results, monkeypatch):
+    """A kernel that is off by one, on the tokens at the bound only, does not pass."""
+    import finescale.pipeline.verify as module
+
+    product = module.grouped_int32_product
+
+    def wrong(x_TI, *rest):
+        total_TO = product(x_TI, *rest)
+        total_TO[-1, 0] += 1
+        return total_TO
+
+    monkeypatch.setattr(module, "grouped_int32_product", wrong)
+    found(results / "integer", error=NumericsError, match="differs from int64")

@@ -30,6 +30,8 @@ CURVE = tuple(2**exponent for exponent in range(6, 21))
 """Amplifiers of the curve amplifier against error."""
 FEW_TOKENS_DAMPING = 0.01
 HISTOGRAM_BINS = 40
+NO_LOWEST_ZERO = "gptq"
+"""The format that cannot store a zero point on the lowest code: it stores zero points less one, unsigned."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,22 @@ def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype
     grid = fit_grid(weight_OI, plan.scheme, scale_dtype)
     if recipe.integer_scale.mode == "before":
         return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, _activation_max(recipe))
-    return grid
+    return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
+
+
+def _without_lowest_zero(grid: Grid) -> Grid:
+    """Zero points one above the lowest code where they are the lowest (groups without negative weights, dead rows), the
+    step a little longer, so that the range of the group stays covered."""
+    if grid.zero_OG is None:
+        return grid
+    lowest_OG = grid.zero_OG == grid.scheme.code_min
+    steps = 2**grid.scheme.bits - 1
+    longer_OG = (grid.scale_OG * (steps / (steps - 1))).to(grid.scale_dtype).float()
+    return replace(
+        grid,
+        scale_OG=torch.where(lowest_OG, longer_OG, grid.scale_OG),
+        zero_OG=torch.where(lowest_OG, grid.zero_OG + 1, grid.zero_OG),
+    )
 
 
 def _solve_stacked(

