@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from finescale.bench.machine import machine_facts
-from finescale.calibration.capture import capture_block_inputs
+from finescale.calibration.capture import capture_block_inputs, run_block
 from finescale.calibration.data import calibration_windows, encode, open_tokenizer, read_text
 from finescale.calibration.statistics import collect_moments
 from finescale.cli.common import progress_bar, quiet_libraries
@@ -30,7 +30,6 @@ from finescale.formats.source import open_checkpoint
 from finescale.grid import WeightScheme, fit_grid
 from finescale.models import open_skeleton, trace_steps
 from finescale.models.skeleton import fill_module, release_module, weight_OI_of
-from finescale.pipeline.block import propagate
 from finescale.recipe import Recipe
 from finescale.solvers import relative_error
 
@@ -64,7 +63,7 @@ def compare(model: str, calibration: str, samples: int, length: int, bits: list[
                             solution = part.entry().solve(weight_OI, hessian_II, grid, part.options())
                             value_OI = solution.weight.dequantize()
                             rows[f"{path}.{name}"] = relative_error(weight_OI, value_OI, hessian_II)
-            hidden = propagate(block, path, batches, cpu)
+            hidden = [run_block(block, x_BTI, kwargs) for x_BTI, kwargs in batches]
             release_module(block)
     return {"calibration": data.facts(), "errors": errors}
 
