@@ -168,6 +168,19 @@ def test_overrides_skip_and_change_layers(tiny, text, tmp_path):
     assert_same_logits(path, out)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_whole_block_may_stay_as_it_is(tiny, text, tmp_path, block, sequential):
+    """The usual way to protect the first or the last block."""
+    path, out = tiny("llama-tied"), tmp_path / "out"
+    overrides = [{"pattern": f"model.layers.{block}.*", "skip": True}]
+    chosen = recipe("gptq", 4, 32, overrides=overrides, calibration={"true_sequential": sequential})
+    report = quantize(path, out, chosen, text, allow_partial=True)
+    assert {record["block"] for record in report["layers"]} == {0, 1, 2} - {block}
+    assert verify(out, path).layers == 14
+    assert_same_logits(path, out)
+
+
 def test_skipped_experts_of_fused_tensors_are_kept(tiny, text, tmp_path):
     """3-D expert tensors are written expert by expert: also the experts that stay as they are."""
     path, out = tiny("qwen3_moe", style="fused"), tmp_path / "out"

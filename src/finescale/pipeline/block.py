@@ -75,6 +75,8 @@ def quantize_block(
     """
     wanted = [Step(tuple(n for n in step.linears if n in plans), step.norm) for step in steps]
     wanted = [step for step in wanted if step.linears]
+    if not wanted:  # the whole block stays as it is
+        return []
     rounds = [[step] for step in wanted] if recipe.calibration.true_sequential else [wanted]
     rounds = _merge_experts(rounds)
     results: list[LayerResult] = []
