@@ -210,7 +210,7 @@ def test_inspect_without_integer_scales_or_report(cli, tiny, text, tmp_path):
 def test_verify(cli, result, tiny, tmp_path):
     original = tiny("llama", torch.float16)
     code, stdout, _ = cli("verify", result, "--against", original, "--json", tmp_path / "proof.json")
-    assert code == 0 and stdout.count("ok") >= 4
+    assert code == 0 and stdout.count("ok ") == 5
     proof = read_json(tmp_path / "proof.json")
     assert proof["ok"] is True and proof["layers"] == proof["integer_layers"] == 14 and proof["copied"] == 7
     damaged = shutil.copytree(result, tmp_path / "damaged")
@@ -221,6 +221,12 @@ def test_verify(cli, result, tiny, tmp_path):
     assert not (tmp_path / "no.json").exists()
     refused(cli("verify", result, "--against", tmp_path / "nowhere"), "does not exist")
     refused(cli("verify", original), "not quantized")
+
+
+def test_verify_claims_no_more_of_dense_weights_than_it_can_prove(cli, tiny, text, tmp_path):
+    quantize(tiny("gpt2"), tmp_path / "out", recipe("rtn", 4, 32, format="dense"), text)
+    code, stdout, _ = cli("verify", tmp_path / "out", "--against", tiny("gpt2"))
+    assert code == 0 and "lie on grids" in stdout and "codes and scales as computed" not in stdout
 
 
 def test_convert(cli, tiny, text, tmp_path):

@@ -13,10 +13,10 @@ BLOCKS = 6
 
 
 def live_bytes():
-    """Bytes of all tensors that anything still refers to, each storage once, meta ones left out."""
+    """Bytes of all real tensors that anything still refers to, each storage once (no meta, no fake tensors)."""
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -59,7 +59,7 @@ def round_trip(monkeypatch, shared, zoo, tmp_path, name, solver, bits, group, sa
         ("llama", "rtn", 4, 64),
         ("opt", "gptq", 4, -1),
         ("bloom", "rtn", 4, -1),
-        ("falcon", "gptq", 4, 64),
+        ("falcon", "rtn", 4, 64),
         ("mistral", "rtn", 3, 64),
         ("mixtral", "rtn", 4, 64),
     ],
