@@ -15,6 +15,7 @@ from finescale.errors import InputError
 from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.grid.integer_scale import Amplifier, check_amplifier
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
+from finescale.transforms import TransformEntry, TransformOptions, find_transform
 
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that engines have kernels for, best first."""
@@ -89,6 +90,29 @@ class SolverPart(BaseModel):
         return self.entry().options(**(self.model_extra or {}))
 
 
+class TransformPart(_Part):
+    """One rewrite of each block before it is solved: ``{name: smoothquant, options: {alpha: 0.5}}``, or its name."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformPart:
+        self.options_model()
+        return self
+
+    def entry(self) -> TransformEntry:
+        return find_transform(self.name)
+
+    def options_model(self) -> TransformOptions:
+        return self.entry().options(**self.options)
+
+
 class CalibrationPart(_Part):
     """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order
     of execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see
@@ -134,6 +158,7 @@ class Recipe(_Part):
     activations: ActivationsPart | None = None
     integer_scale: IntegerScalePart = IntegerScalePart()
     solver: SolverPart = SolverPart()
+    transforms: tuple[TransformPart, ...] = ()
     calibration: CalibrationPart = CalibrationPart()
     overrides: tuple[Override, ...] = ()
     format: str = "compressed-tensors"
@@ -165,6 +190,9 @@ class Recipe(_Part):
         """Plain values, all defaults and solver options written out."""
         dump = self.model_dump(mode="json")
         dump["solver"] = {"name": self.solver.name, **self.solver.options().model_dump(mode="json")}
+        dump["transforms"] = [
+            {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.transforms
+        ]
         return dump
 
     @classmethod

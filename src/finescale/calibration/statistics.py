@@ -76,3 +76,89 @@ def collect_moments(
                 "this text."
             )
     return moments
+
+
+@dataclass
+class InputRange:
+    """Running range per channel of one layer input.
+
+    Attributes:
+        min_I, max_I: float [I]; zero before the first token.
+        sum_abs_I: float64 [I], sum of |x|.
+        tokens: tokens seen.
+    """
+
+    min_I: Tensor
+    max_I: Tensor
+    sum_abs_I: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> InputRange:
+        zeros_I = torch.zeros(width, device=device)
+        return cls(zeros_I, zeros_I.clone(), zeros_I.double())
+
+    def add(self, x_TI: Tensor) -> None:
+        x_TI = x_TI.reshape(-1, x_TI.shape[-1])
+        if x_TI.shape[0] == 0:
+            return
+        self.min_I = torch.minimum(self.min_I, x_TI.amin(0)) if self.tokens else x_TI.amin(0)
+        self.max_I = torch.maximum(self.max_I, x_TI.amax(0)) if self.tokens else x_TI.amax(0)
+        self.sum_abs_I = self.sum_abs_I + x_TI.abs().sum(0, dtype=torch.float64)
+        self.tokens += x_TI.shape[0]
+
+    @property
+    def absmax_I(self) -> Tensor:
+        """Largest magnitude per channel, float [I]."""
+        return torch.maximum(self.min_I.abs(), self.max_I.abs())
+
+    @property
+    def mean_abs_I(self) -> Tensor:
+        """Mean magnitude per channel, float [I]; zero when no token came."""
+        return (self.sum_abs_I / max(self.tokens, 1)).to(self.min_I.dtype)
+
+
+def collect_ranges(
+    block: nn.Module,
+    outputs_of: Iterable[str],
+    inputs_of: Iterable[str],
+    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    device: torch.device,
+) -> dict[str, InputRange]:
+    """Run a block over all batches and note the range per channel of some modules' outputs and of others' inputs.
+
+    Args:
+        block: filled with weights.
+        outputs_of: modules (norms) by path whose output counts.
+        inputs_of: modules (linears) by path whose input counts.
+        batches: (hidden states [B, T, I], keyword arguments) pairs.
+        device: where the block lives.
+
+    Returns:
+        Ranges by path; a module that is never called (an expert without tokens) has an empty one.
+    """
+    ranges: dict[str, InputRange] = {}
+    handles = []
+
+    def note(name: str, x_TI: Tensor) -> None:
+        if name not in ranges:
+            ranges[name] = InputRange.empty(x_TI.shape[-1], x_TI.device)
+        ranges[name].add(x_TI.detach())
+
+    for name in outputs_of:
+        module = block.get_submodule(name)
+        handles.append(module.register_forward_hook(lambda _, args, output, name=name: note(name, output)))
+    for name in inputs_of:
+        module = block.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])))
+        weight: Any = module.weight
+        width = weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
+        ranges[name] = InputRange.empty(width, device)
+    try:
+        with torch.no_grad():
+            for hidden_BTI, kwargs in batches:
+                block(hidden_BTI.to(device), **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ranges

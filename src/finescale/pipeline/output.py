@@ -87,8 +87,14 @@ class Output:
                 raise NumericsError(f"{key} holds NaN or Inf; repair or re-download the checkpoint.")
         write_shard(path, tensors)
 
-    def write_block(self, block: int, layers: Iterable[tuple[LayerPlan, QuantizedWeight]]) -> None:
-        """One block: quantized layers packed, every other tensor byte for byte under its own name."""
+    def write_block(
+        self,
+        block: int,
+        layers: Iterable[tuple[LayerPlan, QuantizedWeight]],
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """One block: quantized layers packed, every other tensor byte for byte under its own name, or as a transform
+        ``changed`` it."""
         tensors: dict[str, Tensor] = {}
         solved = {plan.name: (plan, weight) for plan, weight in layers}
         fused = self._fused_keys(block, solved)
@@ -103,6 +109,7 @@ class Output:
             tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
         if fused:
             tensors.update(self._unfused(block, solved))
+        tensors.update(changed or {})
         write_shard(self.shard(block), tensors)
 
     def _unfused(self, block: int, solved: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from finescale.pipeline.plan import (
     output_bytes,
     scattered_groups,
 )
+from finescale.pipeline.transform import Transformed, check_transforms, install_changed, transform_block
 from finescale.recipe import Recipe
 from finescale.runtime.load import usable_device
 
@@ -47,6 +48,7 @@ Progress = Callable[[str, int, int], None]
 """``(what is being done, blocks done, blocks in all)``."""
 RTN_SAMPLES = 8
 """Windows used by a solver that needs no statistics: they only serve the error report."""
+PHASES = ("load", "transform", "forward", "solve", "write")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -105,6 +107,7 @@ def prepare(
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
     check_tensors(skeleton)
+    check_transforms(skeleton, recipe.transforms)
     plan = make_plan(skeleton, recipe, fmt, allow_partial)
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
@@ -211,6 +214,9 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         on_progress("writing the index and the report", total, total)
         after, files = output.finish(job.plan, activations, records, job.recipe.to_dict())
     report = _report(job, records, after) | {"files": files}
+    if job.recipe.transforms:
+        report["transforms"] = [entry["transforms"] for entry in entries]
+        report["changed_tensors"] = [name for entry in entries for name in entry["changed"]]
     journals.write_json(job.out / "run.json", _run_facts(job, entries, started, time.perf_counter() - clock, resumed))
     # The report carries the signature: written last, it marks the folder as complete.
     journals.write_json(job.out / journals.REPORT, report)
@@ -244,7 +250,13 @@ def _blocks(
             if names not in traced:
                 traced[names] = trace_steps(block, hidden[0].to(job.device), arguments[0])
             batches = list(zip(hidden, arguments, strict=True))
-            entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, timer)}
+            changed = timer.measure(
+                "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
+                job.recipe.transforms, job.device, job.scale_dtype,
+            )  # fmt: skip
+            entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer)}
+            if job.recipe.transforms:
+                entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
             del batches  # or it would keep the block's inputs beside its outputs
         if index + 1 < total:
             hooks = []
@@ -256,7 +268,7 @@ def _blocks(
             _check_replay(entry, hidden, index)
         release_module(block)
         if "seconds" not in entry:
-            phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in ("load", "forward", "solve", "write")}
+            phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in PHASES}
             entry |= {"seconds": round(sum(timer.seconds.values()), 3), "phases": phases}
             journal.finish_block(index, entry)
         entries.append(entry)
@@ -270,6 +282,7 @@ def _quantize_and_write(
     block: torch.nn.Module,
     steps: tuple[Step, ...],
     batches: Batches,
+    changed: Transformed,
     timer: Timer,
 ) -> list[dict[str, Any]]:
     """Solve a block, put the quantized weights in place and write its shard. Returns the layers' records."""
@@ -279,7 +292,9 @@ def _quantize_and_write(
     )
     order = {path: number for number, path in enumerate(plans)}
     results.sort(key=lambda result: order[result.plan.path])
-    timer.measure("write", output.write_block, index, [(result.plan, result.weight) for result in results])
+    timer.measure(
+        "write", output.write_block, index, [(result.plan, result.weight) for result in results], changed.tensors
+    )
     return [result.record for result in results]
 
 
@@ -305,6 +320,10 @@ def _install(job: Job, output: Output, index: int, block: torch.nn.Module) -> No
         prefix = plan.name + "."
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         set_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
+    if job.recipe.transforms:
+        planned = {plan.name + ".weight" for plan in job.plan.blocks[index].values()}
+        others = {key: tensor for key, tensor in tensors.items() if key not in planned}
+        install_changed(job.skeleton, block, index, others)
 
 
 def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, Any]:

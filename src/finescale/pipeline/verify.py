@@ -55,7 +55,8 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     Every layer is unpacked and packed again (same bytes) and compared with the run's report (bits, groups, amplifier,
     hash of codes and scales). With integer scales its int32 accumulator is compared with int64 on random tokens and on
     the tokens that reach the bound. The files must have the hashes of the report. With ``against`` every tensor that
-    was not quantized must equal the original's. A dense checkpoint holds neither codes nor scales: its weights must
+    was not quantized must equal the original's, and weights must lie near the original's, unless a transform of the
+    recipe changed them. A dense checkpoint holds neither codes nor scales: its weights must
     lie on a grid of the bits and groups in the report.
 
     Raises:
@@ -83,11 +84,12 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         if weight.grid.amplifier is not None:
             _check_integer_path(name, weight, quantized.activations.code_max if quantized.activations else 127)
             integer += 1
-        if original is not None:
+        if original is not None and not facts.get("transforms"):
             worst = max(worst or 0.0, original.relative_error(name, weight.dequantize()))
     copied = None
     if original is not None:
         owned = {f"{name}.{suffix}" for name in names for suffix in quantized.fmt.suffixes}
+        owned |= set(facts.get("changed_tensors", ()))
         copied = original.count_equal(quantized.source, set(names), owned)
     return Verification(len(names), integer, packed, _check_files(source.path, facts), copied, worst)
 
@@ -102,9 +104,9 @@ def _verify_dense(
         stored = source.read(name + ".weight").float()
         weight_OI = stored.T if name in transposed else stored
         _check_on_a_grid(name, weight_OI, record)
-        if original is not None:
+        if original is not None and not facts.get("transforms"):
             worst = max(worst or 0.0, original.relative_error(name, weight_OI))
-    owned = {f"{name}.weight" for name in report}
+    owned = {f"{name}.weight" for name in report} | set(facts.get("changed_tensors", ()))
     copied = None if original is None else original.count_equal(source, set(report), owned)
     return Verification(len(report), 0, 0, _check_files(source.path, facts), copied, worst)
 
@@ -260,12 +262,12 @@ class _Original:
         Args:
             quantized: the tensors of the result.
             names: its quantized layers.
-            owned: the tensors of these layers.
+            owned: the tensors of these layers, and those that a transform changed.
         """
         fused = {key for key in self.source if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
         count = 0
         for key in self.source:
-            if key.removesuffix(".weight") in names or (key in fused and key not in quantized):
+            if key.removesuffix(".weight") in names or key in owned or (key in fused and key not in quantized):
                 continue
             if key not in quantized:
                 raise CheckpointError(f"{key} of the original is missing in {quantized.name}; quantize again.")

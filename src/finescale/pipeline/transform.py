@@ -1,0 +1,132 @@
+"""Transforming one block before it is solved, and proving that its function is the same.
+
+Shape legend: B sequences, T tokens, I hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finescale.calibration.capture import run_block
+from finescale.errors import InputError, NumericsError
+from finescale.models import Skeleton, Step
+from finescale.models.edges import trace_edges
+from finescale.models.skeleton import checkpoint_key, layer_name
+from finescale.pipeline.block import Batches
+from finescale.pipeline.plan import LayerPlan
+from finescale.recipe import TransformPart
+from finescale.transforms import BlockView
+
+PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
+"""Largest relative change of a block's output that rounding in its type explains."""
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A transformed block.
+
+    Attributes:
+        tensors: tensors besides the quantized weights that are no longer the source's, by name in the checkpoint, as
+            they are to be stored.
+        facts: what each transform reports of this block.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: list[dict[str, Any]]
+
+
+def transform_block(
+    skeleton: Skeleton,
+    block: nn.Module,
+    index: int,
+    plans: Mapping[str, LayerPlan],
+    steps: Sequence[Step],
+    batches: Batches,
+    parts: Sequence[TransformPart],
+    device: torch.device,
+    stored: torch.dtype,
+) -> Transformed:
+    """Apply the recipe's transforms to a block, in order.
+
+    Args:
+        skeleton: for the names of tensors in the checkpoint.
+        block: filled with full-precision weights; changed in place.
+        index: its number.
+        plans: the layers to be quantized, by module path.
+        steps: linears by shared input.
+        batches: the block's inputs.
+        parts: the transforms.
+        device: where the block lives.
+        stored: float type of the checkpoint.
+
+    Raises:
+        NumericsError: a transform changed the block's function.
+    """
+    if not parts:
+        return Transformed({}, [])
+    before = {name: value.clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
+    facts = []
+    for part in parts:
+        hidden_BTI, kwargs = batches[0]
+        x_BTI = hidden_BTI.to(device)
+        expected_BTI = run_block(block, x_BTI, kwargs)
+        edges = trace_edges(block, x_BTI, kwargs)
+        view = BlockView(block, index, edges, steps, batches, device, stored)
+        changes = part.entry().apply(view, part.options_model())
+        _check_same(f"{part.name} on block {index}", expected_BTI, run_block(block, x_BTI, kwargs))
+        facts.append({"transform": part.name, "layers": changes.facts})
+    return Transformed(_changed_tensors(skeleton, block, index, before, stored), facts)
+
+
+def _is_planned(parameter: str, plans: Mapping[str, LayerPlan]) -> bool:
+    path, _, leaf = parameter.rpartition(".")
+    return leaf == "weight" and path in plans
+
+
+def _check_same(what: str, expected: Tensor, found: Tensor) -> None:
+    error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+    if not error <= PRESERVED[expected.dtype]:
+        raise NumericsError(
+            f"{what} changes what the block computes (by {error:.1e}); this model is not built the way the transform "
+            "expects, leave it out."
+        )
+
+
+def _changed_tensors(
+    skeleton: Skeleton, block: nn.Module, index: int, before: Mapping[str, Tensor], stored: torch.dtype
+) -> dict[str, Tensor]:
+    """Parameters that differ from ``before``, rounded to the stored type in the block too: what comes after must see
+    what the file holds."""
+    tensors = {}
+    for name, parameter in block.named_parameters():
+        if name not in before or torch.equal(parameter, before[name]):
+            continue
+        full = f"{skeleton.block_path(index)}.{name}"
+        path, _, leaf = full.rpartition(".")
+        key = checkpoint_key(skeleton, full) or f"{layer_name(skeleton, path)}.{leaf}"
+        dtype = skeleton.source.dtype(key) if key in skeleton.source else stored
+        value = parameter.data.to(dtype)
+        parameter.data.copy_(value)
+        tensors[key] = value.cpu()
+    return tensors
+
+
+def install_changed(skeleton: Skeleton, block: nn.Module, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a finished block's shard, besides quantized weights, into the module."""
+    for name, parameter in block.named_parameters():
+        full = f"{skeleton.block_path(index)}.{name}"
+        path, _, leaf = full.rpartition(".")
+        key = checkpoint_key(skeleton, full) or f"{layer_name(skeleton, path)}.{leaf}"
+        if key in tensors and tensors[key].shape == parameter.shape and tensors[key].is_floating_point():
+            parameter.data.copy_(tensors[key])
+
+
+def check_transforms(skeleton: Skeleton, parts: Sequence[TransformPart]) -> None:
+    """Raises InputError when a transform cannot work on a model, seen from its structure alone."""
+    if parts and not any("norm" in type(module).__name__.lower() for module in skeleton.blocks[0].modules()):
+        raise InputError("the blocks hold no norm that a transform could use; leave transforms out.")

@@ -1,0 +1,6 @@
+"""Rewrites of a block that keep its function and make it easier to quantize."""
+
+from finescale.transforms.registry import TRANSFORMS, TransformEntry, find_transform
+from finescale.transforms.view import BlockView, Changes, TransformOptions
+
+__all__ = ["TRANSFORMS", "BlockView", "Changes", "TransformEntry", "TransformOptions", "find_transform"]

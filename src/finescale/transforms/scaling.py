@@ -1,0 +1,56 @@
+"""Moving a scale per channel from a norm into what reads it.
+
+Shape legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finescale.errors import NumericsError
+from finescale.models.skeleton import set_weight_OI, weight_OI_of
+
+
+def largest_weight(modules: Sequence[nn.Module]) -> Tensor:
+    """Largest magnitude per input channel over all of the modules' weights, float [I]."""
+    return torch.stack([weight_OI_of(module).abs().amax(0) for module in modules]).amax(0)
+
+
+def divide_norm(norm: nn.Module, consumers: Sequence[nn.Module], scale_I: Tensor, stored: torch.dtype) -> Tensor:
+    """Divide a norm's output by a scale per channel and multiply it into the columns of all that reads it.
+
+    The new gain is rounded to the type of the file first and the scale that the consumers get is what this gain truly
+    divides by: the function is kept whatever the type.
+
+    Args:
+        norm: with ``weight`` [I] and maybe ``bias`` [I].
+        consumers: every module that reads its output.
+        scale_I: float [I], positive.
+        stored: float type of the gain in the file.
+
+    Returns:
+        The scale that was applied, float [I].
+
+    Raises:
+        NumericsError: the new gain does not fit ``stored``.
+    """
+    weight = norm._parameters["weight"]
+    assert weight is not None
+    gain_I = weight.data
+    new_I = (gain_I.double() / scale_I.double()).to(stored).to(gain_I.dtype)
+    if not bool(torch.isfinite(new_I).all()):
+        raise NumericsError(f"a norm's gain does not fit {stored} after scaling; choose a smaller alpha.")
+    # A gain that is, or becomes, zero says nothing about the scale; such a channel keeps what it had.
+    moved_I = (new_I != 0) & (gain_I != 0)
+    new_I = torch.where(moved_I, new_I, gain_I)
+    applied_I = torch.where(moved_I, gain_I.double() / new_I.double(), torch.ones_like(gain_I, dtype=torch.float64))
+    weight.data.copy_(new_I)
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        bias.data.copy_(bias.data.double() / applied_I)
+    for module in consumers:
+        set_weight_OI(module, weight_OI_of(module).double() * applied_I)
+    return applied_I.to(gain_I.dtype)

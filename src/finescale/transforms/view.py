@@ -1,0 +1,66 @@
+"""What a transform sees of a block, and what it says it did.
+
+Shape legend: O outputs, I inputs, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from finescale.calibration.statistics import InputRange, collect_ranges
+from finescale.models.edges import Edge
+from finescale.models.graph import Step
+
+
+class TransformOptions(BaseModel):
+    """Options of a transform: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block with its weights in memory, which a transform rewrites in place.
+
+    Attributes:
+        block: the module; its norms and linears may be changed.
+        index: its number.
+        edges: norms and what they feed.
+        steps: linears by shared input, in order of execution.
+        batches: inputs [B, T, I] and keyword arguments, out of the already quantized prefix.
+        device: where the block lives.
+        stored: type of the norms' gains in the file; new gains are rounded to it.
+    """
+
+    block: nn.Module
+    index: int
+    edges: Sequence[Edge]
+    steps: Sequence[Step]
+    batches: Sequence[tuple[Tensor, dict[str, Any]]]
+    device: torch.device
+    stored: torch.dtype
+
+    def ranges(self, norms: Iterable[str] = (), linears: Iterable[str] = ()) -> dict[str, InputRange]:
+        """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
+        return collect_ranges(self.block, tuple(norms), tuple(linears), self.batches, self.device)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a transform did besides rewriting weights.
+
+    Attributes:
+        facts: for the report, by path of a norm or linear in the block.
+    """
+
+    facts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+Transform = Callable[[BlockView, Any], Changes]
+"""``(view, options) -> Changes``; rewrites ``view.block`` in place and keeps its function."""
