@@ -35,21 +35,26 @@ def plain_quantease(
         relax_every: as in ``QuantEaseOptions``.
     """
     dtype = weight_OI.dtype
+    # Columns are contiguous and H is symmetric, so that nothing is read with a stride: the loop at its best.
     hessian_II = hessian_II.to(dtype)
-    current_OI = weight_OI.clone()
-    target_OI = weight_OI @ hessian_II
+    current_IO = weight_OI.T.contiguous()
+    target_IO = hessian_II @ current_IO
+    scale_GO = grid.scale_OG.to(dtype).T.contiguous()
+    zero_GO = None if grid.zero_OG is None else grid.zero_OG.to(dtype).T.contiguous()
+    group_of_I = grid.group_of_I.tolist()
+    diagonal_I = hessian_II.diagonal().tolist()
     for sweep in range(sweeps):
         relaxed = is_relaxed(sweep, sweeps, relax_every)
         for j in range(columns or weight_OI.shape[1]):
-            own = hessian_II[j, j]
-            beta_O = (target_OI[:, j] - current_OI @ hessian_II[:, j] + current_OI[:, j] * own) / own
+            product_O = hessian_II[j] @ current_IO
+            beta_O = (target_IO[j] - product_O) / diagonal_I[j] + current_IO[j]
             if not relaxed:
-                group = int(grid.group_of_I[j])
-                scale_O = grid.scale_OG[:, group].to(dtype)
-                zero_O = 0 if grid.zero_OG is None else grid.zero_OG[:, group].to(dtype)
+                scale_O = scale_GO[group_of_I[j]]
+                zero_O = 0 if zero_GO is None else zero_GO[group_of_I[j]]
                 code_O = (beta_O / scale_O + zero_O).round().clamp(grid.scheme.code_min, grid.scheme.code_max)
                 beta_O = (code_O - zero_O) * scale_O
-            current_OI[:, j] = beta_O
+            current_IO[j] = beta_O
+    current_OI = current_IO.T
     return QuantizedWeight(quantize_to_grid(current_OI, grid), grid)
 
 

@@ -78,8 +78,8 @@ def solve_together(
             _check_weight(plan, members)
         solutions = _solve_stacked(members, hessian_II, recipe, scale_dtype)
         for (plan, weight_OI), solution in zip(members, solutions, strict=True):
-            final, extra = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
-            all_notes = notes + solution.notes + extra
+            final = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
+            all_notes = notes + solution.notes
             record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
             results.append(LayerResult(plan, final, record))
     return results
@@ -156,14 +156,18 @@ def _finish(
     solution: Solution,
     recipe: Recipe,
     scale_dtype: torch.dtype,
-) -> tuple[QuantizedWeight, tuple[str, ...]]:
-    """Integer scales after the solver if asked, and the proof that int32 holds; ``auto`` steps down until it does."""
+) -> QuantizedWeight:
+    """Integer scales after the solver if asked, and the proof that int32 holds.
+
+    Before the solver, ``auto`` can only guess by the rounded weight; where the solved codes sum to more than those, it
+    steps down until the bound holds. That is what ``auto`` means, and so no fallback worth a note: the record
+    has the amplifier and how much of int32 it uses.
+    """
     weight, mode = solution.weight, recipe.integer_scale.mode
     if mode == "off":
-        return weight, ()
+        return weight
     if mode == "after":
         weight = QuantizedWeight(weight.codes_OI, integerized(weight.grid, _amplifier_after(weight, recipe)))
-    notes: tuple[str, ...] = ()
     while _bound(weight, recipe) >= INT32_LIMIT:
         amplifier = weight.grid.amplifier
         if recipe.integer_scale.amplifier != "auto" or amplifier is None or amplifier == 1:
@@ -174,8 +178,7 @@ def _finish(
             )
         grid = integerized(fit_grid(weight_OI, plan.scheme, scale_dtype), amplifier // 2)
         weight = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options()).weight
-        notes = (f"amplifier lowered to {amplifier // 2} to keep the int32 bound",)
-    return weight, notes
+    return weight
 
 
 def _activation_max(recipe: Recipe) -> int:
