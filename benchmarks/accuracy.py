@@ -1,11 +1,14 @@
-"""Accuracy of the solvers and of integer scales, side by side: one table per model, JSON beside it.
+"""Accuracy of the solvers and of integer scales, side by side: one table per model and part, JSON beside them.
 
     python benchmarks/accuracy.py --data ../shared --json benchmarks/results/accuracy.json
 
-Two comparisons on the same calibration and evaluation text:
+Three comparisons on the same calibration and evaluation text:
 
-* solvers: rtn, gptq, quantease at 4 and 3 bits, asymmetric, per channel, all on the same grid (clipping search):
-  perplexity, and the layers' relative output errors of QuantEase over GPTQ's (share of layers below, median ratio);
+* layers: relative output errors of gptq and quantease on the same statistics, those of the original's activations, at
+  4 and 3 bits, asymmetric, per channel, on the same grid (clipping search);
+* solvers: whole runs of rtn, gptq, quantease in the same setting, for several seeds of the choice of calibration
+  windows: perplexity and KL divergence from the original, mean and standard error over the seeds. Every run calibrates
+  on its own quantized prefix, so that the errors of its later layers are measured on other inputs than another run's;
 * scales: W4A8, symmetric, group 64: float scales; integer scales before the solver (amplifier auto); and the
   conversion of the float-scale checkpoint as in the paper (amplifier 1024), with its codes kept or rounded again.
 
@@ -16,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import layer_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -36,16 +41,19 @@ from finescale.runtime.load import load
 
 SOLVERS = ("rtn", "gptq", "quantease")
 GROUP = "weights.group_size=64"
+STRIPE = 20_000
+"""Characters of the books that go to evaluation, the next ones to calibration, and so on."""
 
 
 def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Models with their texts and sizes of the runs."""
+    """Models with their texts and sizes of the runs; ``windows`` None is the whole text."""
     wiki = data / "data" / "wikitext2"
     books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
-    # Perplexity on the first half, calibration on the second: the model knows books, not encyclopaedias.
+    # Disjoint stripes of the same books: the small models know books, not encyclopaedias.
+    stripes = [books[start : start + STRIPE] for start in range(0, len(books), STRIPE)]
     work.mkdir(parents=True, exist_ok=True)
-    (work / "books-first-half.txt").write_text(books[: len(books) // 2], encoding="utf-8")
-    (work / "books-second-half.txt").write_text(books[len(books) // 2 :], encoding="utf-8")
+    (work / "books-evaluation.txt").write_text("".join(stripes[0::2]), encoding="utf-8")
+    (work / "books-calibration.txt").write_text("".join(stripes[1::2]), encoding="utf-8")
     return {
         "smollm2": {
             "model": str(local_folder(find_demo_model())),
@@ -55,15 +63,17 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             "length": 512,
             "windows": 4,
             "window_length": 2048,
+            "seeds": [0],
         },
         "zoo-llama": {
             "model": str(data / "models" / "zoo" / "llama"),
-            "calibration": str(work / "books-second-half.txt"),
-            "text": str(work / "books-first-half.txt"),
-            "samples": 64,
+            "calibration": str(work / "books-calibration.txt"),
+            "text": str(work / "books-evaluation.txt"),
+            "samples": 128,
             "length": 512,
-            "windows": 40,
+            "windows": None,
             "window_length": 512,
+            "seeds": [0, 1, 2, 3, 4],
         },
     }
 
@@ -75,6 +85,7 @@ class Runner:
         self.setting, self.work = setting, work
         self.original = load(setting["model"])
         self.original_perplexity: float | None = None
+        self.tokens = 0
 
     def quality(self, folder: str | Path) -> dict[str, Any]:
         """Perplexity, and the mean KL divergence from the original in nats per token."""
@@ -90,11 +101,11 @@ class Runner:
                 tokenizer_from=setting["model"],
                 on_progress=lambda done, total: update(f"evaluating {Path(folder).name}", done, total),
             )
-        self.original_perplexity = result.reference_perplexity
+        self.original_perplexity, self.tokens = result.reference_perplexity, result.tokens
         return {"perplexity": result.perplexity, "kl": result.kl}
 
-    def quantized(self, name: str, recipe: str, settings: tuple[str, ...]) -> dict[str, Any]:
-        out = self.work / name
+    def quantized(self, name: str, recipe: str, settings: tuple[str, ...], seed: int = 0) -> dict[str, Any]:
+        out = self.work / (f"{name}-seed{seed}" if seed else name)
         sizes = (f"calibration.samples={self.setting['samples']}", f"calibration.length={self.setting['length']}")
         with progress_bar("blocks") as update:
             report = quantize(
@@ -103,11 +114,13 @@ class Runner:
                 out=out,
                 calibration=self.setting["calibration"],
                 settings=(*sizes, *settings),
-                on_progress=lambda label, done, total: update(f"{name}: {label}", done, total),
+                seed=seed,
+                on_progress=lambda label, done, total: update(f"{out.name}: {label}", done, total),
             )
         verify(out, self.setting["model"])
         run = json.loads((out / "run.json").read_text())
         return {
+            "seed": seed,
             **self.quality(out),
             "bits_per_weight": report["size"]["bits_per_weight"],
             "seconds": run["seconds"],
@@ -117,18 +130,37 @@ class Runner:
         }
 
 
+def mean_and_error(values: list[float]) -> dict[str, float | None]:
+    """Mean, and its standard error where there are several values."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
 def compare_solvers(runner: Runner, bits: int) -> dict[str, Any]:
-    """rtn, gptq, quantease at some bits; errors of QuantEase over GPTQ's."""
-    rows = {
-        name: runner.quantized(f"{name}-{bits}", name, (f"weights.bits={bits}", "weights.clip=mse")) for name in SOLVERS
-    }
-    gptq, quantease = rows["gptq"]["errors"], rows["quantease"]["errors"]
-    ratios = [quantease[name] / gptq[name] for name in gptq]
+    """rtn, gptq, quantease at some bits for every seed."""
+    runs: dict[str, list[dict[str, Any]]] = {solver: [] for solver in SOLVERS}
+    for seed in runner.setting["seeds"]:
+        for solver in SOLVERS:
+            # Rounding uses no calibration: every seed gives the same weights.
+            if solver != "rtn" or not runs[solver]:
+                settings = (f"weights.bits={bits}", "weights.clip=mse")
+                runs[solver].append(runner.quantized(f"{solver}-{bits}", solver, settings, seed))
+    pairs = list(zip(runs["gptq"], runs["quantease"], strict=True))
+    ratios = [q["errors"][name] / error for g, q in pairs for name, error in g["errors"].items()]
     return {
         "bits": bits,
-        "rows": rows,
-        "layers_below_gptq": sum(ratio < 1 for ratio in ratios) / len(ratios),
-        "median_ratio_to_gptq": statistics.median(ratios),
+        "summary": {
+            solver: {key: mean_and_error([row[key] for row in rows]) for key in ("perplexity", "kl")}
+            for solver, rows in runs.items()
+        },
+        "log_perplexity_quantease_minus_gptq": mean_and_error(
+            [math.log(q["perplexity"] / g["perplexity"]) for g, q in pairs]
+        ),
+        "each_on_its_own_prefix": {
+            "layers_below_gptq": sum(ratio < 1 for ratio in ratios) / len(ratios),
+            "median_ratio_to_gptq": statistics.median(ratios),
+        },
+        "runs": runs,
     }
 
 
@@ -147,16 +179,31 @@ def compare_scales(runner: Runner) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def print_solvers(console: Console, name: str, original: float, tables: list[dict[str, Any]]) -> None:
-    """The table of the solver comparison."""
-    table = Table(title=f"{name}: asymmetric, per channel; perplexity (KL), original {original:.2f}")
-    for column in ("bits", "rtn", "gptq", "quantease", "layers below gptq", "median error / gptq's"):
-        table.add_column(column)
+def _cell(summary: dict[str, dict[str, float | None]]) -> str:
+    perplexity, kl = summary["perplexity"], summary["kl"]
+    error = perplexity["standard_error"]
+    return f"{perplexity['mean']:.2f}{'' if error is None else f' ± {error:.2f}'} ({kl['mean']:.4f})"
+
+
+def print_solvers(console: Console, name: str, original: float, seeds: int, tables: list[dict[str, Any]]) -> None:
+    """The table of the whole runs."""
+    title = f"{name}: asymmetric, per channel; perplexity (KL) over {seeds} seeds, original {original:.2f}"
+    table = Table("bits", *SOLVERS, "quantease over gptq", title=title)
     for entry in tables:
-        rows = [entry["rows"][solver] for solver in SOLVERS]
-        cells = [f"{row['perplexity']:.2f} ({row['kl']:.4f})" for row in rows]
-        share, ratio = entry["layers_below_gptq"], entry["median_ratio_to_gptq"]
-        table.add_row(str(entry["bits"]), *cells, f"{share:.1%}", f"{ratio:.3f}")
+        change = entry["log_perplexity_quantease_minus_gptq"]
+        error = "" if change["standard_error"] is None else f" ± {change['standard_error']:.2%}"
+        cells = [_cell(entry["summary"][solver]) for solver in SOLVERS]
+        table.add_row(str(entry["bits"]), *cells, f"{math.expm1(change['mean']):+.2%}{error}")
+    console.print(table)
+
+
+def print_layers(console: Console, name: str, entry: dict[str, Any]) -> None:
+    """The table of the layer errors."""
+    title = f"{name}: relative output errors on the same statistics"
+    table = Table("bits", "layers", "quantease below gptq", "median ratio", "largest ratio", title=title)
+    for bits, row in entry["summary"].items():
+        ratios = (f"{row[key]:.3f}" for key in ("median_ratio", "largest_ratio"))
+        table.add_row(bits, str(row["layers"]), f"{row['below_gptq']:.1%}", *ratios)
     console.print(table)
 
 
@@ -176,7 +223,7 @@ def print_scales(console: Console, name: str, rows: dict[str, dict[str, Any]]) -
 
 def save(result: dict[str, Any], runner: Runner, entry: dict[str, Any], path: Path) -> None:
     """Write what there is so far: these runs are long."""
-    entry["original_perplexity"] = runner.original_perplexity
+    entry["original_perplexity"], entry["evaluated_tokens"] = runner.original_perplexity, runner.tokens
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -186,13 +233,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
     parser.add_argument("--models", default="smollm2,zoo-llama")
     parser.add_argument("--bits", default="4,3")
-    parser.add_argument("--parts", default="solvers,scales")
+    parser.add_argument("--parts", default="layers,solvers,scales")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and go on from them")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/accuracy.json"))
     arguments = parser.parse_args()
     quiet_libraries()
     console = Console()
-    result: dict[str, Any] = {"benchmark": "accuracy", "machine": machine_facts(), "seed": 0, "models": {}}
+    bits = [int(b) for b in arguments.bits.split(",")]
+    result: dict[str, Any] = {"benchmark": "accuracy", "machine": machine_facts(), "models": {}}
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.models.split(","):
             work = arguments.work or Path(temporary)
@@ -204,12 +252,17 @@ def main() -> None:
                 "source_bytes": open_checkpoint(setting["model"]).total_bytes(),
             }
             result["models"][name] = entry
+            if "layers" in arguments.parts:
+                sizes = (setting["samples"], setting["length"])
+                entry["layers"] = layer_errors.compare(setting["model"], setting["calibration"], *sizes, bits)
+                save(result, runner, entry, arguments.json)
+                print_layers(console, name, entry["layers"])
             if "solvers" in arguments.parts:
                 entry["solvers"] = []
-                for bits in arguments.bits.split(","):
-                    entry["solvers"].append(compare_solvers(runner, int(bits)))
+                for b in bits:
+                    entry["solvers"].append(compare_solvers(runner, b))
                     save(result, runner, entry, arguments.json)
-                print_solvers(console, name, entry["original_perplexity"], entry["solvers"])
+                print_solvers(console, name, entry["original_perplexity"], len(setting["seeds"]), entry["solvers"])
             if "scales" in arguments.parts:
                 entry["scales"] = compare_scales(runner)
                 save(result, runner, entry, arguments.json)
