@@ -2,6 +2,7 @@
 
 from finescale.grid.activation import fake_quantize_tokens, quantize_tokens
 from finescale.grid.fit import fit_grid, fit_group, integerized, with_integer_scales
+from finescale.grid.outliers import Outliers
 from finescale.grid.scheme import (
     ActivationScheme,
     Grid,
@@ -16,6 +17,7 @@ from finescale.grid.scheme import (
 __all__ = [
     "ActivationScheme",
     "Grid",
+    "Outliers",
     "QuantizedWeight",
     "WeightScheme",
     "contiguous_groups",

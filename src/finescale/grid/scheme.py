@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError, NumericsError
+from finescale.grid.outliers import Outliers
 
 WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 6, 8)
@@ -149,22 +150,39 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A solved layer: int8 codes [O, I] and the grid they index."""
+    """A solved layer: int8 codes [O, I], the grid they index, and what is added to them (None: nothing)."""
 
     codes_OI: Tensor
     grid: Grid
+    outliers: Outliers | None = None
 
     def dequantize(self) -> Tensor:
-        """The weight, float32 [O, I] = scale * (code - zero)."""
-        return dequantize(self.codes_OI, self.grid)
+        """The weight, float32 [O, I] = scale * (code - zero), and the outliers."""
+        value_OI = dequantize(self.codes_OI, self.grid)
+        return value_OI if self.outliers is None else value_OI.add_(self.outliers.dense())
+
+    def rows_slice(self, rows: slice) -> QuantizedWeight:
+        """Some consecutive output rows."""
+        outliers = None if self.outliers is None else self.outliers.rows_slice(rows)
+        return QuantizedWeight(self.codes_OI[rows].contiguous(), self.grid.rows_slice(rows), outliers)
+
+    def stored_bits(self) -> int:
+        """Bits of codes, scales, zero points and outliers in a packed file (without padding and shapes)."""
+        scheme, grid = self.grid.scheme, self.grid
+        zero_bits = 0 if grid.zero_OG is None else scheme.bits
+        bits = scheme.bits * self.codes_OI.numel() + grid.scale_OG.numel() * (8 * grid.scale_dtype.itemsize + zero_bits)
+        return bits + (0 if self.outliers is None else self.outliers.stored_bits)
 
     def sha256(self) -> str:
-        """Hash of codes, scales and zero points: equal for equal weights, whatever file they went through."""
+        """Hash of codes, scales, zero points and outliers: equal for equal weights, whatever file they went through."""
         digest = hashlib.sha256(str(tuple(self.codes_OI.shape)).encode())
         parts = [self.codes_OI, self.grid.scale_OG.float(), self.grid.zero_OG, self.grid.group_of_I]
         for tensor in parts:
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        if self.outliers is not None:
+            for tensor in self.outliers.tensors():
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from finescale.errors import NumericsError
 from finescale.grid import Grid, QuantizedWeight, fit_grid, number_of_groups
 from finescale.grid.fit import integerized
+from finescale.grid.outliers import stack_outliers
 
 ROW_SLAB = 8192
 """Rows solved together. Rows are independent; slabs bound the working memory at about five [I, slab] matrices."""
@@ -118,4 +119,6 @@ def assemble(grid: Grid, slabs: list[QuantizedWeight]) -> QuantizedWeight:
     scale_OG = torch.cat([slab.grid.scale_OG for slab in slabs])
     zeros = [slab.grid.zero_OG for slab in slabs if slab.grid.zero_OG is not None]
     zero_OG = torch.cat(zeros) if zeros else None
-    return QuantizedWeight(codes_OI, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG))
+    kept = [slab.outliers for slab in slabs if slab.outliers is not None]
+    outliers = stack_outliers(kept) if kept else None
+    return QuantizedWeight(codes_OI, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG), outliers)

@@ -14,6 +14,7 @@ from torch import Tensor
 from finescale.errors import NumericsError
 from finescale.grid import Grid, QuantizedWeight
 from finescale.grid.fit import refit_group
+from finescale.grid.outliers import single_outliers
 from finescale.solvers.columns import (
     ColumnRounder,
     assemble,
@@ -70,7 +71,9 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
     raise NumericsError("the Hessian cannot be factorized at any damping; calibrate with more or other text.")
 
 
-def solve_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqOptions) -> Solution:
+def solve_gptq(
+    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqOptions, support_OI: Tensor | None = None
+) -> Solution:
     """GPTQ with lazy batches of columns.
 
     Args:
@@ -78,6 +81,7 @@ def solve_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqO
         hessian_II: [I, I], sum or mean of x x^T over the calibration tokens.
         grid: scales of the original weight.
         options: see ``GptqOptions``.
+        support_OI: bool, weights that keep their (compensated) value, as outliers; None for none.
 
     Raises:
         NumericsError: NaN or Inf in the inputs, or a Hessian that no damping repairs.
@@ -95,23 +99,39 @@ def solve_gptq(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: GptqO
     for rows in row_slabs(weight_OI.shape[0]):
         part = grid.rows_slice(rows)
         weight_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
-        codes_IO, part = _solve_slab(weight_IO, upper_II, part, group_of_I, options.block_size, refit)
+        free_IO = None if support_OI is None else support_OI[rows][:, order_I].T.contiguous()
+        codes_IO, addend_IO, part = _solve_slab(
+            weight_IO, upper_II, part, group_of_I, options.block_size, refit, free_IO
+        )
         codes_OI = torch.empty_like(weight_OI[rows], dtype=torch.int8)
         codes_OI[:, order_I] = codes_IO.T
-        slabs.append(QuantizedWeight(codes_OI, part))
+        outliers = None
+        if support_OI is not None and addend_IO is not None:
+            addend_OI = torch.empty_like(addend_IO.T)
+            addend_OI[:, order_I] = addend_IO.T
+            outliers = single_outliers(addend_OI, support_OI[rows], part.scale_dtype)
+        slabs.append(QuantizedWeight(codes_OI, part, outliers))
     notes = (f"damping raised from {options.damping:g} to {damping:g}",) if damping != options.damping else ()
     return Solution(assemble(grid, slabs), damping, notes)
 
 
 def _solve_slab(
-    weight_IO: Tensor, upper_II: Tensor, grid: Grid, group_of_I: list[int], block_size: int, refit: bool
-) -> tuple[Tensor, Grid]:
-    """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O] and the grid they index."""
+    weight_IO: Tensor,
+    upper_II: Tensor,
+    grid: Grid,
+    group_of_I: list[int],
+    block_size: int,
+    refit: bool,
+    free_IO: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Grid]:
+    """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O], what the entries marked in
+    ``free_IO`` have beyond their codes [I, O] (else zero), and the grid."""
     columns, rows = weight_IO.shape
     rounder = ColumnRounder(grid, weight_IO.dtype)
     scale_OG = grid.scale_OG.clone()
     zero_OG = None if grid.zero_OG is None else grid.zero_OG.clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.int8, device=weight_IO.device)
+    addend_IO = None if free_IO is None else torch.zeros_like(weight_IO)
     group_tensor_I = torch.tensor(group_of_I, device=weight_IO.device)
     seen: set[int] = set()
     for start in range(0, columns, block_size):
@@ -135,6 +155,9 @@ def _solve_slab(
                 relative_O = rounder.codes(value_O, group, point_O)
                 codes_IO[column] = relative_O if rounder.zero_GO is None else relative_O + rounder.zero_GO[group]
                 torch.sub(value_O, relative_O.mul_(rounder.scale_GO[group]), out=error_BO[done])
+                if free_IO is not None and addend_IO is not None:
+                    addend_IO[column] = error_BO[done] * free_IO[column]
+                    error_BO[done].masked_fill_(free_IO[column], 0.0)
                 error_BO[done].div_(upper_II[column, column])
         weight_IO[end:].addmm_(upper_II[start:end, end:].T, error_BO, alpha=-1)
-    return codes_IO, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG)
+    return codes_IO, addend_IO, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG)

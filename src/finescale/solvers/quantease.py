@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finescale.grid import Grid, QuantizedWeight, dequantize, quantize_to_grid
+from finescale.grid import Grid, QuantizedWeight, fit_grid, quantize_to_grid
 from finescale.solvers.columns import (
     ColumnRounder,
     assemble,
@@ -30,6 +30,14 @@ from finescale.solvers.columns import (
     row_slabs,
 )
 from finescale.solvers.gptq import GptqOptions, solve_gptq
+from finescale.solvers.outliers import (
+    CoordinateSupport,
+    GradientSupport,
+    Support,
+    first_support,
+    outlier_count,
+    with_outliers,
+)
 from finescale.solvers.solution import Solution, SolverOptions
 
 LAST_RELAXED_SWEEP = 25
@@ -50,6 +58,11 @@ class QuantEaseOptions(SolverOptions):
         damping: fraction of the mean diagonal added to H; 0 as published.
         gptq_damping: damping of the GPTQ start.
         block_size: columns of one lazy batch.
+        outliers: weights kept beside the grid: a share below 1, or a number; the grid's range is fitted without them.
+        structured: outliers are whole input columns, and ``outliers`` counts these.
+        support: how outliers are chosen between sweeps: ``coordinate`` keeps those whose rounding would cost most at
+            the current targets; ``gradient`` is the published step, the largest entries after a gradient step of
+            length 1 / L on H.
     """
 
     sweeps: int = Field(default=30, ge=1)
@@ -60,6 +73,9 @@ class QuantEaseOptions(SolverOptions):
     damping: float = Field(default=0.0, ge=0.0)
     gptq_damping: float = Field(default=0.01, ge=0.0)
     block_size: int = Field(default=128, ge=1)
+    outliers: float = Field(default=0.0, ge=0.0)
+    structured: bool = False
+    support: Literal["coordinate", "gradient"] = "coordinate"
 
 
 def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
@@ -94,28 +110,47 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
     check_finite(weight_OI, hessian_II)
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     order_I = column_order(hessian_II, options.act_order)
+    count = outlier_count(options.outliers, (weight_OI.shape[0], weight_OI.shape[1]), options.structured)
+    support_OI = first_support(weight_OI, count, options.structured) if count else None
+    range_OI = weight_OI if support_OI is None else weight_OI.masked_fill(support_OI, 0.0)
     if not options.static_groups:
-        grid = regroup(grid, weight_OI, order_I)
+        grid = regroup(grid, range_OI, order_I)
+    elif support_OI is not None:
+        grid = fit_grid(range_OI, grid.scheme, grid.scale_dtype, grid.group_of_I)
     damped_II = hessian_II.to(dtype)[order_I][:, order_I]
     if options.damping:
         damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
     normalized_II = normalized_columns(damped_II, dtype)
-    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options)
+    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
     group_of_I = grid.group_of_I[order_I].tolist()
     slabs = []
-    for rows in row_slabs(weight_OI.shape[0]):
+    # Which outliers are kept depends on all rows of the layer: they are solved as one slab.
+    for rows in row_slabs(weight_OI.shape[0]) if support_OI is None else [slice(0, weight_OI.shape[0])]:
         part = grid.rows_slice(rows)
         target_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
         current_IO = target_IO.clone() if start_OI is None else start_OI[rows].to(dtype)[:, order_I].T.contiguous()
-        _sweep_slab(target_IO, current_IO, normalized_II, part, group_of_I, options)
+        support: Support | None = None
+        if support_OI is not None:
+            free_IO = support_OI[:, order_I].T.contiguous()
+            if options.support == "gradient":
+                support = GradientSupport(free_IO, target_IO, count, options.structured, damped_II)
+            else:
+                diagonal_I = damped_II.diagonal()
+                support = CoordinateSupport(free_IO, count, options.structured, diagonal_I, part, group_of_I)
+        _sweep_slab(target_IO, current_IO, normalized_II, part, group_of_I, options, support)
         solved_OI = torch.empty_like(target_IO.T)
         solved_OI[:, order_I] = current_IO.T
-        slabs.append(QuantizedWeight(quantize_to_grid(solved_OI, part), part))
+        if support is None:
+            slabs.append(QuantizedWeight(quantize_to_grid(solved_OI, part), part))
+        else:
+            free_OI = torch.empty_like(support.free_IO.T)
+            free_OI[:, order_I] = support.free_IO.T
+            slabs.append(with_outliers(solved_OI, free_OI, part, options.structured))
     return Solution(assemble(grid, slabs), options.damping or start_damping, notes)
 
 
 def _start(
-    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions
+    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions, support_OI: Tensor | None
 ) -> tuple[Tensor | None, tuple[str, ...], float]:
     """The starting point [O, I] (None: the weight itself), notes, and the damping it used.
 
@@ -124,8 +159,8 @@ def _start(
     if options.start == "weight":
         return None, (), 0.0
     gptq_options = GptqOptions(damping=options.gptq_damping, act_order=options.act_order, block_size=options.block_size)
-    solution = solve_gptq(weight_OI, hessian_II, grid, gptq_options)
-    return dequantize(solution.weight.codes_OI, grid), solution.notes, solution.damping
+    solution = solve_gptq(weight_OI, hessian_II, grid, gptq_options, support_OI)
+    return solution.weight.dequantize(), solution.notes, solution.damping
 
 
 def _sweep_slab(
@@ -135,26 +170,36 @@ def _sweep_slab(
     grid: Grid,
     group_of_I: list[int],
     options: QuantEaseOptions,
+    support: Support | None,
 ) -> None:
     """All sweeps over one slab of rows, in solving order; ``current_IO`` is updated in place."""
     columns, rows = target_IO.shape
     rounder = ColumnRounder(grid, target_IO.dtype)
     change_BO = target_IO.new_zeros(min(options.block_size, columns), rows)
-    beta_O = target_IO.new_empty(rows)
+    beta_O, point_O = target_IO.new_empty(2, rows)
     starts = range(0, columns, options.block_size)
     # Column j of a batch needs H_kj for the batch's earlier k as one contiguous vector.
     inner = [normalized_II[s : s + options.block_size, s : s + options.block_size].T.contiguous() for s in starts]
+    moved = False
     for sweep in range(options.sweeps):
         relaxed = is_relaxed(sweep, options.sweeps, options.relax_every)
-        if sweep % REFRESH_EVERY == 0:
+        if sweep % REFRESH_EVERY == 0 or moved:
             beta_IO = torch.addmm(target_IO, normalized_II.T, target_IO - current_IO)
         for index, start in enumerate(starts):
             end = min(start + options.block_size, columns)
             with one_thread():
                 for column in range(start, end):
-                    done = column - start
+                    done, group = column - start, group_of_I[column]
                     torch.addmv(beta_IO[column], change_BO[:done].T, inner[index][done, :done], out=beta_O)
-                    value_O = beta_O if relaxed else rounder.nearest(beta_O, group_of_I[column], beta_O)
+                    if relaxed:
+                        value_O = beta_O
+                    elif support is None:
+                        value_O = rounder.nearest(beta_O, group, beta_O)
+                    else:
+                        value_O = support.round(column, beta_O, group, rounder, point_O)
                     torch.sub(current_IO[column], value_O, out=change_BO[done])
                     current_IO[column] = value_O
             beta_IO.addmm_(normalized_II[start:end].T, change_BO[: end - start])
+        moved = False
+        if support is not None and not relaxed and sweep < options.sweeps - 1:
+            moved = support.update(current_IO, beta_IO)

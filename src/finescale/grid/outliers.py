@@ -1,0 +1,140 @@
+"""Weights kept beside the grid: few entries anywhere, or whole input columns.
+
+Shape legend: O outputs, I inputs, N single outliers, C outlier columns, R = O + 1 row pointers, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from finescale.errors import NumericsError
+
+LARGEST_INT16 = 2**15
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """What is added to the dequantized weight of a layer (QuantEase, arXiv 2309.01885, section on outliers).
+
+    Attributes:
+        columns: inputs of the layer.
+        value: the addends in the type of the file: [N] for single entries, row after row and in each row by rising
+            column; [O, C] for whole columns.
+        column: their columns, int16 (int32 beyond 32768 inputs): [N] or [C], rising.
+        row_start_R: int32 [O + 1], where each row's entries begin in ``value``; None for whole columns.
+    """
+
+    columns: int
+    value: Tensor
+    column: Tensor
+    row_start_R: Tensor | None
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole columns are kept."""
+        return self.row_start_R is None
+
+    @property
+    def rows(self) -> int:
+        return self.value.shape[0] if self.row_start_R is None else self.row_start_R.shape[0] - 1
+
+    @property
+    def count(self) -> int:
+        """How many weights have an addend."""
+        return self.value.numel()
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all tensors as a file holds them."""
+        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.value
+        yield self.column
+        if self.row_start_R is not None:
+            yield self.row_start_R
+
+    def dense(self) -> Tensor:
+        """The addends as float32 [O, I], zero elsewhere."""
+        out_OI = torch.zeros(self.rows, self.columns, device=self.value.device)
+        column = self.column.to(torch.int64)
+        if self.row_start_R is None:
+            out_OI[:, column] = self.value.float()
+        else:
+            out_OI[self._row_of_N(), column] = self.value.float()
+        return out_OI
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """The part of the layer's output that is due to the addends: [..., I] -> [..., O], in the type of the input."""
+        column = self.column.to(torch.int64)
+        if self.row_start_R is None:
+            return x_TI[..., column] @ self.value.to(x_TI.dtype).T
+        out_TO = x_TI.new_zeros(*x_TI.shape[:-1], self.rows)
+        return out_TO.index_add_(-1, self._row_of_N(), x_TI[..., column] * self.value.to(x_TI.dtype))
+
+    def rows_slice(self, rows: slice) -> Outliers:
+        """The addends of some consecutive rows."""
+        if self.row_start_R is None:
+            return replace(self, value=self.value[rows].contiguous())
+        start, stop, _ = rows.indices(self.rows)
+        first, last = int(self.row_start_R[start]), int(self.row_start_R[stop])
+        pointers_R = self.row_start_R[start : stop + 1] - first
+        return replace(self, value=self.value[first:last], column=self.column[first:last], row_start_R=pointers_R)
+
+    def to(self, device: torch.device | str) -> Outliers:
+        pointers_R = None if self.row_start_R is None else self.row_start_R.to(device)
+        return replace(self, value=self.value.to(device), column=self.column.to(device), row_start_R=pointers_R)
+
+    def _row_of_N(self) -> Tensor:
+        assert self.row_start_R is not None
+        counts_O = self.row_start_R.diff().to(torch.int64)
+        return torch.repeat_interleave(torch.arange(self.rows, device=counts_O.device), counts_O)
+
+
+def single_outliers(addend_OI: Tensor, chosen_OI: Tensor, dtype: torch.dtype) -> Outliers:
+    """The addends at the entries marked in ``chosen_OI`` (bool [O, I]), stored as ``dtype``; raises NumericsError when
+    one does not fit."""
+    row_N, column_N = chosen_OI.nonzero(as_tuple=True)
+    row_start_R = torch.zeros(chosen_OI.shape[0] + 1, dtype=torch.int32, device=chosen_OI.device)
+    row_start_R[1:] = chosen_OI.sum(1).cumsum(0)
+    columns = chosen_OI.shape[1]
+    return Outliers(columns, _stored(addend_OI[row_N, column_N], dtype), _narrow(column_N, columns), row_start_R)
+
+
+def column_outliers(addend_OI: Tensor, chosen_I: Tensor, dtype: torch.dtype) -> Outliers:
+    """The addends of the columns marked in ``chosen_I`` (bool [I]), stored as ``dtype``; raises like
+    ``single_outliers``."""
+    column_C = chosen_I.nonzero().squeeze(1)
+    columns = chosen_I.shape[0]
+    return Outliers(columns, _stored(addend_OI[:, column_C], dtype).contiguous(), _narrow(column_C, columns), None)
+
+
+def stack_outliers(parts: list[Outliers]) -> Outliers:
+    """The addends of slabs of rows, one below the other; whole columns must be the same in all of them."""
+    first = parts[0]
+    value = torch.cat([part.value for part in parts])
+    if first.row_start_R is None:
+        return replace(first, value=value)
+    pointers, base = [torch.zeros_like(first.row_start_R[:1])], 0
+    for part in parts:
+        assert part.row_start_R is not None
+        pointers.append(part.row_start_R[1:] + base)
+        base += part.count
+    return replace(
+        first, value=value, column=torch.cat([part.column for part in parts]), row_start_R=torch.cat(pointers)
+    )
+
+
+def _narrow(column: Tensor, columns: int) -> Tensor:
+    return column.to(torch.int16 if columns <= LARGEST_INT16 else torch.int32)
+
+
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = value.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericsError(f"an outlier does not fit {dtype}; give the model as bfloat16 or float32.")
+    return stored
