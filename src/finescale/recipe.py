@@ -170,6 +170,8 @@ class Recipe(_Part):
                 raise ValueError("integer_scale needs weights.symmetric true")
             if self.activations is None:
                 raise ValueError("integer_scale needs activations.bits (8 for W4A8)")
+            if self.solver.options().keeps_outliers:
+                raise ValueError("integer_scale has no outliers; set solver.outliers 0")
         for override in self.overrides:
             weights = self.weights_for_override(override)
             if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:

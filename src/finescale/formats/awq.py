@@ -28,6 +28,7 @@ from finescale.formats.checks import (
     schemes_by_use,
     stored_scale,
 )
+from finescale.formats.outliers import no_outliers
 from finescale.grid import (
     ActivationScheme,
     Grid,
@@ -88,6 +89,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     check(grid.scheme, None, (rows, columns))
     contiguous_only(NAME, grid)
     check_codes(weight)
+    no_outliers("awq", weight)
     zero_OG = torch.zeros_like(grid.scale_OG, dtype=torch.int8) if grid.zero_OG is None else grid.zero_OG
     return {
         "qweight": _pack_outputs(weight.codes_OI),

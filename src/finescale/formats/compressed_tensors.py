@@ -5,6 +5,7 @@ pack-quantized, per Linear of weight [O, I] with b bits and G groups:
     weight_scale       [O, G]
     weight_shape       int64 [2]                 (O, I)
     weight_zero_point  int32 [ceil(O*b/32), G]   zero + 2**(b-1), a bit stream along the outputs; asymmetric only
+    weight_outlier_*       what finescale adds to the weight: see `finescale.formats.outliers`
 int-quantized: ``weight`` int8 [O, I] and, if asymmetric, ``weight_zero_point`` int8 [O, G], not packed.
 
 The library's 3-bit packing changed between 0.17 (10 values a word) and 0.20 (a bit stream, which is what vLLM allocates
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import CheckpointError, InputError
+from finescale.formats import outliers
 from finescale.formats.checks import (
     SchemeKey,
     check_codes,
@@ -47,8 +49,8 @@ from finescale.grid.packing import Layout, pack_rows, packed_words, to_signed, t
 NAME = "compressed-tensors"
 PACKED = "pack-quantized"
 INT8 = "int-quantized"
-PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-INT8_SUFFIXES = ("weight", "weight_scale", "weight_zero_point")
+PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", *outliers.SUFFIXES)
+INT8_SUFFIXES = ("weight", "weight_scale", "weight_zero_point", *outliers.SUFFIXES)
 
 
 def check(
@@ -85,7 +87,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if grid.zero_OG is not None:
         zero_GO = to_unsigned(grid.zero_OG.t(), scheme.bits)
         tensors["weight_zero_point"] = pack_rows(zero_GO, scheme.bits).t().contiguous()
-    return tensors
+    return tensors | outliers.pack(weight.outliers)
 
 
 def pack_int8(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ def pack_int8(weight: QuantizedWeight) -> dict[str, Tensor]:
     tensors = {"weight": weight.codes_OI.contiguous(), "weight_scale": stored_scale(weight.grid).contiguous()}
     if weight.grid.zero_OG is not None:
         tensors["weight_zero_point"] = weight.grid.zero_OG.contiguous()
-    return tensors
+    return tensors | outliers.pack(weight.outliers)
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int | None = None) -> QuantizedWeight:
@@ -136,7 +138,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
         group_of_I = tensors["weight_g_idx"].to(torch.int64)
         expect_shape(group_of_I, (columns,), "weight_g_idx")
     grid = Grid(scheme, read_scale(scale_OG, rows, columns, scheme), zero_OG, group_of_I, scale_OG.dtype, amplifier)
-    return QuantizedWeight(codes_OI, grid)
+    return QuantizedWeight(codes_OI, grid, outliers.unpack(tensors, rows, columns))
 
 
 def _unpack_codes(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[Tensor, Layout]:

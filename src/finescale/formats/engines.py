@@ -26,6 +26,7 @@ _EXPERT_FAMILIES = re.compile(r"mixtral|moe|deepseek_v[23]|gpt_oss|qwen3_next|db
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CONV1D_FAMILIES = ("gpt2",)
 _CONV1D = "GPT-2's Conv1D layers are read packed by finescale only; save with dense"
+_OUTLIERS = "only finescale adds the outliers to the weights, which are wrong without them; save with dense"
 _W8A8_ONLY = "int-quantized weights must be symmetric 8-bit per channel, with 8-bit activations"
 _ONE_SCHEME = "the schemes within {} differ, yet engines load these layers as one; give them one scheme"
 
@@ -44,6 +45,7 @@ class Model:
         odd: whether some dimension is no multiple of 32.
         conflict: layers that engines fuse but whose schemes differ, for a message; empty if none.
         desc_act: whether groups are scattered columns.
+        outliers: whether some weights are kept beside the grid.
     """
 
     format_name: str
@@ -55,6 +57,7 @@ class Model:
     odd: bool = False
     conflict: str = ""
     desc_act: bool = False
+    outliers: bool = False
 
     @property
     def bits(self) -> set[int]:
@@ -84,6 +87,7 @@ def engine_table(
     family: str,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     desc_act: bool = False,
+    outliers: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per engine: ``{"engine", "loads": bool, "runs_as": str, "remark": str}``.
 
@@ -94,6 +98,7 @@ def engine_table(
         family: `model_type` of config.json.
         shapes: (O, I) of the layers, to find ragged groups and odd sizes.
         desc_act: whether groups are scattered columns (activation order).
+        outliers: whether some weights are kept beside the grid.
     """
     named = schemes if isinstance(schemes, Mapping) else {}
     values = list(schemes.values() if isinstance(schemes, Mapping) else schemes)
@@ -110,6 +115,7 @@ def engine_table(
         odd=any(size % 32 for shape in shapes.values() for size in shape),
         conflict=fused_conflict(named),
         desc_act=desc_act,
+        outliers=outliers,
     )
     engines: dict[str, Callable[[Model], Row]] = {
         "finescale": _finescale,
@@ -123,6 +129,8 @@ def engine_table(
         reasons, runs_as, remarks = describe(model)
         if engine != "finescale" and model.family in _CONV1D_FAMILIES and model.format_name != DENSE:
             reasons = [_CONV1D]
+        if engine != "finescale" and model.outliers and model.format_name != DENSE:
+            reasons = [_OUTLIERS]
         loads = not reasons
         rows.append(
             {
@@ -192,7 +200,15 @@ def _finescale(model: Model) -> Row:
     if model.format_name == DENSE:
         return [], "the model's own type", ["weights are dequantized"]
     activations = "16" if model.activation_bits is None else str(model.activation_bits)
-    return [], model.runs(activations), ["finescale inspect names the kernel of each layer"]
+    return (
+        [],
+        model.runs(activations),
+        [
+            "dequantized with their outliers, then a float product"
+            if model.outliers
+            else "finescale inspect names the kernel of each layer"
+        ],
+    )
 
 
 def _transformers(model: Model) -> Row:

@@ -29,6 +29,7 @@ from finescale.formats.checks import (
     stored_scale,
 )
 from finescale.formats.names import name_patterns, names_in_block
+from finescale.formats.outliers import no_outliers
 from finescale.grid import (
     ActivationScheme,
     Grid,
@@ -89,6 +90,7 @@ def _pack(weight: QuantizedWeight, zero_offset: int) -> dict[str, Tensor]:
     rows, columns = weight.codes_OI.shape
     check(grid.scheme, None, (rows, columns))
     check_codes(weight)
+    no_outliers("gptq", weight)
     if grid.zero_OG is None:
         zero_GO = torch.full((grid.scale_OG.shape[1], rows), 1 << (bits - 1), device=grid.scale_OG.device)
     else:

@@ -102,7 +102,9 @@ def single_outliers(addend_OI: Tensor, chosen_OI: Tensor, dtype: torch.dtype) ->
     row_start_R = torch.zeros(chosen_OI.shape[0] + 1, dtype=torch.int32, device=chosen_OI.device)
     row_start_R[1:] = chosen_OI.sum(1).cumsum(0)
     columns = chosen_OI.shape[1]
-    return Outliers(columns, _stored(addend_OI[row_N, column_N], dtype), _narrow(column_N, columns), row_start_R)
+    return Outliers(
+        columns, _stored(addend_OI[row_N, column_N], dtype), column_N.to(column_dtype(columns)), row_start_R
+    )
 
 
 def column_outliers(addend_OI: Tensor, chosen_I: Tensor, dtype: torch.dtype) -> Outliers:
@@ -110,7 +112,9 @@ def column_outliers(addend_OI: Tensor, chosen_I: Tensor, dtype: torch.dtype) -> 
     ``single_outliers``."""
     column_C = chosen_I.nonzero().squeeze(1)
     columns = chosen_I.shape[0]
-    return Outliers(columns, _stored(addend_OI[:, column_C], dtype).contiguous(), _narrow(column_C, columns), None)
+    return Outliers(
+        columns, _stored(addend_OI[:, column_C], dtype).contiguous(), column_C.to(column_dtype(columns)), None
+    )
 
 
 def stack_outliers(parts: list[Outliers]) -> Outliers:
@@ -129,8 +133,9 @@ def stack_outliers(parts: list[Outliers]) -> Outliers:
     )
 
 
-def _narrow(column: Tensor, columns: int) -> Tensor:
-    return column.to(torch.int16 if columns <= LARGEST_INT16 else torch.int32)
+def column_dtype(columns: int) -> torch.dtype:
+    """The type in which column indices of a layer with so many inputs are stored."""
+    return torch.int16 if columns <= LARGEST_INT16 else torch.int32
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

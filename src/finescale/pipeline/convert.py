@@ -17,6 +17,7 @@ from torch import Tensor
 from finescale._version import __version__
 from finescale.errors import InputError
 from finescale.formats import registry
+from finescale.formats.outliers import VALUES as OUTLIER_VALUES
 from finescale.formats.source import INDEX_NAME, read_json
 from finescale.grid import (
     ActivationScheme,
@@ -179,6 +180,8 @@ def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
             raise InputError(
                 f"{name} is asymmetric; integer scales need symmetric weights, quantize the original instead."
             )
+        if f"{name}.{OUTLIER_VALUES}" in quantized.source:
+            raise InputError(f"{name} has outliers beside its grid; integer scales are for weights without them.")
         for suffix in ("g_idx", "weight_g_idx"):
             if f"{name}.{suffix}" in quantized.source:
                 _check_order(name, quantized.source.read(f"{name}.{suffix}"), scheme)

@@ -49,6 +49,8 @@ def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any]) 
         "relative_error": record.get("relative_error"),
         "scale_min": float(scale_OG.min()),
         "scale_max": float(scale_OG.max()),
+        "outliers": None if weight.outliers is None else weight.outliers.count,
+        "bits_per_weight": weight.stored_bits() / max(weight.codes_OI.numel(), 1),
         "tokens": record.get("tokens"),
         "notes": record.get("notes", []),
         "kernel": "reference int32 (exact)" if grid.amplifier is not None else "dequantize, then float product",

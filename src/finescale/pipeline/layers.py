@@ -92,9 +92,11 @@ def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) 
 
 
 def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> list[list[tuple[LayerPlan, Tensor]]]:
-    """Layers that may be stacked. A solver that refits groups needs each layer's own amplifier, so these stay alone."""
+    """Layers that may be stacked. A solver that refits groups needs each layer's own amplifier, and outliers are
+    counted by layer, so these stay alone."""
     options = recipe.solver.options()
-    if recipe.integer_scale.mode == "before" and not getattr(options, "static_groups", True):
+    refits_alone = recipe.integer_scale.mode == "before" and not getattr(options, "static_groups", True)
+    if refits_alone or options.keeps_outliers:
         return [[layer] for layer in layers]
     groups: dict[Any, list[tuple[LayerPlan, Tensor]]] = {}
     for layer in layers:
@@ -234,6 +236,8 @@ def _record(
         "amplifier_curve": None if grid.amplifier is None else _curve(plan, weight_OI, recipe),
         "sha256": weight.sha256(),
         "tokens": tokens,
+        "outliers": None if weight.outliers is None else weight.outliers.count,
+        "bits_per_weight": weight.stored_bits() / weight.codes_OI.numel(),
         "damping": solution.damping,
         "notes": list(notes),
     }

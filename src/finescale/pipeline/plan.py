@@ -75,6 +75,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
         raise InputError(
             f"{fmt.name} holds groups of consecutive columns only; set solver.static_groups true or --format gptq."
         )
+    if recipe.solver.options().keeps_outliers and fmt.name.startswith(("gptq", "awq")):
+        raise InputError(f"{fmt.name} has no place for outliers; use --format compressed-tensors or dense.")
     drafts, skipped = _drafts(skeleton, recipe)
     sizes, notes = _group_sizes(drafts)
     blocks: list[dict[str, LayerPlan]] = [{} for _ in range(skeleton.block_count)]

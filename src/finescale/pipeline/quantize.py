@@ -332,7 +332,8 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
     for record in records:
         fallbacks += [f"{record['name']}: {note}" for note in record["notes"]]
     activations = job.recipe.activations.scheme() if job.recipe.activations else None
-    stored_bits = 8 * sum(_layer_bytes(layer, job.scale_dtype) for layer in plan.layers)
+    weights = {layer.name: layer.shape_OI[0] * layer.shape_OI[1] for layer in plan.layers}
+    stored_bits = sum(record["bits_per_weight"] * weights[record["name"]] for record in records)
     return {
         "finescale": __version__,
         "signature": job.signature,
@@ -361,17 +362,9 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
             job.skeleton.family.model_type,
             {layer.name: layer.shape_OI for layer in plan.layers},
             scattered_groups(job.recipe),
+            job.recipe.solver.options().keeps_outliers,
         ),
     }
-
-
-def _layer_bytes(layer: Any, scale_dtype: torch.dtype) -> float:
-    from finescale.grid import number_of_groups
-
-    rows, columns = layer.shape_OI
-    groups = number_of_groups(columns, layer.scheme.group_size)
-    zero_bits = 0 if layer.scheme.symmetric else layer.scheme.bits
-    return rows * (columns * layer.scheme.bits + groups * (8 * scale_dtype.itemsize + zero_bits)) / 8
 
 
 def _run_facts(

@@ -5,7 +5,7 @@ Shape legend: O outputs, I inputs, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _check_codes(name: str, weight: QuantizedWeight) -> None:
 def _packs_to_same_bytes(quantized: QuantizedCheckpoint, name: str, weight: QuantizedWeight) -> bool:
     stored_dtype = quantized.source.dtype(f"{name}.{_scale_suffix(quantized, name)}")
     grid = weight.grid.__class__(**{**weight.grid.__dict__, "scale_dtype": stored_dtype})
-    for suffix, tensor in quantized.fmt.pack(QuantizedWeight(weight.codes_OI, grid)).items():
+    for suffix, tensor in quantized.fmt.pack(replace(weight, grid=grid)).items():
         stored = quantized.source.read(f"{name}.{suffix}")
         if stored.dtype != tensor.dtype or not torch.equal(stored, tensor):
             raise CheckpointError(f"{name}.{suffix}: packing what was read gives other bytes; the file is damaged.")

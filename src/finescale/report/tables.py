@@ -64,7 +64,16 @@ def inspect_table(layers: Sequence[Mapping[str, object]]) -> Table:
     Takes mappings with "name", "bits", "group_size", "amplifier", "overflow_use" (largest B_j / 2^31),
     "relative_error" and, where known, "kernel" (which one will run); columns without any value are left out.
     """
-    columns = ("bits", "group_size", "amplifier", "overflow_use", "relative_error", "kernel")
+    columns = (
+        "bits",
+        "group_size",
+        "bits_per_weight",
+        "outliers",
+        "amplifier",
+        "overflow_use",
+        "relative_error",
+        "kernel",
+    )
     used = [key for key in columns if any(layer.get(key) is not None for layer in layers)]
     table = Table(
         title="Layers",

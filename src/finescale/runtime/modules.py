@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from finescale.grid import ActivationScheme, Grid, QuantizedWeight, fake_quantize_tokens, quantize_tokens
+from finescale.grid import ActivationScheme, Grid, Outliers, QuantizedWeight, fake_quantize_tokens, quantize_tokens
 from finescale.kernels import integer_scale_linear
 
 Path = Literal["float", "integer"]
@@ -34,6 +34,9 @@ class QuantizedLinear(nn.Module):
     group_of_I: Tensor
     bias: Tensor | None
     dense_OI: Tensor | None
+    outlier_value: Tensor | None
+    outlier_column: Tensor | None
+    outlier_row_start_R: Tensor | None
 
     def __init__(
         self,
@@ -56,12 +59,20 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zero_OG", grid.zero_OG, persistent=False)
         self.register_buffer("group_of_I", grid.group_of_I, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        for name in ("value", "column", "row_start_R"):
+            self.register_buffer(f"outlier_{name}", getattr(weight.outliers, name, None), persistent=False)
         self.register_buffer("dense_OI", weight.dequantize() if cache else None, persistent=False)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Codes and grid again."""
+        """Codes, grid and outliers again."""
         grid = Grid(self.scheme, self.scale_OG, self.zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
-        return QuantizedWeight(self.codes_OI, grid)
+        return QuantizedWeight(self.codes_OI, grid, self.outliers())
+
+    def outliers(self) -> Outliers | None:
+        """What is added to the dequantized weight, None for nothing."""
+        if self.outlier_value is None or self.outlier_column is None:
+            return None
+        return Outliers(self.in_features, self.outlier_value, self.outlier_column, self.outlier_row_start_R)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., O], in the type of the input."""

@@ -77,6 +77,10 @@ class QuantEaseOptions(SolverOptions):
     structured: bool = False
     support: Literal["coordinate", "gradient"] = "coordinate"
 
+    @property
+    def keeps_outliers(self) -> bool:
+        return self.outliers > 0
+
 
 def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
     """Whether sweep number ``sweep`` (0-based) leaves the grid: 1, 4, ... 25 of 30; never the last."""

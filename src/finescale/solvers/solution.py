@@ -21,13 +21,18 @@ class SolverOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether solutions hold weights beside the grid, which few formats and engines know."""
+        return False
+
 
 @dataclass(frozen=True)
 class Solution:
     """A solved layer and what had to be done to get it.
 
     Attributes:
-        weight: int8 codes and their grid, columns in the original order.
+        weight: int8 codes, their grid and the outliers, columns in the original order.
         damping: fraction of the mean diagonal that was added to the Hessian.
         notes: fallbacks and choices worth a line in the report.
     """

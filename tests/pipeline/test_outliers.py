@@ -1,0 +1,90 @@
+"""Outliers from the recipe to the loaded model."""
+
+import pytest
+import torch
+
+from finescale.errors import InputError
+from finescale.pipeline.convert import convert
+from finescale.pipeline.inspect import inspect_layers
+from finescale.pipeline.quantize import prepare
+from finescale.pipeline.verify import verify
+from finescale.recipe import Recipe
+from finescale.runtime.checkpoint import open_quantized
+from finescale.runtime.load import load
+from tests.helpers import assert_same_logits, quantize, read_json, recipe, some_tokens
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    return tiny("llama")
+
+
+def with_outliers(structured=False, **parts):
+    return recipe("quantease", 3, options={"outliers": 0.02, "structured": structured}, **parts)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_stored_loaded_and_reported(llama, text, tmp_path, structured):
+    report = quantize(llama, tmp_path / "out", with_outliers(structured), text)
+    assert_same_logits(llama, tmp_path / "out")
+    assert verify(tmp_path / "out", llama).layers == len(report["layers"])
+    found = {record["name"]: record for record in inspect_layers(tmp_path / "out")}
+    for record in report["layers"]:
+        rows, columns = record["shape"]
+        expected = rows * round(0.02 * columns) if structured else round(0.02 * rows * columns)
+        assert record["outliers"] == expected == found[record["name"]]["outliers"]
+        assert record["bits_per_weight"] == pytest.approx(found[record["name"]]["bits_per_weight"])
+        bits = 3 + (32 + 3) / columns + expected * (32 if structured else 48) / (rows * columns)
+        bits += 16 * round(0.02 * columns) / (rows * columns) if structured else 32 * (rows + 1) / (rows * columns)
+        assert record["bits_per_weight"] == pytest.approx(bits)
+    assert report["size"]["bits_per_weight"] > 3.3
+    for row in report["engines"]:
+        assert row["loads"] is (row["engine"] == "finescale")
+    layer = next(module for name, module in load(tmp_path / "out", cache=False).named_modules() if "q_proj" in name)
+    weight = layer.quantized_weight()
+    assert weight.outliers is not None
+    x_TI = torch.randn(4, layer.in_features)
+    torch.testing.assert_close(layer(x_TI), x_TI @ weight.dequantize().T)
+
+
+def test_they_lower_the_error_of_the_layers(llama, text, tmp_path):
+    plain = quantize(llama, tmp_path / "plain", recipe("quantease", 3), text)
+    kept = quantize(llama, tmp_path / "kept", with_outliers(), text)
+    first = [(one["relative_error"], other["relative_error"]) for one, other in zip(plain["layers"], kept["layers"])]  # noqa: B905
+    assert all(other < one for one, other in first[:7])
+
+
+def test_dense_output_runs_everywhere(llama, text, tmp_path):
+    packed = quantize(llama, tmp_path / "packed", with_outliers(), text)
+    dense = quantize(llama, tmp_path / "dense", with_outliers(format="dense"), text)
+    assert all(row["loads"] for row in dense["engines"])
+    assert packed["layers"][0]["sha256"] == dense["layers"][0]["sha256"]
+    tokens_BT = some_tokens()
+    with torch.no_grad():
+        one, other = (load(tmp_path / name)(tokens_BT).logits for name in ("packed", "dense"))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_is_refused(llama, text, tmp_path):
+    with pytest.raises(InputError, match="no place for outliers"):
+        prepare(llama, with_outliers(format="gptq"), tmp_path / "a", str(text))
+    with pytest.raises(InputError, match="integer_scale has no outliers"):
+        Recipe.load("w4a8-integer-scale", ("solver.outliers=0.01",))
+    symmetric = with_outliers(weights={"symmetric": True, "group_size": 16})
+    quantize(llama, tmp_path / "b", symmetric, text)
+    with pytest.raises(InputError, match="has outliers"):
+        convert(tmp_path / "b", tmp_path / "c")
+
+
+def test_the_config_stays_standard(llama, text, tmp_path):
+    quantize(llama, tmp_path / "out", with_outliers(), text)
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert len(open_quantized(tmp_path / "out").layer_names()) == 14
+
+
+@pytest.mark.parametrize(
+    "name", ["quantease-outliers", "quantease-structured-outliers", "quantease-outliers-published"]
+)
+def test_the_named_recipes(name):
+    assert Recipe.named(name).solver.options().keeps_outliers
