@@ -43,11 +43,13 @@ class WeightsPart(_Part):
 
 
 class ActivationsPart(_Part):
-    """Inputs of the quantized layers; leave the part out for 16-bit activations."""
+    """Inputs of the quantized layers; leave the part out for 16-bit activations. ``granularity: tensor`` has one scale
+    per layer, fixed by calibration (``dynamic: false``)."""
 
     bits: int = 8
-    granularity: Literal["token"] = "token"
+    granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = True
+    symmetric: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> ActivationsPart:
@@ -55,7 +57,22 @@ class ActivationsPart(_Part):
         return self
 
     def scheme(self) -> ActivationScheme:
-        return ActivationScheme(self.bits, self.granularity, self.dynamic)
+        return ActivationScheme(self.bits, self.granularity, self.dynamic, self.symmetric)
+
+
+class KvCachePart(_Part):
+    """Keys (after the rotary embedding) and values, rounded per token and head, simulated; ``queries`` rounds the
+    queries the same way, as QLLM does."""
+
+    bits: int = 8
+    symmetric: bool = False
+    queries: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> KvCachePart:
+        if self.bits not in (4, 6, 8):
+            raise ValueError(f"kv_cache.bits is {self.bits}; choose one of 4, 6, 8")
+        return self
 
 
 class IntegerScalePart(_Part):
@@ -126,12 +143,13 @@ class CalibrationPart(_Part):
 
 
 class Override(_Part):
-    """Layers whose full name matches ``pattern`` (shell style, or ``re:`` and a regular expression) get other weights,
-    or none (``skip``)."""
+    """Layers whose full name matches ``pattern`` (shell style, or ``re:`` and a regular expression) get other weights
+    or activations (``activations: {bits: 16}`` leaves them in floating point), or none (``skip``)."""
 
     pattern: str
     skip: bool = False
     weights: dict[str, Any] = Field(default_factory=dict)
+    activations: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("pattern")
     @classmethod
@@ -156,6 +174,7 @@ class Recipe(_Part):
     description: str = ""
     weights: WeightsPart = WeightsPart()
     activations: ActivationsPart | None = None
+    kv_cache: KvCachePart | None = None
     integer_scale: IntegerScalePart = IntegerScalePart()
     solver: SolverPart = SolverPart()
     transforms: tuple[TransformPart, ...] = ()
@@ -172,7 +191,10 @@ class Recipe(_Part):
                 raise ValueError("integer_scale needs activations.bits (8 for W4A8)")
             if self.solver.options().keeps_outliers:
                 raise ValueError("integer_scale has no outliers; set solver.outliers 0")
+            if not self.activations.symmetric:
+                raise ValueError("integer_scale needs activations.symmetric true")
         for override in self.overrides:
+            self.activations_for_override(override)
             weights = self.weights_for_override(override)
             if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:
                 raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
@@ -180,6 +202,20 @@ class Recipe(_Part):
 
     def weights_for_override(self, override: Override) -> WeightsPart:
         return WeightsPart.model_validate(self.weights.model_dump() | override.weights)
+
+    def activations_for_override(self, override: Override) -> ActivationScheme | None:
+        if override.activations.get("bits") == 16:
+            return None
+        base = self.activations.model_dump() if self.activations else {}
+        part = base | override.activations
+        return ActivationsPart.model_validate(part).scheme() if part else None
+
+    def activations_of(self, layer: str) -> ActivationScheme | None:
+        """How the input of a layer is rounded, by its full name; None: not at all. The last match wins."""
+        for override in reversed(self.overrides):
+            if override.matches(layer):
+                return self.activations_for_override(override)
+        return self.activations.scheme() if self.activations else None
 
     def weights_of(self, layer: str) -> WeightsPart | None:
         """The weights part that holds for a layer by its full name; None: it stays as it is. The last match wins."""

@@ -198,11 +198,30 @@ def test_activation_scheme_of_a_config():
     config = ct.quantization_config(schemes, ActivationScheme(8), [])
     assert ct.activation_scheme(config) == ActivationScheme(8)
     config["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
-    with pytest.raises(CheckpointError, match="differ"):
-        ct.activation_scheme(config)
-    config["config_groups"]["group_1"]["input_activations"]["dynamic"] = False
     with pytest.raises(CheckpointError, match="dynamic"):
         ct.activation_scheme(config)
+
+
+def test_layers_may_round_their_inputs_differently():
+    weights = WeightScheme(4, 128, True)
+    inputs = {
+        "model.layers.0.q": ActivationScheme(8),
+        "model.layers.0.k": ActivationScheme(8),
+        "model.layers.0.v": ActivationScheme(8, "tensor", False),
+        "model.layers.0.o": ActivationScheme(4, symmetric=False),
+        "model.layers.0.down": None,
+    }
+    config = ct.quantization_config(dict.fromkeys(inputs, weights), inputs, ["model.layers.0.gate"])
+    assert {name: ct.layer_activations(config, name) for name in inputs} == inputs
+    assert {ct.layer_scheme(config, name) for name in inputs} == {weights}
+    assert ct.layer_activations(config, "model.layers.0.gate") is None
+    assert ct.activation_scheme(config) == ActivationScheme(8)
+    groups = config["config_groups"].values()
+    assert {"bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True} in [
+        {"bits": found["num_bits"], **{key: found[key] for key in ("strategy", "dynamic", "symmetric")}}
+        for group in groups
+        if (found := group["input_activations"])
+    ]
 
 
 def test_no_layer_is_refused():

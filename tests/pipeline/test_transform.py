@@ -9,7 +9,7 @@ from finescale.errors import InputError, NumericsError
 from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
-from finescale.runtime.load import load
+from finescale.runtime.load import load, quantized_layers
 from finescale.transforms import registry
 from finescale.transforms.view import Changes
 from tests.helpers import (
@@ -98,3 +98,41 @@ def test_transforms_in_a_recipe():
     for wrong, word in (("smooth", "smooth"), ({"name": "smoothquant", "options": {"beta": 1}}, "beta")):
         with pytest.raises(InputError, match=word):
             Recipe.from_dict({"transforms": [wrong]})
+
+
+STATIC = {"bits": 8, "granularity": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    "activations",
+    [{"bits": 8}, {"bits": 6, "symmetric": False}, {"bits": 4}, STATIC, STATIC | {"symmetric": False}],
+)
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_rounded_inputs_are_read_back_as_they_were_calibrated(tiny, text, tmp_path, kind, activations):
+    source, out = tiny(kind), tmp_path / "out"
+    report = quantize(source, out, recipe("rtn", 8, activations=activations), text)
+    verify(out, source)
+    layers = quantized_layers(load(out))
+    assert len(layers) == len(report["layers"])
+    for record in report["layers"]:
+        scheme = record["inputs"]["scheme"]
+        assert {key: scheme[key] for key in activations} == activations
+    for layer in layers.values():
+        assert layer.inputs.scheme is not None and layer.inputs.scheme.bits == activations["bits"]
+        assert (layer.inputs.fixed is not None) == (activations.get("granularity") == "tensor")
+    expected, found = logits_of(load(source), some_tokens()), logits_of(load(out), some_tokens())
+    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+    assert error < {8: 0.1, 6: 0.25, 4: 0.8}[activations["bits"]]
+
+
+def test_layers_with_other_activations(tiny, text, tmp_path):
+    overrides = [
+        {"pattern": "*down_proj", "activations": {"bits": 8}},
+        {"pattern": "*o_proj", "activations": {"bits": 16}},
+    ]
+    source, out = tiny("llama"), tmp_path / "out"
+    quantize(source, out, recipe("rtn", 8, activations={"bits": 4}, overrides=overrides), text)
+    verify(out, source)
+    for name, layer in quantized_layers(load(out)).items():
+        bits = 8 if "down" in name else None if "o_proj" in name else 4
+        assert (layer.inputs.scheme.bits if layer.inputs.scheme else None) == bits

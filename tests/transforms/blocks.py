@@ -3,12 +3,13 @@
 import torch
 
 from finescale.calibration.capture import bind_arguments
+from finescale.grid import WeightScheme
 from finescale.models.edges import trace_edges
 from finescale.models.experts import unfuse_experts
 from finescale.models.families import find_family
 from finescale.models.graph import trace_steps
 from finescale.models.skeleton import find_blocks
-from finescale.transforms import BlockView
+from finescale.transforms import BlockView, Target
 from tests.helpers import make_model, some_tokens
 
 
@@ -60,7 +61,8 @@ def make_view(kind, model=None, index=0, stored=torch.float64, **changes):
     hidden_BTI, kwargs = batches[0]
     edges = trace_edges(block, hidden_BTI, kwargs)
     steps = trace_steps(block, hidden_BTI, kwargs)
-    return BlockView(block, index, edges, steps, batches, torch.device("cpu"), stored)
+    targets = {path: Target(WeightScheme(), None) for step in steps for path in step.linears}
+    return BlockView(block, index, targets, edges, steps, batches, torch.device("cpu"), stored)
 
 
 def output(block, hidden_BTI, kwargs):

@@ -156,7 +156,7 @@ def _unpack_codes(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[
 
 def quantization_config(
     schemes: Mapping[str, WeightScheme],
-    activations: ActivationScheme | None,
+    activations: ActivationScheme | Mapping[str, ActivationScheme | None] | None,
     ignore: Sequence[str],
     finescale: Mapping[str, Any] | None = None,
     layout: str = PACKED,
@@ -168,19 +168,24 @@ def quantization_config(
 
     Args:
         schemes: scheme of each quantized layer, by name.
-        activations: how inputs are quantized, or None.
+        activations: how inputs are quantized, or None; by layer name where layers differ.
         ignore: every Linear that is not quantized, and lm_head.
         finescale: placed under the extra top-level key `finescale`, which other readers ignore.
         layout: `pack-quantized` or `int-quantized`.
     """
-    (most_used, _), *others = schemes_by_use(schemes).items()
+    inputs_of = activations if isinstance(activations, Mapping) else dict.fromkeys(schemes, activations)
+    used: dict[tuple[SchemeKey, ActivationScheme | None], list[str]] = {}
+    for key, layers in schemes_by_use(schemes).items():
+        for layer in layers:
+            used.setdefault((key, inputs_of[layer]), []).append(layer)
+    (most_used, _), *others = sorted(used.items(), key=lambda item: -len(item[1]))
     # Readers stop at the first target that matches and warn of those never reached, so the broad one comes last.
     targets = [(key, name_patterns(layers, [*schemes, *ignore])) for key, layers in others]
     groups = {
         f"group_{index}": {
             "targets": patterns,
-            "weights": _weight_arguments(key),
-            "input_activations": _activation_arguments(activations),
+            "weights": _weight_arguments(key[0]),
+            "input_activations": _activation_arguments(key[1]),
             "output_activations": None,
             "format": layout,
         }
@@ -210,7 +215,13 @@ def _weight_arguments(key: SchemeKey) -> dict[str, Any]:
 def _activation_arguments(activations: ActivationScheme | None) -> dict[str, Any] | None:
     if activations is None:
         return None
-    return {"num_bits": activations.bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": activations.symmetric,
+        "strategy": activations.granularity,
+        "dynamic": activations.dynamic,
+    }
 
 
 def layer_scheme(config: Mapping[str, Any], name: str) -> WeightScheme | None:
@@ -242,27 +253,37 @@ def layer_scheme(config: Mapping[str, Any], name: str) -> WeightScheme | None:
 
 
 def activation_scheme(config: Mapping[str, Any]) -> ActivationScheme | None:
-    """How the inputs of the quantized layers are rounded, None if they are not.
+    """How the inputs of most quantized layers are rounded, None if they are not; `layer_activations` tells of each.
 
     Raises:
-        CheckpointError: groups differ in it, or it is of a kind finescale does not know.
+        CheckpointError: it is of a kind finescale does not know.
     """
-    groups = list(config.get("config_groups", {}).values())
-    found = [group.get("input_activations") for group in groups if group.get("weights") is not None]
-    if not any(found):
+    groups = [group for group in config.get("config_groups", {}).values() if group.get("weights") is not None]
+    schemes = [_read_activations(group.get("input_activations")) for group in groups]
+    broad = [scheme for scheme, group in zip(schemes, groups, strict=True) if "Linear" in group.get("targets", ())]
+    return next((scheme for scheme in (*broad, *schemes) if scheme is not None), None)
+
+
+def layer_activations(config: Mapping[str, Any], name: str) -> ActivationScheme | None:
+    """How the input of the Linear called ``name`` is rounded, None if it is not; raises like `activation_scheme`."""
+    group = _group_of(config, name)
+    return None if group is None else _read_activations(group.get("input_activations"))
+
+
+def _read_activations(arguments: Mapping[str, Any] | None) -> ActivationScheme | None:
+    if not arguments:
         return None
-    if any(arguments != found[0] for arguments in found):
-        raise CheckpointError("the layers differ in how their inputs are quantized; finescale reads one way per model.")
-    arguments = found[0]
-    known = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    wrong = [key for key, value in known.items() if arguments.get(key, value) != value]
-    if wrong:
+    kind = arguments.get("type", "int")
+    strategy: Any = arguments.get("strategy") or "token"
+    dynamic = bool(arguments.get("dynamic", True))
+    if kind != "int" or (strategy, dynamic) not in (("token", True), ("tensor", False)):
         raise CheckpointError(
-            f"inputs are quantized with {wrong[0]} {arguments[wrong[0]]!r}; "
-            "finescale reads symmetric integers with one dynamic scale per token."
+            f"inputs are quantized as {kind} with strategy {strategy!r}, dynamic {dynamic}; "
+            "finescale reads integers with one dynamic scale per token or one fixed scale per tensor."
         )
     try:
-        return ActivationScheme(bits=int(arguments.get("num_bits", 8)))
+        bits, symmetric = int(arguments.get("num_bits", 8)), bool(arguments.get("symmetric", True))
+        return ActivationScheme(bits, strategy, dynamic, symmetric)
     except (InputError, TypeError, ValueError) as error:
         raise CheckpointError(f"inputs are quantized in a way that finescale does not know: {error}") from error
 

@@ -27,6 +27,7 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CONV1D_FAMILIES = ("gpt2",)
 _CONV1D = "GPT-2's Conv1D layers are read packed by finescale only; save with dense"
 _OUTLIERS = "only finescale adds the outliers to the weights, which are wrong without them; save with dense"
+_OWN_INPUTS = "only finescale rearranges the inputs of layers (a gather or an online rotation) before the product"
 _W8A8_ONLY = "int-quantized weights must be symmetric 8-bit per channel, with 8-bit activations"
 _ONE_SCHEME = "the schemes within {} differ, yet engines load these layers as one; give them one scheme"
 
@@ -46,6 +47,7 @@ class Model:
         conflict: layers that engines fuse but whose schemes differ, for a message; empty if none.
         desc_act: whether groups are scattered columns.
         outliers: whether some weights are kept beside the grid.
+        own_inputs: whether inputs are rearranged before the product (a gather, an online rotation).
     """
 
     format_name: str
@@ -58,6 +60,7 @@ class Model:
     conflict: str = ""
     desc_act: bool = False
     outliers: bool = False
+    own_inputs: bool = False
 
     @property
     def bits(self) -> set[int]:
@@ -88,6 +91,7 @@ def engine_table(
     shapes: Mapping[str, tuple[int, int]] | None = None,
     desc_act: bool = False,
     outliers: bool = False,
+    own_inputs: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per engine: ``{"engine", "loads": bool, "runs_as": str, "remark": str}``.
 
@@ -99,6 +103,7 @@ def engine_table(
         shapes: (O, I) of the layers, to find ragged groups and odd sizes.
         desc_act: whether groups are scattered columns (activation order).
         outliers: whether some weights are kept beside the grid.
+        own_inputs: whether inputs are rearranged before the product, by QLLM's gather or an online rotation.
     """
     named = schemes if isinstance(schemes, Mapping) else {}
     values = list(schemes.values() if isinstance(schemes, Mapping) else schemes)
@@ -116,6 +121,7 @@ def engine_table(
         conflict=fused_conflict(named),
         desc_act=desc_act,
         outliers=outliers,
+        own_inputs=own_inputs,
     )
     engines: dict[str, Callable[[Model], Row]] = {
         "finescale": _finescale,
@@ -131,6 +137,8 @@ def engine_table(
             reasons = [_CONV1D]
         if engine != "finescale" and model.outliers and model.format_name != DENSE:
             reasons = [_OUTLIERS]
+        if engine != "finescale" and model.own_inputs:
+            reasons = [_OWN_INPUTS]
         loads = not reasons
         rows.append(
             {

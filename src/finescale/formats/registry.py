@@ -43,6 +43,10 @@ def _not_quantized(config: Mapping[str, Any], name: str) -> WeightScheme | None:
     return None
 
 
+OWN_METHOD = "finescale"
+"""``quant_method`` of checkpoints in the compressed-tensors layout whose inputs must be rearranged before the product
+(QLLM's gather, an online rotation): other engines must refuse them, for they would compute something else."""
+
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
@@ -131,7 +135,7 @@ def detect(config: Mapping[str, Any]) -> str:
     if not isinstance(quantization, Mapping) or not quantization.get("quant_method"):
         raise CheckpointError("config.json has no quantization_config with a quant_method: the model is not quantized.")
     method = str(quantization["quant_method"]).lower()
-    if method == "compressed-tensors":
+    if method in ("compressed-tensors", OWN_METHOD):
         return _detect_compressed_tensors(quantization)
     if method == "gptq":
         version = quantization.get("checkpoint_format") or "gptq"
@@ -176,3 +180,9 @@ def activation_scheme(config: Mapping[str, Any]) -> ActivationScheme | None:
     """
     quantization = config.get("quantization_config", config)
     return compressed_tensors.activation_scheme(quantization)
+
+
+def layer_activations(config: Mapping[str, Any], name: str) -> ActivationScheme | None:
+    """How a checkpoint rounds the input of one layer, None if it does not; raises like `activation_scheme`."""
+    quantization = config.get("quantization_config", config)
+    return compressed_tensors.layer_activations(quantization, name)

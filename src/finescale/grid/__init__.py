@@ -1,7 +1,15 @@
 """Bits, groups, scales, rounding, integer scales: pure functions on tensors."""
 
-from finescale.grid.activation import fake_quantize_tokens, quantize_tokens
+from finescale.grid.activation import (
+    StaticRange,
+    fake_quantize,
+    fake_quantize_tokens,
+    quantize_activations,
+    quantize_tokens,
+    static_range,
+)
 from finescale.grid.fit import fit_grid, fit_group, integerized, with_integer_scales
+from finescale.grid.inputs import Gather, InputRule, input_rule
 from finescale.grid.outliers import Outliers
 from finescale.grid.scheme import (
     ActivationScheme,
@@ -16,18 +24,25 @@ from finescale.grid.scheme import (
 
 __all__ = [
     "ActivationScheme",
+    "Gather",
     "Grid",
+    "InputRule",
     "Outliers",
     "QuantizedWeight",
+    "StaticRange",
     "WeightScheme",
     "contiguous_groups",
     "dequantize",
+    "fake_quantize",
     "fake_quantize_tokens",
     "fit_grid",
     "fit_group",
+    "input_rule",
     "integerized",
     "number_of_groups",
+    "quantize_activations",
     "quantize_to_grid",
     "quantize_tokens",
+    "static_range",
     "with_integer_scales",
 ]

@@ -1,33 +1,108 @@
-"""Per-token activation quantizers.
+"""Activation quantizers: per token with scales that follow the data, per tensor with fixed ones.
 
 Shape legend: T tokens (any leading dimensions), I inputs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from finescale.errors import NumericsError
 from finescale.grid.scheme import ActivationScheme
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """Scale and zero point that hold for every token: x ~ (code - zero) * scale. Both are exact in float32."""
+
+    scale: float
+    zero: int = 0
+
+
+def static_range(low: float, high: float, scheme: ActivationScheme) -> StaticRange:
+    """The range that covers what calibration saw.
+
+    Args:
+        low, high: smallest and largest value.
+        scheme: bits and symmetry.
+
+    Raises:
+        NumericsError: NaN or Inf.
+    """
+    low_high = torch.tensor([[min(low, 0.0), max(high, 0.0)]])
+    if not bool(torch.isfinite(low_high).all()):
+        raise NumericsError("the range of an activation is not finite; the model overflows on the calibration text.")
+    scale_11, zero_11 = _token_ranges(low_high, scheme)
+    return StaticRange(float(scale_11), int(zero_11))
+
+
+def _token_ranges(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each token, float32 [..., 1]."""
+    if scheme.symmetric:
+        absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
+        scale_T1 = torch.where(absmax_T1 == 0, torch.ones_like(absmax_T1), absmax_T1 / scheme.code_max)
+        # A token so small that its scale underflows would divide by zero.
+        return scale_T1.clamp(min=_TINY), torch.zeros_like(scale_T1)
+    low_T1 = x_TI.amin(-1, keepdim=True).clamp(max=0)
+    high_T1 = x_TI.amax(-1, keepdim=True).clamp(min=0)
+    # Each end by itself: their difference can overflow.
+    span_T1 = high_T1 / (2**scheme.bits - 1) - low_T1 / (2**scheme.bits - 1)
+    scale_T1 = torch.where(span_T1 == 0, torch.ones_like(span_T1), span_T1).clamp(min=_TINY)
+    zero_T1 = (scheme.code_min - low_T1 / scale_T1).round().clamp(scheme.code_min, scheme.code_max)
+    return scale_T1, zero_T1
+
+
+def quantize_activations(
+    x_TI: Tensor, scheme: ActivationScheme, fixed: StaticRange | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, and what they stand for: x ~ (codes - zero) * scale.
+
+    Args:
+        x_TI: float [..., I].
+        scheme: bits, symmetry, granularity.
+        fixed: the range of a static scheme.
+
+    Returns:
+        codes int8 [..., I], scale float32 [..., 1], zero float32 [..., 1] (whole numbers; 0 when symmetric). A token
+        of zeros has scale 1; the scale of a token with NaN or Inf is NaN or Inf, so that its outputs are too.
+
+    Raises:
+        NumericsError: a static scheme without a range.
+    """
+    x_TI = x_TI.float()
+    if scheme.dynamic:
+        scale_T1, zero_T1 = _token_ranges(x_TI, scheme)
+    else:
+        if fixed is None:
+            raise NumericsError("a static activation scheme has no range; calibrate the layer first.")
+        scale_T1 = torch.full_like(x_TI[..., :1], fixed.scale)
+        zero_T1 = torch.full_like(scale_T1, float(fixed.zero))
+    codes_TI = (x_TI / scale_T1).round_().add_(zero_T1)
+    return codes_TI.clamp_(scheme.code_min, scheme.code_max).to(torch.int8), scale_T1, zero_T1
+
+
+def fake_quantize(x_TI: Tensor, scheme: ActivationScheme, fixed: StaticRange | None = None) -> Tensor:
+    """``x_TI`` rounded as `quantize_activations` does and converted back, in its own dtype."""
+    codes_TI, scale_T1, zero_T1 = quantize_activations(x_TI, scheme, fixed)
+    return ((codes_TI.float() - zero_T1) * scale_T1).to(x_TI.dtype)
 
 
 def quantize_tokens(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """Symmetric dynamic integers, one scale per token.
+    """Symmetric dynamic integers, one scale per token: what the integer kernels take.
 
     Args:
         x_TI: float [..., I].
         scheme: bits; the codes lie in [-(2**(bits-1) - 1), 2**(bits-1) - 1].
 
     Returns:
-        codes int8 [..., I] and scale float32 [..., 1], x ~ codes * scale. A token of zeros has scale 1 and codes 0;
-        the scale of a token with NaN or Inf is NaN or Inf, so that its outputs are too.
+        codes int8 [..., I] and scale float32 [..., 1], x ~ codes * scale.
     """
-    x_TI = x_TI.float()
-    absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
-    scale_T1 = torch.where(absmax_T1 == 0, torch.ones_like(absmax_T1), absmax_T1 / scheme.code_max)
-    # A token so small that its scale underflows would divide by zero.
-    scale_T1 = scale_T1.clamp(min=torch.finfo(torch.float32).tiny)
-    codes_TI = (x_TI / scale_T1).round_().clamp_(-scheme.code_max, scheme.code_max).to(torch.int8)
+    codes_TI, scale_T1, _ = quantize_activations(x_TI, ActivationScheme(scheme.bits))
     return codes_TI, scale_T1
 
 

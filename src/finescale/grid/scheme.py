@@ -61,24 +61,37 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """How the inputs of a quantized layer are rounded at run time: symmetric integers, one dynamic scale per token."""
+    """How the inputs of a quantized layer are rounded at run time.
+
+    Attributes:
+        bits: 4, 6 or 8.
+        granularity: ``token``, one scale per token; ``tensor``, one for all.
+        dynamic: scales follow the data at run time (per token), or are fixed by calibration (per tensor).
+        symmetric: no zero point. Integer kernels need it.
+    """
 
     bits: int = 8
-    granularity: Literal["token"] = "token"
+    granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = True
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in ACTIVATION_BITS:
             raise InputError(f"activations.bits is {self.bits}; choose one of {', '.join(map(str, ACTIVATION_BITS))}.")
-        if self.granularity != "token" or not self.dynamic:
+        if self.granularity not in ("token", "tensor") or self.dynamic != (self.granularity == "token"):
             raise InputError(
-                "activations are quantized per token with dynamic scales; set granularity token, dynamic true."
+                "activations.granularity is token with dynamic true (scales that follow the data) or tensor with "
+                "dynamic false (one scale fixed by calibration)."
             )
 
     @property
     def code_max(self) -> int:
-        """Largest magnitude; the range is symmetric (-127..127 for 8 bits), which the overflow bound relies on."""
+        """Largest code; the symmetric range is -127..127 for 8 bits, which the overflow bound relies on."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def code_min(self) -> int:
+        return -self.code_max if self.symmetric else -self.code_max - 1
 
 
 def number_of_groups(columns: int, group_size: int) -> int:

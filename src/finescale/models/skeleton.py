@@ -282,6 +282,18 @@ def weight_OI_of(module: nn.Module) -> Tensor:
     return weight.data.T if isinstance(module, Conv1D) else weight.data
 
 
+def replace_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
+    """Give a module a weight that may be of another width, float [O, J], in the type it had."""
+    if weight_OI.shape == weight_OI_of(module).shape:
+        set_weight_OI(module, weight_OI)
+        return
+    value = weight_OI.T if isinstance(module, Conv1D) else weight_OI
+    dtype = weight_OI_of(module).dtype
+    module._parameters["weight"] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+    if isinstance(module, nn.Linear):
+        module.in_features = weight_OI.shape[1]
+
+
 def set_weight_OI(module: nn.Module, weight_OI: Tensor) -> None:
     """Replace the weight by ``weight_OI`` [O, I], cast to the module's type."""
     weight: Any = module.weight

@@ -17,7 +17,7 @@ from finescale.calibration.capture import run_block
 from finescale.calibration.statistics import collect_moments
 from finescale.errors import NumericsError
 from finescale.formats.registry import Format
-from finescale.grid import ActivationScheme, fake_quantize_tokens
+from finescale.grid import InputRule
 from finescale.models import Step
 from finescale.models.skeleton import set_weight_OI, weight_OI_of
 from finescale.pipeline.layers import LayerResult, solve_together
@@ -113,13 +113,22 @@ def _merge_experts(rounds: list[list[Step]]) -> list[list[Step]]:
     return merged
 
 
-def quantize_inputs(block: nn.Module, paths: Sequence[str], scheme: ActivationScheme) -> list[Any]:
+def rearrange_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
+    """Apply gathers and rotations to the inputs of some layers from now on; returns the hooks to remove."""
+    return [
+        block.get_submodule(path).register_forward_pre_hook(lambda _, args, rule=rule: (rule.rearrange(args[0]),))
+        for path, rule in rules.items()
+        if not rule.is_plain
+    ]
+
+
+def quantize_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
     """Round the inputs of some layers from now on, as at run time; returns the hooks to remove."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fake_quantize_tokens(args[0], scheme), *args[1:])
-
-    return [block.get_submodule(path).register_forward_pre_hook(hook) for path in paths]
+    return [
+        block.get_submodule(path).register_forward_pre_hook(lambda _, args, rule=rule: (rule.round(args[0]),))
+        for path, rule in rules.items()
+        if rule.scheme is not None
+    ]
 
 
 def propagate(

@@ -36,7 +36,7 @@ def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any]) 
     scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG()
     use = None
     if grid.amplifier is not None:
-        maximum = quantized.activations.code_max if quantized.activations else 127
+        maximum = quantized.activation_max(name)
         use = prove_no_overflow(name, weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, maximum) / INT32_LIMIT
     return {
         "name": name,

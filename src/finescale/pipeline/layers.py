@@ -108,7 +108,7 @@ def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype
     """The grid a solver starts from: float scales, or integer ones when the recipe wants them before the solver."""
     grid = fit_grid(weight_OI, plan.scheme, scale_dtype)
     if recipe.integer_scale.mode == "before":
-        return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, _activation_max(recipe))
+        return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, activation_max(plan))
     return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
 
 
@@ -169,13 +169,13 @@ def _finish(
     if mode == "off":
         return weight
     if mode == "after":
-        weight = QuantizedWeight(weight.codes_OI, integerized(weight.grid, _amplifier_after(weight, recipe)))
-    while _bound(weight, recipe) >= INT32_LIMIT:
+        weight = QuantizedWeight(weight.codes_OI, integerized(weight.grid, _amplifier_after(plan, weight, recipe)))
+    while _bound(plan, weight) >= INT32_LIMIT:
         amplifier = weight.grid.amplifier
         if recipe.integer_scale.amplifier != "auto" or amplifier is None or amplifier == 1:
             raise NumericsError(
                 f"{plan.name}: an amplifier of {amplifier} could overflow int32 (bound "
-                f"{_bound(weight, recipe) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a "
+                f"{_bound(plan, weight) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a "
                 "smaller one."
             )
         grid = integerized(fit_grid(weight_OI, plan.scheme, scale_dtype), amplifier // 2)
@@ -183,23 +183,24 @@ def _finish(
     return weight
 
 
-def _activation_max(recipe: Recipe) -> int:
-    return recipe.activations.scheme().code_max if recipe.activations else 127
+def activation_max(plan: LayerPlan) -> int:
+    """Largest magnitude of an activation code, which the overflow bound counts with."""
+    return plan.activations.code_max if plan.activations else 127
 
 
-def _amplifier_after(weight: QuantizedWeight, recipe: Recipe) -> int:
+def _amplifier_after(plan: LayerPlan, weight: QuantizedWeight, recipe: Recipe) -> int:
     choice, grid = recipe.integer_scale.amplifier, weight.grid
     if isinstance(choice, int):
         return choice
     if choice == "heuristic":
         return heuristic_amplifier(grid.scale_OG)
     sums_OG = group_absolute_sums(weight.codes_OI, grid.group_of_I, grid.scale_OG.shape[1])
-    return auto_amplifier(grid.scale_OG, sums_OG, grid.scale_dtype, _activation_max(recipe))
+    return auto_amplifier(grid.scale_OG, sums_OG, grid.scale_dtype, activation_max(plan))
 
 
-def _bound(weight: QuantizedWeight, recipe: Recipe) -> int:
+def _bound(plan: LayerPlan, weight: QuantizedWeight) -> int:
     grid = weight.grid
-    return int(overflow_bound(weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, _activation_max(recipe)).max())
+    return int(overflow_bound(weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, activation_max(plan)).max())
 
 
 def _record(
@@ -216,7 +217,7 @@ def _record(
     value_OI = weight.dequantize()
     grid = weight.grid
     scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG().float()
-    bound = None if grid.amplifier is None else _bound(weight, recipe)
+    bound = None if grid.amplifier is None else _bound(plan, weight)
     return {
         "name": plan.name,
         "block": block,
@@ -233,7 +234,7 @@ def _record(
         "scale_min": float(scale_OG.min()),
         "scale_max": float(scale_OG.max()),
         "scale_histogram": _histogram(scale_OG),
-        "amplifier_curve": None if grid.amplifier is None else _curve(plan, weight_OI, recipe),
+        "amplifier_curve": None if grid.amplifier is None else _curve(plan, weight_OI),
         "sha256": weight.sha256(),
         "tokens": tokens,
         "outliers": None if weight.outliers is None else weight.outliers.count,
@@ -250,7 +251,7 @@ def _histogram(scale_OG: Tensor) -> dict[str, list[float]]:
     return {"edges": edges.tolist(), "counts": [int(count) for count in counts]}
 
 
-def _curve(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe) -> list[dict[str, float]]:
+def _curve(plan: LayerPlan, weight_OI: Tensor) -> list[dict[str, float]]:
     """Weight error of the paper's conversion (same codes, rounded scales) and use of int32, by amplifier."""
     grid = fit_grid(weight_OI, plan.scheme)
     codes_OI = quantize_to_grid(weight_OI.float(), grid)
@@ -261,6 +262,6 @@ def _curve(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe) -> list[dict[str,
         integer_OG = integer_scales(grid.scale_OG, amplifier, torch.float32)
         change_OG = integer_OG.double() / amplifier - grid.scale_OG.double()
         mse = float((change_OG.square() * squares_OG).sum()) / weight_OI.numel()
-        bound = int((_activation_max(recipe) * (integer_OG.to(torch.int64) * sums_OG).sum(1)).max())
+        bound = int((activation_max(plan) * (integer_OG.to(torch.int64) * sums_OG).sum(1)).max())
         points.append({"amplifier": amplifier, "weight_mse": mse, "overflow_use": bound / INT32_LIMIT})
     return points

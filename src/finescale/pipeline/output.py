@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from finescale._version import __version__
 from finescale.errors import CheckpointError, NumericsError
-from finescale.formats.registry import Format
+from finescale.formats.registry import OWN_METHOD, Format
 from finescale.formats.source import INDEX_NAME, check_shard
-from finescale.grid import QuantizedWeight
+from finescale.grid import ActivationScheme, InputRule, QuantizedWeight
 from finescale.models import Skeleton
 from finescale.models.skeleton import check_tensors, checkpoint_key, layer_name, linear_modules, read_tensor
 from finescale.pipeline.journal import file_sha256, full_disk_explained, write_json, write_shard
@@ -92,9 +92,10 @@ class Output:
         block: int,
         layers: Iterable[tuple[LayerPlan, QuantizedWeight]],
         changed: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, InputRule] | None = None,
     ) -> None:
-        """One block: quantized layers packed, every other tensor byte for byte under its own name, or as a transform
-        ``changed`` it."""
+        """One block: quantized layers packed, with what the ``inputs`` of each need; every other tensor byte for byte
+        under its own name, or as a transform ``changed`` it."""
         tensors: dict[str, Tensor] = {}
         solved = {plan.name: (plan, weight) for plan, weight in layers}
         fused = self._fused_keys(block, solved)
@@ -107,6 +108,8 @@ class Output:
                 # GPTQ readers expect a bias only beside layers that have one, and that one is copied above.
                 packed.pop("bias", None)
             tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+            if inputs and self.fmt.name != "dense":
+                tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in inputs[plan.path].tensors().items()})
         if fused:
             tensors.update(self._unfused(block, solved))
         tensors.update(changed or {})
@@ -131,7 +134,7 @@ class Output:
         return {key for key in self.keys_of(block) if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
 
     def finish(
-        self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
+        self, plan: Plan, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
     ) -> tuple[int, dict[str, str]]:
         """Index, tokenizer and, last, config.json: only now the folder is a model.
 
@@ -144,7 +147,7 @@ class Output:
             with full_disk_explained(self.out):
                 shutil.copyfile(path, self.out / path.name)
         config = dict(self.skeleton.source.config)
-        quantization = self._quantization_config(plan, activations, layer_records, recipe)
+        quantization = self._quantization_config(plan, layer_records, recipe)
         if quantization is not None:
             config["quantization_config"] = quantization
         write_json(self.out / "config.json", config)
@@ -168,14 +171,19 @@ class Output:
         return dict(sorted(weight_map.items())), total
 
     def _quantization_config(
-        self, plan: Plan, activations: Any, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
+        self, plan: Plan, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
     ) -> dict[str, Any] | None:
+        by_layer = {record["name"]: input_scheme(record) for record in layer_records}
+        activations = by_layer if any(by_layer.values()) else None
         schemes = {layer.name: layer.scheme for layer in plan.layers}
         ignore = [*plan.skipped, *self._other_linears()]
         layers = {
             record["name"]: {key: record[key] for key in ("bits", "group_size", "symmetric", "amplifier", "bound")}
             for record in layer_records
         }
+        own = {record["name"]: record["inputs"] for record in layer_records if not is_plain(record)}
+        for name, inputs in own.items():
+            layers[name]["inputs"] = {key: inputs[key] for key in ("gather", "rotation")}
         metadata = {
             "version": METADATA_VERSION,
             "finescale": __version__,
@@ -187,7 +195,10 @@ class Output:
             solver = recipe["solver"]  # see plan.scattered_groups
             scattered = bool(solver.get("act_order")) and not solver.get("static_groups", True)
             return self.fmt.quantization_config(schemes, activations, ignore, metadata, desc_act=scattered)
-        return self.fmt.quantization_config(schemes, activations, ignore, metadata)
+        config = self.fmt.quantization_config(schemes, activations, ignore, metadata)
+        if config is not None and own:
+            config["quant_method"] = OWN_METHOD
+        return config
 
     def _other_linears(self) -> list[str]:
         """Linear layers outside the blocks (the head) and routers inside, which stay as they are."""
@@ -203,6 +214,17 @@ class Output:
                 key = checkpoint_key(self.skeleton, name + ".weight")
                 others.append(key.removesuffix(".weight") if key else name)
         return others
+
+
+def input_scheme(record: Mapping[str, Any]) -> ActivationScheme | None:
+    """How the input of a layer is rounded, by its record."""
+    facts = record["inputs"]["scheme"]
+    return None if facts is None else ActivationScheme(**facts)
+
+
+def is_plain(record: Mapping[str, Any]) -> bool:
+    """Whether the input of a layer is at most rounded, by its record."""
+    return not record["inputs"]["gather"] and record["inputs"]["rotation"] is None
 
 
 def small_files(source: Path) -> list[Path]:

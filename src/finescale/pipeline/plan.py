@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finescale.errors import InputError
 from finescale.formats.registry import Format
-from finescale.grid import WeightScheme, number_of_groups
+from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.models import Skeleton, linear_modules
 from finescale.models.experts import Expert
 from finescale.models.skeleton import layer_name
@@ -36,6 +36,7 @@ class LayerPlan:
         shape_OI: outputs and inputs.
         scheme: what becomes of the weight.
         transposed: the checkpoint keeps [I, O] (GPT-2's Conv1D).
+        activations: how the input is rounded, None for not at all.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerPlan:
     shape_OI: tuple[int, int]
     scheme: WeightScheme
     transposed: bool = False
+    activations: ActivationScheme | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
     drafts, skipped = _drafts(skeleton, recipe)
     sizes, notes = _group_sizes(drafts)
     blocks: list[dict[str, LayerPlan]] = [{} for _ in range(skeleton.block_count)]
-    activations = recipe.activations.scheme() if recipe.activations else None
     for (index, path, name, shape_OI, transposed, part), size in zip(drafts, sizes, strict=True):
         scheme = part.scheme(size)
+        activations = recipe.activations_of(name)
         # Conv1D is written transposed, as the other layers; only finescale reads it back (see formats/engines.py).
         fmt.check(scheme, activations, shape_OI)
-        blocks[index][path] = LayerPlan(name, path, shape_OI, scheme, transposed)
+        blocks[index][path] = LayerPlan(name, path, shape_OI, scheme, transposed, activations)
         if is_ragged(shape_OI[1], size):
             notes.append(f"the last group of {path} is ragged ({shape_OI[1]} inputs in groups of {size})")
     plan = _count(skeleton, blocks, skipped, notes)

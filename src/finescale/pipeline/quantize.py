@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,19 @@ from finescale.formats import registry
 from finescale.formats.engines import engine_table
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import SourceCheckpoint, check_shard, open_checkpoint, read_json
+from finescale.grid import InputRule, input_rule
 from finescale.models import Skeleton, Step, linear_modules, open_skeleton, trace_steps
-from finescale.models.skeleton import check_tensors, fill_module, release_module, set_weight_OI
+from finescale.models.skeleton import check_tensors, fill_module, release_module, replace_weight_OI
 from finescale.pipeline import journal as journals
-from finescale.pipeline.block import Batches, Timer, propagate, quantize_block, quantize_inputs
-from finescale.pipeline.output import Output, unpack_layer
+from finescale.pipeline.block import (
+    Batches,
+    Timer,
+    propagate,
+    quantize_block,
+    quantize_inputs,
+    rearrange_inputs,
+)
+from finescale.pipeline.output import Output, input_scheme, is_plain, unpack_layer
 from finescale.pipeline.plan import (
     Plan,
     check_disk,
@@ -210,9 +219,8 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         inputs = capture_block_inputs(job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype)
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
         records = [record for entry in entries for record in entry["layers"]]
-        activations = job.recipe.activations.scheme() if job.recipe.activations else None
         on_progress("writing the index and the report", total, total)
-        after, files = output.finish(job.plan, activations, records, job.recipe.to_dict())
+        after, files = output.finish(job.plan, records, job.recipe.to_dict())
     report = _report(job, records, after) | {"files": files}
     if job.recipe.transforms:
         report["transforms"] = [entry["transforms"] for entry in entries]
@@ -243,7 +251,8 @@ def _blocks(
         if entry is not None and not output.shard(index).is_file():
             entry = None
         if entry is not None:
-            _install(job, output, index, block)
+            rules = _install(job, output, index, block, entry)
+            rearranged = rearrange_inputs(block, rules)
             resumed = index + 1
         else:
             names = tuple(linear_modules(block))
@@ -254,18 +263,19 @@ def _blocks(
                 "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
                 job.recipe.transforms, job.device, job.scale_dtype,
             )  # fmt: skip
+            rules, rearranged = changed.rules, changed.hooks
             entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer)}
             if job.recipe.transforms:
                 entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
             del batches  # or it would keep the block's inputs beside its outputs
         if index + 1 < total:
-            hooks = []
-            if job.recipe.activations and job.recipe.calibration.quantized_activations:
-                hooks = quantize_inputs(block, list(job.plan.blocks[index]), job.recipe.activations.scheme())
+            hooks = quantize_inputs(block, rules) if job.recipe.calibration.quantized_activations else []
             timer.measure("forward", propagate, block, path, hidden, arguments, job.device)
             for hook in hooks:
                 hook.remove()
             _check_replay(entry, hidden, index)
+        for hook in rearranged:
+            hook.remove()
         release_module(block)
         if "seconds" not in entry:
             phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in PHASES}
@@ -286,16 +296,15 @@ def _quantize_and_write(
     timer: Timer,
 ) -> list[dict[str, Any]]:
     """Solve a block, put the quantized weights in place and write its shard. Returns the layers' records."""
-    plans = job.plan.blocks[index]
+    plans = changed.plans
     results = quantize_block(
         block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
     )
     order = {path: number for number, path in enumerate(plans)}
     results.sort(key=lambda result: order[result.plan.path])
-    timer.measure(
-        "write", output.write_block, index, [(result.plan, result.weight) for result in results], changed.tensors
-    )
-    return [result.record for result in results]
+    solved = [(result.plan, result.weight) for result in results]
+    timer.measure("write", output.write_block, index, solved, changed.tensors, changed.rules)
+    return [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]
 
 
 def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:
@@ -308,22 +317,28 @@ def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> No
         )
 
 
-def _install(job: Job, output: Output, index: int, block: torch.nn.Module) -> None:
-    """Put the weights of a finished block, as its shard holds them, into the module."""
+def _install(
+    job: Job, output: Output, index: int, block: torch.nn.Module, entry: dict[str, Any]
+) -> dict[str, InputRule]:
+    """Put the weights of a finished block, as its shard holds them, into the module. Returns its layers' inputs."""
     shard = output.shard(index)
     check_shard(shard)
     try:
         tensors = load_file(shard)
     except SafetensorError as error:
         raise CheckpointError(f"{shard} is damaged ({error}); start over with --fresh.") from error
+    rules = {}
+    records = {record["name"]: record for record in entry["layers"]}
     for plan in job.plan.blocks[index].values():
         prefix = plan.name + "."
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        set_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
+        replace_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
+        rules[plan.path] = input_rule(records[plan.name]["inputs"], own, plan.name).to(job.device)
     if job.recipe.transforms:
         planned = {plan.name + ".weight" for plan in job.plan.blocks[index].values()}
         others = {key: tensor for key, tensor in tensors.items() if key not in planned}
         install_changed(job.skeleton, block, index, others)
+    return rules
 
 
 def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, Any]:
@@ -331,9 +346,10 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
     fallbacks = list(job.notes)
     for record in records:
         fallbacks += [f"{record['name']}: {note}" for note in record["notes"]]
-    activations = job.recipe.activations.scheme() if job.recipe.activations else None
     weights = {layer.name: layer.shape_OI[0] * layer.shape_OI[1] for layer in plan.layers}
     stored_bits = sum(record["bits_per_weight"] * weights[record["name"]] for record in records)
+    rounded = Counter(scheme for scheme in map(input_scheme, records) if scheme is not None)
+    activations = rounded.most_common(1)[0][0] if rounded else None
     return {
         "finescale": __version__,
         "signature": job.signature,
@@ -363,6 +379,7 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
             {layer.name: layer.shape_OI for layer in plan.layers},
             scattered_groups(job.recipe),
             job.recipe.solver.options().keeps_outliers,
+            not all(map(is_plain, records)),
         ),
     }
 

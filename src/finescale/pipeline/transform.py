@@ -6,21 +6,23 @@ Shape legend: B sequences, T tokens, I hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finescale.calibration.capture import run_block
+from finescale.calibration.statistics import collect_ranges
 from finescale.errors import InputError, NumericsError
+from finescale.grid import InputRule, static_range
 from finescale.models import Skeleton, Step
 from finescale.models.edges import trace_edges
-from finescale.models.skeleton import checkpoint_key, layer_name
-from finescale.pipeline.block import Batches
+from finescale.models.skeleton import checkpoint_key, layer_name, weight_OI_of
+from finescale.pipeline.block import Batches, rearrange_inputs
 from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import TransformPart
-from finescale.transforms import BlockView
+from finescale.transforms import BlockView, Target
 
 PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Largest relative change of a block's output that rounding in its type explains."""
@@ -28,14 +30,20 @@ PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torc
 
 @dataclass(frozen=True)
 class Transformed:
-    """A transformed block.
+    """A block ready to be solved.
 
     Attributes:
+        plans: its layers, with the widths and activations that the transforms chose.
+        rules: what happens to the input of each layer, by module path; static ranges are calibrated.
+        hooks: what rearranges inputs in the block meanwhile; to be removed when the block is released.
         tensors: tensors besides the quantized weights that are no longer the source's, by name in the checkpoint, as
             they are to be stored.
         facts: what each transform reports of this block.
     """
 
+    plans: dict[str, LayerPlan]
+    rules: dict[str, InputRule]
+    hooks: list[Any]
     tensors: dict[str, Tensor]
     facts: list[dict[str, Any]]
 
@@ -51,7 +59,7 @@ def transform_block(
     device: torch.device,
     stored: torch.dtype,
 ) -> Transformed:
-    """Apply the recipe's transforms to a block, in order.
+    """Apply the recipe's transforms to a block, in order, and settle what happens to the inputs of its layers.
 
     Args:
         skeleton: for the names of tensors in the checkpoint.
@@ -67,20 +75,61 @@ def transform_block(
     Raises:
         NumericsError: a transform changed the block's function.
     """
-    if not parts:
-        return Transformed({}, [])
     before = {name: value.clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
+    rules = {path: InputRule(plan.activations) for path, plan in plans.items()}
+    hooks: list[Any] = []
     facts = []
     for part in parts:
         hidden_BTI, kwargs = batches[0]
         x_BTI = hidden_BTI.to(device)
         expected_BTI = run_block(block, x_BTI, kwargs)
         edges = trace_edges(block, x_BTI, kwargs)
-        view = BlockView(block, index, edges, steps, batches, device, stored)
+        targets = {path: Target(plan.scheme, rules[path].scheme) for path, plan in plans.items()}
+        view = BlockView(block, index, targets, edges, steps, batches, device, stored)
         changes = part.entry().apply(view, part.options_model())
+        hooks += rearrange_inputs(block, changes.inputs)
+        for path, rule in changes.inputs.items():
+            rules[path] = replace(rules[path], gather=rule.gather, rotation=rule.rotation)
+        for path, scheme in changes.activations.items():
+            rules[path] = replace(rules[path], scheme=scheme)
         _check_same(f"{part.name} on block {index}", expected_BTI, run_block(block, x_BTI, kwargs))
         facts.append({"transform": part.name, "layers": changes.facts})
-    return Transformed(_changed_tensors(skeleton, block, index, before, stored), facts)
+    tensors = _changed_tensors(skeleton, block, index, before, stored) if parts else {}
+    rules |= _static_rules(block, rules, steps, batches, device)
+    return Transformed(_settled(block, plans, rules), rules, hooks, tensors, facts)
+
+
+def _settled(block: nn.Module, plans: Mapping[str, LayerPlan], rules: Mapping[str, InputRule]) -> dict[str, LayerPlan]:
+    """Plans with the shapes that the weights have now and the rounding that was chosen."""
+    settled = {}
+    for path, plan in plans.items():
+        rows, columns = weight_OI_of(block.get_submodule(path)).shape
+        settled[path] = replace(plan, shape_OI=(rows, columns), activations=rules[path].scheme)
+    return settled
+
+
+def _static_rules(
+    block: nn.Module, rules: Mapping[str, InputRule], steps: Sequence[Step], batches: Batches, device: torch.device
+) -> dict[str, InputRule]:
+    """The rules of a static scheme with their ranges: what the inputs reach on the calibration text."""
+    leaders: dict[str, str] = {}
+    for step in steps:
+        static = [path for path in step.linears if path in rules and _is_static(rules[path])]
+        leaders |= dict.fromkeys(static, static[0] if static else "")
+    if not leaders:
+        return {}
+    ranges = collect_ranges(block, (), dict.fromkeys(leaders.values()), batches, device)
+    found = {}
+    for path, leader in leaders.items():
+        rule, seen = rules[path], ranges[leader]
+        assert rule.scheme is not None
+        fixed = static_range(float(seen.min_I.min()), float(seen.max_I.max()), rule.scheme)
+        found[path] = replace(rule, fixed=fixed)
+    return found
+
+
+def _is_static(rule: InputRule) -> bool:
+    return rule.scheme is not None and not rule.scheme.dynamic
 
 
 def _is_planned(parameter: str, plans: Mapping[str, LayerPlan]) -> bool:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from finescale.errors import CheckpointError, NumericsError
 from finescale.formats.source import SourceCheckpoint, open_checkpoint, read_json
 from finescale.grid import QuantizedWeight
+from finescale.grid.inputs import SUFFIXES as INPUT_SUFFIXES
 from finescale.kernels import grouped_int32_product
 from finescale.models import linear_modules, open_skeleton
 from finescale.models.skeleton import layer_name, read_tensor
@@ -82,13 +83,13 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         if name in report:
             _check_record(name, weight, report[name])
         if weight.grid.amplifier is not None:
-            _check_integer_path(name, weight, quantized.activations.code_max if quantized.activations else 127)
+            _check_integer_path(name, weight, quantized.activation_max(name))
             integer += 1
         if original is not None and not facts.get("transforms"):
             worst = max(worst or 0.0, original.relative_error(name, weight.dequantize()))
     copied = None
     if original is not None:
-        owned = {f"{name}.{suffix}" for name in names for suffix in quantized.fmt.suffixes}
+        owned = {f"{name}.{suffix}" for name in names for suffix in (*quantized.fmt.suffixes, *INPUT_SUFFIXES)}
         owned |= set(facts.get("changed_tensors", ()))
         copied = original.count_equal(quantized.source, set(names), owned)
     return Verification(len(names), integer, packed, _check_files(source.path, facts), copied, worst)

@@ -6,14 +6,15 @@ Shape legend: O outputs, I inputs, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finescale.errors import CheckpointError, NumericsError
 from finescale.formats import registry
 from finescale.formats.source import SourceCheckpoint, open_checkpoint
-from finescale.grid import ActivationScheme, QuantizedWeight
+from finescale.grid import ActivationScheme, InputRule, QuantizedWeight, input_rule
+from finescale.grid.inputs import SUFFIXES
 from finescale.grid.integer_scale import prove_no_overflow
 
 METADATA_VERSION = 1
@@ -26,7 +27,7 @@ class QuantizedCheckpoint:
     Attributes:
         source: its tensors.
         fmt: its format.
-        activations: how inputs are rounded, None when they are not.
+        activations: how the inputs of most layers are rounded, None when they are not; see ``inputs_of`` for each.
         metadata: what finescale stored under its own key; empty for checkpoints of others.
     """
 
@@ -45,6 +46,20 @@ class QuantizedCheckpoint:
         marks = tuple("." + suffix for suffix in self.fmt.suffixes if suffix not in ("weight", "bias"))
         names = dict.fromkeys(key.rpartition(".")[0] for key in self.source if key.endswith(marks))
         return [name for name in names if self.fmt.layer_scheme(self.config, name) is not None]
+
+    def inputs_of(self, name: str) -> InputRule:
+        """What happens to the input of a layer. Raises CheckpointError when tensors that say so are missing."""
+        scheme = registry.layer_activations(self.source.config, name)
+        facts = dict(self.metadata.get("layers", {}).get(name, {}).get("inputs") or {})
+        facts["scheme"] = None if scheme is None else asdict(scheme)
+        keys = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES}
+        tensors = {suffix: self.source.read(key) for suffix, key in keys.items() if key in self.source}
+        return input_rule(facts, tensors, name)
+
+    def activation_max(self, name: str) -> int:
+        """Largest magnitude of the codes of a layer's input, 127 when it is not rounded."""
+        scheme = registry.layer_activations(self.source.config, name)
+        return scheme.code_max if scheme else 127
 
     def read(self, name: str) -> QuantizedWeight:
         """One layer, its integer scales recovered and its overflow bound proved again.
@@ -76,9 +91,9 @@ class QuantizedCheckpoint:
         return weight
 
     def _bound(self, name: str, weight: QuantizedWeight) -> int:
-        maximum = self.activations.code_max if self.activations else 127
         grid = weight.grid
-        return prove_no_overflow(name, weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, maximum)
+        integer_scale_OG, maximum = grid.integer_scale_OG(), self.activation_max(name)
+        return prove_no_overflow(name, weight.codes_OI, integer_scale_OG, grid.group_of_I, maximum)
 
     def layers(self) -> Iterator[tuple[str, QuantizedWeight]]:
         for name in self.layer_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,6 @@ def _install_quantized(
 ) -> None:
     """Replace every layer that the checkpoint holds in quantized form."""
     names = set(quantized.layer_names())
-    activations = None if rounding == "none" else quantized.activations
     full_range = rounding == "compressed-tensors"
     for index, block in enumerate(skeleton.blocks):
         for module_path in linear_modules(block):
@@ -94,9 +94,13 @@ def _install_quantized(
             names.discard(name)
             weight = quantized.read(name)
             bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
-            integer = path == "integer" and weight.grid.amplifier is not None and activations is not None
+            inputs = quantized.inputs_of(name).to(device)
+            if rounding == "none":
+                inputs = replace(inputs, scheme=None, fixed=None)
+            symmetric = inputs.scheme is not None and inputs.scheme.symmetric
+            integer = path == "integer" and weight.grid.amplifier is not None and symmetric
             compute: ComputePath = "integer" if integer else "float"
-            layer = QuantizedLinear(weight, bias, activations, compute, cache and not integer, full_range).to(device)
+            layer = QuantizedLinear(weight, bias, inputs, compute, cache and not integer, full_range).to(device)
             if layer.dense_OI is not None:
                 layer.dense_OI = layer.dense_OI.to(dtype)
             parent, _, leaf = module_path.rpartition(".")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from finescale.grid import ActivationScheme, Grid, Outliers, QuantizedWeight, fake_quantize_tokens, quantize_tokens
+from finescale.grid import ActivationScheme, Grid, InputRule, Outliers, QuantizedWeight, quantize_activations
 from finescale.kernels import integer_scale_linear
 
 Path = Literal["float", "integer"]
@@ -22,8 +22,8 @@ class QuantizedLinear(nn.Module):
     Args:
         weight: codes and grid.
         bias: float [O] or None.
-        activations: how inputs are rounded, None for float inputs.
-        path: see ``Path``; ``integer`` needs integer scales and 8-bit activations.
+        inputs: what happens to inputs, or only how they are rounded; None for float inputs.
+        path: see ``Path``; ``integer`` needs integer scales and symmetric activations.
         full_range: round inputs as the library compressed-tensors does (``fake_quantize_tokens``); float path only.
         cache: keep the dequantized weight (fast, four times the memory) instead of making it in every call.
     """
@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Module):
         self,
         weight: QuantizedWeight,
         bias: Tensor | None,
-        activations: ActivationScheme | None,
+        inputs: InputRule | ActivationScheme | None,
         path: Path = "float",
         cache: bool = False,
         full_range: bool = False,
@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         grid = weight.grid
         self.scheme, self.amplifier, self.scale_dtype = grid.scheme, grid.amplifier, grid.scale_dtype
-        self.activations = activations
+        self.inputs = inputs if isinstance(inputs, InputRule) else InputRule(inputs)
         self.path: Path = path
         self.full_range = full_range
         self.out_features, self.in_features = weight.codes_OI.shape
@@ -76,17 +76,18 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., O], in the type of the input."""
+        x_TI = self.inputs.rearrange(x_TI)
         if self.path == "integer":
             return self._integer(x_TI)
-        if self.activations is not None:
-            x_TI = fake_quantize_tokens(x_TI, self.activations, self.full_range)
+        x_TI = self.inputs.round(x_TI, self.full_range)
         dense_OI = self.dense_OI if self.dense_OI is not None else self.quantized_weight().dequantize()
         bias = None if self.bias is None else self.bias.to(x_TI.dtype)
         return nn.functional.linear(x_TI, dense_OI.to(x_TI.dtype), bias)
 
     def _integer(self, x_TI: Tensor) -> Tensor:
-        assert self.activations is not None and self.amplifier is not None
-        codes_TI, scale_T1 = quantize_tokens(x_TI.reshape(-1, x_TI.shape[-1]), self.activations)
+        scheme = self.inputs.scheme
+        assert scheme is not None and scheme.symmetric and self.amplifier is not None
+        codes_TI, scale_T1, _ = quantize_activations(x_TI.reshape(-1, x_TI.shape[-1]), scheme, self.inputs.fixed)
         integer_scale_OG = self.quantized_weight().grid.integer_scale_OG()
         out_TO = integer_scale_linear(
             codes_TI, scale_T1, self.codes_OI, integer_scale_OG, self.scheme.group_size, self.amplifier

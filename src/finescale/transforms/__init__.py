@@ -1,6 +1,6 @@
 """Rewrites of a block that keep its function and make it easier to quantize."""
 
 from finescale.transforms.registry import TRANSFORMS, TransformEntry, find_transform
-from finescale.transforms.view import BlockView, Changes, TransformOptions
+from finescale.transforms.view import BlockView, Changes, Target, TransformOptions
 
-__all__ = ["TRANSFORMS", "BlockView", "Changes", "TransformEntry", "TransformOptions", "find_transform"]
+__all__ = ["TRANSFORMS", "BlockView", "Changes", "Target", "TransformEntry", "TransformOptions", "find_transform"]

@@ -13,7 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from finescale.calibration.capture import run_block
 from finescale.calibration.statistics import InputRange, collect_ranges
+from finescale.grid import ActivationScheme, InputRule, WeightScheme
 from finescale.models.edges import Edge
 from finescale.models.graph import Step
 
@@ -25,12 +27,21 @@ class TransformOptions(BaseModel):
 
 
 @dataclass(frozen=True)
+class Target:
+    """How one linear will be quantized: scheme of its weight, rounding of its input (None: not at all)."""
+
+    scheme: WeightScheme
+    activations: ActivationScheme | None = None
+
+
+@dataclass(frozen=True)
 class BlockView:
     """One block with its weights in memory, which a transform rewrites in place.
 
     Attributes:
         block: the module; its norms and linears may be changed.
         index: its number.
+        targets: how each linear that is quantized will be, by path.
         edges: norms and what they feed.
         steps: linears by shared input, in order of execution.
         batches: inputs [B, T, I] and keyword arguments, out of the already quantized prefix.
@@ -40,6 +51,7 @@ class BlockView:
 
     block: nn.Module
     index: int
+    targets: Mapping[str, Target]
     edges: Sequence[Edge]
     steps: Sequence[Step]
     batches: Sequence[tuple[Tensor, dict[str, Any]]]
@@ -50,6 +62,11 @@ class BlockView:
         """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
         return collect_ranges(self.block, tuple(norms), tuple(linears), self.batches, self.device)
 
+    def run(self, batch: int = 0) -> Tensor:
+        """The block's output on one batch, float [B, T, I]."""
+        hidden_BTI, kwargs = self.batches[batch]
+        return run_block(self.block, hidden_BTI.to(self.device), kwargs)
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -57,9 +74,14 @@ class Changes:
 
     Attributes:
         facts: for the report, by path of a norm or linear in the block.
+        inputs: gathers and rotations that the runtime must apply to the inputs of linears, by path; their weights
+            already expect it.
+        activations: linears whose input is to be rounded in another way than the recipe says, by path.
     """
 
     facts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    inputs: Mapping[str, InputRule] = field(default_factory=dict)
+    activations: Mapping[str, ActivationScheme | None] = field(default_factory=dict)
 
 
 Transform = Callable[[BlockView, Any], Changes]

@@ -1,0 +1,133 @@
+"""What becomes of a layer's input before the product: a gather with gains, a rotation, rounding.
+
+Shape legend: T tokens (any leading dimensions), I channels of the input, J channels that the layer multiplies, K
+channels that are summed into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finescale.errors import CheckpointError
+from finescale.grid.activation import StaticRange, fake_quantize, fake_quantize_tokens
+from finescale.grid.hadamard import rotate
+from finescale.grid.scheme import ActivationScheme
+
+SUFFIXES = ("input_scale", "input_zero_point", "input_index", "input_gain")
+"""Tensors that describe a layer's input in a file, after its name and a dot; the first two are the standard's."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """x'_j = sum over k of gain_kj * x_(index_kj): splits, merges and permutes channels in one pass over the token.
+
+    Attributes:
+        index_KJ: int64 [K, J], channels of the input.
+        gain_KJ: float32 [K, J]; zero where fewer than K channels are summed.
+    """
+
+    index_KJ: Tensor
+    gain_KJ: Tensor
+
+    def apply(self, x_TI: Tensor) -> Tensor:
+        """float [..., I] -> [..., J]."""
+        gain_KJ = self.gain_KJ.to(x_TI.dtype)
+        out_TJ = x_TI[..., self.index_KJ[0]] * gain_KJ[0]
+        for index_J, gain_J in zip(self.index_KJ[1:], gain_KJ[1:], strict=True):
+            some_J = gain_J.nonzero().squeeze(1)
+            out_TJ[..., some_J] += x_TI[..., index_J[some_J]] * gain_J[some_J]
+        return out_TJ
+
+    def folded(self, norm_gain_I: Tensor) -> Gather:
+        """The same after a norm without its gain: the gain rides along in the gather."""
+        return Gather(self.index_KJ, self.gain_KJ * norm_gain_I.to(self.gain_KJ.dtype)[self.index_KJ])
+
+
+@dataclass(frozen=True)
+class InputRule:
+    """All that happens to the input of one layer, in this order: gather, rotation, rounding.
+
+    Attributes:
+        scheme: how it is rounded; None leaves it in floating point.
+        fixed: the range of a static scheme.
+        gather: channel reassembly (QLLM), or None.
+        rotation: (size, inner) of an online Hadamard rotation, see `finescale.grid.hadamard.rotate`, or None.
+    """
+
+    scheme: ActivationScheme | None = None
+    fixed: StaticRange | None = None
+    gather: Gather | None = None
+    rotation: tuple[int, int] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rounding is all there is, as every engine does it."""
+        return self.gather is None and self.rotation is None
+
+    def rearrange(self, x_TI: Tensor) -> Tensor:
+        """Gather and rotation, float [..., I] -> [..., J]."""
+        if self.gather is not None:
+            x_TI = self.gather.apply(x_TI)
+        return x_TI if self.rotation is None else rotate(x_TI, *self.rotation)
+
+    def round(self, x_TI: Tensor, full_range: bool = False) -> Tensor:
+        """Rounded and converted back; ``full_range`` as in `fake_quantize_tokens`, for symmetric tokens only."""
+        if self.scheme is None:
+            return x_TI
+        if full_range and self.scheme.dynamic and self.scheme.symmetric:
+            return fake_quantize_tokens(x_TI, self.scheme, True)
+        return fake_quantize(x_TI, self.scheme, self.fixed)
+
+    def to(self, device: torch.device) -> InputRule:
+        """The same with its tensors on a device."""
+        if self.gather is None:
+            return self
+        gather = Gather(self.gather.index_KJ.to(device), self.gather.gain_KJ.to(device))
+        return InputRule(self.scheme, self.fixed, gather, self.rotation)
+
+    def describe(self) -> dict[str, Any]:
+        """What is no tensor, as plain values."""
+        return {
+            "scheme": None if self.scheme is None else asdict(self.scheme),
+            "gather": self.gather is not None,
+            "rotation": None if self.rotation is None else list(self.rotation),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds, by suffix."""
+        tensors: dict[str, Tensor] = {}
+        if self.fixed is not None:
+            tensors["input_scale"] = torch.tensor([self.fixed.scale], dtype=torch.float32)
+            if self.scheme is not None and not self.scheme.symmetric:
+                tensors["input_zero_point"] = torch.tensor([self.fixed.zero], dtype=torch.int8)
+        if self.gather is not None:
+            tensors["input_index"] = self.gather.index_KJ.to(torch.int32).cpu().contiguous()
+            tensors["input_gain"] = self.gather.gain_KJ.cpu().contiguous()
+        return tensors
+
+
+def input_rule(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> InputRule:
+    """The rule that `InputRule.describe` and `InputRule.tensors` tell of.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape; names the layer.
+    """
+    scheme = None if facts.get("scheme") is None else ActivationScheme(**facts["scheme"])
+    fixed = gather = None
+    if scheme is not None and not scheme.dynamic:
+        if "input_scale" not in tensors or tensors["input_scale"].numel() != 1:
+            raise CheckpointError(f"{name} has static activations and no input_scale; the checkpoint is incomplete.")
+        zero = tensors.get("input_zero_point")
+        fixed = StaticRange(float(tensors["input_scale"]), 0 if zero is None or scheme.symmetric else int(zero))
+    if facts.get("gather"):
+        index_KJ, gain_KJ = tensors.get("input_index"), tensors.get("input_gain")
+        if index_KJ is None or gain_KJ is None or index_KJ.dim() != 2 or index_KJ.shape != gain_KJ.shape:
+            raise CheckpointError(f"{name} lacks its gather (input_index, input_gain); the checkpoint is incomplete.")
+        gather = Gather(index_KJ.to(torch.int64), gain_KJ.to(torch.float32))
+    rotation = facts.get("rotation")
+    return InputRule(scheme, fixed, gather, None if rotation is None else (int(rotation[0]), int(rotation[1])))
