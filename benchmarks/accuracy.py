@@ -33,6 +33,7 @@ from finescale.api import evaluate, quantize
 from finescale.bench.machine import machine_facts
 from finescale.cli.common import progress_bar, quiet_libraries
 from finescale.demo import find_demo_model
+from finescale.evaluate import Evaluation
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.pipeline.convert import convert
@@ -46,7 +47,10 @@ STRIPE = 20_000
 
 
 def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Models with their texts and sizes of the runs; ``windows`` None is the whole text."""
+    """Models with their texts and sizes of the runs; ``windows`` None is the whole text.
+
+    Scales differ by far less than solvers, so that their perplexity needs ``scale_windows``, more than the others.
+    """
     wiki = data / "data" / "wikitext2"
     books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
     # Disjoint stripes of the same books: the small models know books, not encyclopaedias.
@@ -63,6 +67,7 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             "length": 512,
             "windows": 4,
             "window_length": 2048,
+            "scale_windows": 24,
             "seeds": [0],
         },
         "zoo-llama": {
@@ -73,6 +78,7 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             "length": 512,
             "windows": None,
             "window_length": 512,
+            "scale_windows": None,
             "seeds": [0, 1, 2, 3, 4],
         },
     }
@@ -103,6 +109,19 @@ class Runner:
             )
         self.original_perplexity, self.tokens = result.reference_perplexity, result.tokens
         return {"perplexity": result.perplexity, "kl": result.kl}
+
+    def long_perplexity(self, folder: Path) -> Evaluation:
+        """Perplexity on ``scale_windows`` windows, without the original."""
+        setting = self.setting
+        windows, length = setting["scale_windows"], setting["window_length"]
+        with progress_bar("windows") as update:
+            return evaluate(
+                folder,
+                setting["text"],
+                windows=windows,
+                length=length,
+                on_progress=lambda done, total: update(f"evaluating {folder.name}", done, total),
+            )
 
     def quantized(self, name: str, recipe: str, settings: tuple[str, ...], seed: int = 0) -> dict[str, Any]:
         out = self.work / (f"{name}-seed{seed}" if seed else name)
@@ -165,17 +184,24 @@ def compare_solvers(runner: Runner, bits: int) -> dict[str, Any]:
 
 
 def compare_scales(runner: Runner) -> dict[str, dict[str, Any]]:
-    """Float scales, integer scales before the solver, and conversions of the former."""
+    """Float scales, integer scales before the solver, and conversions of the former; ``long`` is on more windows."""
     rows = {
         "float scales": runner.quantized("float", "w4a8-float-scale", (GROUP,)),
         "integer scales before the solver, auto": runner.quantized("integer", "w4a8-integer-scale", (GROUP,)),
     }
+    folders = [runner.work / "float", runner.work / "integer"]
     for label, again in (("converted, 1024 (the paper)", False), ("converted, 1024, rounded again", True)):
-        out = runner.work / f"converted-{again}"
-        report = convert(runner.work / "float", out, 1024, round_again=again, fresh=True)
-        verify(out)
+        folders.append(runner.work / f"converted-{again}")
+        report = convert(runner.work / "float", folders[-1], 1024, round_again=again, fresh=True)
+        verify(folders[-1])
         use = max(layer["overflow_use"] for layer in report["layers"])
-        rows[label] = {**runner.quality(out), "overflow_use": use}
+        rows[label] = {**runner.quality(folders[-1]), "overflow_use": use}
+    base: tuple[float, ...] = ()
+    for row, folder in zip(rows.values(), folders, strict=True):
+        long = runner.long_perplexity(folder)
+        base = base or long.window_losses
+        changes = [loss - other for loss, other in zip(long.window_losses, base, strict=True)]
+        row["long"] = {"perplexity": long.perplexity, "windows": long.windows, "log_change": mean_and_error(changes)}
     return rows
 
 
@@ -210,14 +236,13 @@ def print_layers(console: Console, name: str, entry: dict[str, Any]) -> None:
 def print_scales(console: Console, name: str, rows: dict[str, dict[str, Any]]) -> None:
     """The table of the scale comparison."""
     table = Table(title=f"{name}: W4A8, symmetric, group 64")
-    for column in ("scales", "perplexity", "KL", "against float scales", "int32 used"):
+    for column in ("scales", "perplexity", "against float scales", "KL", "int32 used"):
         table.add_column(column)
-    base = rows["float scales"]["perplexity"]
     for label, row in rows.items():
         used = f"{row['overflow_use']:.1%}" if row["overflow_use"] else "-"
-        table.add_row(
-            label, f"{row['perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['perplexity'] / base - 1:+.3%}", used
-        )
+        change = row["long"]["log_change"]
+        against = f"{math.expm1(change['mean']):+.3%} ± {change['standard_error'] or 0:.3%}"
+        table.add_row(label, f"{row['long']['perplexity']:.3f}", against, f"{row['kl']:.4f}", used)
     console.print(table)
 
 

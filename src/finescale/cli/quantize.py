@@ -16,10 +16,10 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Output folder; an unfinished run there goes on.")],
     calibration: Annotated[
         str | None,
-        typer.Option(help="Plain text or jsonl file, or hub data set [default: Python's language reference]."),
+        typer.Option(help="Plain text or jsonl file, or hub data set (default: Python's language reference)."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows [default: the recipe's, 128].")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window [default: the recipe's, 2048].")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows (default: the recipe's, 128).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the recipe's, 2048).")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the recipe, as weights.bits=3.")
     ] = None,
@@ -44,7 +44,7 @@ def quantize(
     from finescale.api import write_report
     from finescale.pipeline.quantize import prepare, run
     from finescale.recipe import Recipe
-    from finescale.report import summary_table
+    from finescale.report import summary_table, units
 
     settings = list(set_ or [])
     settings += [f"calibration.samples={samples}"] if samples is not None else []
@@ -57,7 +57,7 @@ def quantize(
         f"{len(job.plan.layers)} layers of {job.skeleton.block_count} blocks, "
         f"{job.plan.share:.1%} of the block weights; "
         f"calibration {facts['samples']} x {facts['length']} tokens of {facts['source']}; "
-        f"needs about {job.memory_bytes / 1e9:.1f} GB of memory and {job.output_bytes / 1e9:.2f} GB of disk."
+        f"needs about {units.size(job.memory_bytes)} of memory and {units.size(job.output_bytes)} of disk."
     )
     for note in job.notes:
         console.print(f"[yellow]note:[/] {note}")
@@ -71,9 +71,5 @@ def quantize(
     from finescale.formats.source import read_json
 
     console.print(summary_table(report, read_json(out / "run.json", "")))
-    for note in report["fallbacks"][:10]:
-        console.print(f"[yellow]note:[/] {note}")
-    if len(report["fallbacks"]) > 10:
-        console.print(f"[yellow]note:[/] and {len(report['fallbacks']) - 10} more in the report")
     console.print(f"checkpoint: {out}\nreport:     {page}")
     write_json_file(json_, report)

@@ -25,7 +25,10 @@ def recipes(
         console.print(yaml.safe_dump(values, sort_keys=False), end="", markup=False)
         write_json_file(json_, values)
         return
-    table = Table("recipe", "weights", "activations", "what it is for", title="Recipes")
+    table = Table(title="Recipes")
+    table.add_column("recipe", no_wrap=True)  # a name cut short could be another's
+    for column in ("weights", "activations", "what it is for"):
+        table.add_column(column)
     everything = {}
     for recipe_name in recipe_names():
         recipe = Recipe.named(recipe_name)

@@ -37,6 +37,8 @@ class Evaluation:
         kl: mean KL divergence of the original's next-token distribution from the model's, nats per token.
         top1: share of tokens at which both models agree on the likeliest next token.
         reference_perplexity: of the original on the same windows.
+        window_losses: mean loss of each window, in nats: differences between two models on the same windows have a
+            far smaller spread than the losses, and say how much of a difference in perplexity is chance.
     """
 
     perplexity: float
@@ -49,6 +51,7 @@ class Evaluation:
     kl: float | None = None
     top1: float | None = None
     reference_perplexity: float | None = None
+    window_losses: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +106,9 @@ def evaluate_windows(
     """
     loss = reference_loss = kl = 0.0
     agreed = predicted = 0
+    losses = []
     for number, tokens_T in enumerate(windows_WT):
+        before = loss
         logits_TV = _logits(model, tokens_T)
         target_T = tokens_T[1:].to(logits_TV.device)
         reference_TV = None if reference is None else _logits(reference, tokens_T)
@@ -116,6 +121,7 @@ def evaluate_windows(
                 kl += float((other_TV.exp() * (other_TV - log_TV)).double().sum())
                 agreed += int((other_TV.argmax(-1) == log_TV.argmax(-1)).sum())
         predicted += target_T.shape[0]
+        losses.append((loss - before) / target_T.shape[0])
         if math.isnan(loss):
             raise NumericsError(
                 f"the model puts out NaN in window {number + 1}; check the checkpoint with finescale verify."
@@ -134,6 +140,7 @@ def evaluate_windows(
         kl=kl / predicted if with_reference else None,
         top1=agreed / predicted if with_reference else None,
         reference_perplexity=_exp(reference_loss / predicted) if with_reference else None,
+        window_losses=tuple(losses),
     )
 
 

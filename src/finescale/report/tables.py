@@ -10,6 +10,8 @@ from rich.text import Text
 from finescale.report import facts, page, units
 from finescale.report.scales import LIMIT
 
+SHOWN = 10
+"""Fallbacks that the terminal shows; the page has all."""
 _STYLES = {"best": "bold green", "reference": "dim", "bad": "bold red", "note": "yellow", "error": ""}
 
 
@@ -49,7 +51,9 @@ def summary_table(report: Mapping[str, object], run: Mapping[str, object] | None
     fallbacks = report.get("fallbacks")
     if isinstance(fallbacks, list | tuple):
         style = "yellow" if fallbacks else "green"
-        words = "\n".join(units.clean(item) for item in fallbacks) or "none"
+        words = "\n".join(units.clean(item) for item in fallbacks[:SHOWN]) or "none"
+        if len(fallbacks) > SHOWN:
+            words += f"\nand {len(fallbacks) - SHOWN} more in the report"
         table.add_row("Fallbacks", Text(words, style=style), "")
     for engine, loads, runs_as, remark in page.engine_rows(report):
         word = {True: "loads", False: "does not load", None: "not tried"}[loads]
@@ -79,7 +83,8 @@ def inspect_table(layers: Sequence[Mapping[str, object]]) -> Table:
         title="Layers",
         caption=f"{len(layers)} layers; overflow use is proven below 1" if "overflow_use" in used else None,
     )
-    table.add_column("layer", overflow="fold")
+    longest = max((len(units.clean(layer.get("name"))) for layer in layers), default=0)
+    table.add_column("layer", overflow="fold", min_width=min(longest, 40))
     for key in used:
         table.add_column(key.replace("_size", "").replace("_", " "), justify="left" if key == "kernel" else "right")
     for layer in layers:
