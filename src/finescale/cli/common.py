@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    console.width = 140  # into a file or a pipe nothing limits the width, and 80 columns break the names of layers
+if not console.is_terminal and console.width == 80:
+    console.width = 140  # rich's guess for files and pipes, which limit nothing; 80 columns break the names of layers
 stderr = Console(stderr=True)
 
 
