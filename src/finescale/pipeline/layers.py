@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from finescale.errors import NumericsError
-from finescale.grid import Grid, QuantizedWeight, fit_grid, integerized, quantize_to_grid, with_integer_scales
+from finescale.grid import (
+    Grid,
+    QuantizedWeight,
+    contiguous_groups,
+    fit_grid,
+    integerized,
+    quantize_to_grid,
+    with_integer_scales,
+)
 from finescale.grid.integer_scale import (
     INT32_LIMIT,
     auto_amplifier,
@@ -104,9 +112,18 @@ def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> li
     return list(groups.values())
 
 
+def fit_layer_grid(plan: LayerPlan, weight_OI: Tensor, scale_dtype: torch.dtype) -> Grid:
+    """The float-scale grid of a layer; ranges stop at the limits that a transform found."""
+    if plan.limit_OG is not None:
+        group_of_I = contiguous_groups(weight_OI.shape[1], plan.scheme.group_size, weight_OI.device)
+        limit_OI = plan.limit_OG.to(weight_OI)[:, group_of_I]
+        weight_OI = weight_OI.clamp(-limit_OI, limit_OI)
+    return fit_grid(weight_OI, plan.scheme, scale_dtype)
+
+
 def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
     """The grid a solver starts from: float scales, or integer ones when the recipe wants them before the solver."""
-    grid = fit_grid(weight_OI, plan.scheme, scale_dtype)
+    grid = fit_layer_grid(plan, weight_OI, scale_dtype)
     if recipe.integer_scale.mode == "before":
         return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, activation_max(plan))
     return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
@@ -178,7 +195,7 @@ def _finish(
                 f"{_bound(plan, weight) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a "
                 "smaller one."
             )
-        grid = integerized(fit_grid(weight_OI, plan.scheme, scale_dtype), amplifier // 2)
+        grid = integerized(fit_layer_grid(plan, weight_OI, scale_dtype), amplifier // 2)
         weight = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options()).weight
     return weight
 

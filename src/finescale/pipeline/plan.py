@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from finescale.errors import InputError
@@ -37,6 +38,7 @@ class LayerPlan:
         scheme: what becomes of the weight.
         transposed: the checkpoint keeps [I, O] (GPT-2's Conv1D).
         activations: how the input is rounded, None for not at all.
+        limit_OG: largest magnitude that the range of each group covers, float [O, G]; None for all of it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerPlan:
     scheme: WeightScheme
     transposed: bool = False
     activations: ActivationScheme | None = None
+    limit_OG: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def transform_block(
     before = {name: value.clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
     rules = {path: InputRule(plan.activations) for path, plan in plans.items()}
     hooks: list[Any] = []
+    limits: dict[str, Tensor] = {}
     facts = []
     for part in parts:
         hidden_BTI, kwargs = batches[0]
@@ -92,19 +93,24 @@ def transform_block(
             rules[path] = replace(rules[path], gather=rule.gather, rotation=rule.rotation)
         for path, scheme in changes.activations.items():
             rules[path] = replace(rules[path], scheme=scheme)
+        limits |= changes.limits
         _check_same(f"{part.name} on block {index}", expected_BTI, run_block(block, x_BTI, kwargs))
         facts.append({"transform": part.name, "layers": changes.facts})
     tensors = _changed_tensors(skeleton, block, index, before, stored) if parts else {}
     rules |= _static_rules(block, rules, steps, batches, device)
-    return Transformed(_settled(block, plans, rules), rules, hooks, tensors, facts)
+    return Transformed(_settled(block, plans, rules, limits), rules, hooks, tensors, facts)
 
 
-def _settled(block: nn.Module, plans: Mapping[str, LayerPlan], rules: Mapping[str, InputRule]) -> dict[str, LayerPlan]:
+def _settled(
+    block: nn.Module, plans: Mapping[str, LayerPlan], rules: Mapping[str, InputRule], limits: Mapping[str, Tensor]
+) -> dict[str, LayerPlan]:
     """Plans with the shapes that the weights have now and the rounding that was chosen."""
     settled = {}
     for path, plan in plans.items():
         rows, columns = weight_OI_of(block.get_submodule(path)).shape
-        settled[path] = replace(plan, shape_OI=(rows, columns), activations=rules[path].scheme)
+        settled[path] = replace(
+            plan, shape_OI=(rows, columns), activations=rules[path].scheme, limit_OG=limits.get(path)
+        )
     return settled
 
 

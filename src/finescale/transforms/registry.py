@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finescale.errors import InputError
+from finescale.transforms.awq import AwqOptions, apply_awq
+from finescale.transforms.fptq import FptqOptions, apply_fptq
 from finescale.transforms.smoothquant import SmoothQuantOptions, apply_smoothquant
 from finescale.transforms.view import Transform, TransformOptions
 
@@ -19,6 +21,8 @@ class TransformEntry:
 
 
 TRANSFORMS: dict[str, TransformEntry] = {
+    "awq": TransformEntry(apply_awq, AwqOptions, "searched scales and ranges (arXiv 2306.00978)"),
+    "fptq": TransformEntry(apply_fptq, FptqOptions, "activations by range (arXiv 2308.15987)"),
     "smoothquant": TransformEntry(apply_smoothquant, SmoothQuantOptions, "scale per channel (arXiv 2211.10438)"),
 }
 

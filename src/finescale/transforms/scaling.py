@@ -19,6 +19,14 @@ def largest_weight(modules: Sequence[nn.Module]) -> Tensor:
     return torch.stack([weight_OI_of(module).abs().amax(0) for module in modules]).amax(0)
 
 
+def divide_linear(module: nn.Module, scale_O: Tensor) -> None:
+    """Divide a linear's outputs by a scale per channel, float [O]: rows of its weight, and its bias."""
+    set_weight_OI(module, weight_OI_of(module).double() / scale_O.double()[:, None])
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        bias.data.copy_(bias.data.double() / scale_O.double())
+
+
 def divide_norm(norm: nn.Module, consumers: Sequence[nn.Module], scale_I: Tensor, stored: torch.dtype) -> Tensor:
     """Divide a norm's output by a scale per channel and multiply it into the columns of all that reads it.
 

@@ -6,7 +6,7 @@ Shape legend: O outputs, I inputs, B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from finescale.calibration.capture import run_block
 from finescale.calibration.statistics import InputRange, collect_ranges
-from finescale.grid import ActivationScheme, InputRule, WeightScheme
+from finescale.grid import ActivationScheme, Gather, InputRule, WeightScheme
 from finescale.models.edges import Edge
 from finescale.models.graph import Step
+from finescale.models.links import Link, trace_links
 
 
 class TransformOptions(BaseModel):
@@ -32,6 +33,15 @@ class Target:
 
     scheme: WeightScheme
     activations: ActivationScheme | None = None
+
+    def search_scheme(self) -> WeightScheme:
+        """The weight's scheme without its clipping search, which would make trying many weights slow."""
+        return replace(self.scheme, clip="minmax")
+
+    def rule(self, gather: Gather | None = None) -> InputRule:
+        """Rounding of the input as far as a search can know it: a static scheme gets its range only afterwards."""
+        dynamic = self.activations if self.activations is None or self.activations.dynamic else None
+        return InputRule(dynamic, gather=gather)
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,31 @@ class BlockView:
         """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
         return collect_ranges(self.block, tuple(norms), tuple(linears), self.batches, self.device)
 
-    def run(self, batch: int = 0) -> Tensor:
-        """The block's output on one batch, float [B, T, I]."""
-        hidden_BTI, kwargs = self.batches[batch]
-        return run_block(self.block, hidden_BTI.to(self.device), kwargs)
+    def links(self) -> tuple[Link, ...]:
+        """Linears whose channels correspond to those of a linear before."""
+        return trace_links(self.block, *self.some(1), self.steps)
+
+    def some(self, sequences: int) -> tuple[Tensor, dict[str, Any]]:
+        """The first sequences of the first batch, float [B, T, I], and the block's other arguments.
+
+        What the model passes its blocks may be made for the whole batch: then it is all of the batch.
+        """
+        hidden_BTI, kwargs = self.batches[0]
+        batch = hidden_BTI.shape[0]
+        cut = all(_broadcasts(value, batch) for value in kwargs.values())
+        return hidden_BTI[: sequences if cut else batch].to(self.device), kwargs
+
+    def run_some(self, sequences: int) -> Tensor:
+        """The block's output on `some` of its inputs, float [B, T, I]."""
+        hidden_BTI, kwargs = self.some(sequences)
+        return run_block(self.block, hidden_BTI, kwargs)
+
+
+def _broadcasts(value: Any, batch: int) -> bool:
+    """Whether an argument of a block serves any number of sequences."""
+    if isinstance(value, tuple | list):
+        return all(_broadcasts(part, batch) for part in value)
+    return not isinstance(value, Tensor) or batch == 1 or value.dim() == 0 or value.shape[0] != batch
 
 
 @dataclass(frozen=True)
@@ -77,11 +108,13 @@ class Changes:
         inputs: gathers and rotations that the runtime must apply to the inputs of linears, by path; their weights
             already expect it.
         activations: linears whose input is to be rounded in another way than the recipe says, by path.
+        limits: largest magnitude that the range of each group of a weight should cover, float [O, G] by path.
     """
 
     facts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, InputRule] = field(default_factory=dict)
     activations: Mapping[str, ActivationScheme | None] = field(default_factory=dict)
+    limits: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Transform = Callable[[BlockView, Any], Changes]
