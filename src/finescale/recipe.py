@@ -184,6 +184,9 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        for part in self.transforms[:-1]:
+            if part.entry().last:
+                raise ValueError(f"transforms: {part.name} must come last")
         if self.integer_scale.mode != "off":
             if not self.weights.symmetric:
                 raise ValueError("integer_scale needs weights.symmetric true")

@@ -50,7 +50,7 @@ def test_round_trip(weight):
 @pytest.mark.parametrize("layout", [ct.PACKED, ct.INT8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 32, 64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_library_writes_the_same_bits_and_reads_ours(bits, group_size, symmetric, layout):
     if bits == 3 and not DENSE_THREE_BITS:
         pytest.skip("this compressed-tensors packs 3 bits in the older, aligned layout")
@@ -67,7 +67,7 @@ def test_library_writes_the_same_bits_and_reads_ours(bits, group_size, symmetric
 
 @pytest.mark.parametrize("columns", [172, 191, 33])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_library_agrees_on_odd_shapes(bits, symmetric, columns):
     if bits == 3 and not DENSE_THREE_BITS:
         pytest.skip("this compressed-tensors packs 3 bits in the older, aligned layout")

@@ -23,7 +23,7 @@ from finescale.grid import (
 )
 from finescale.grid.fit import smallest_scale
 
-BITS = [2, 3, 4, 8]
+BITS = [2, 3, 4, 6, 8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [-1, 8, 7, 64]
 """Group sizes for 20 inputs: one group, ragged (8, 8, 4), ragged (7, 7, 6), larger than the row."""

@@ -19,8 +19,10 @@ from tests.helpers import (
     logits_of,
     make_model,
     quantize,
+    read_json,
     read_tensors,
     recipe,
+    reference_model,
     save_model,
     some_tokens,
 )
@@ -136,3 +138,81 @@ def test_layers_with_other_activations(tiny, text, tmp_path):
     for name, layer in quantized_layers(load(out)).items():
         bits = 8 if "down" in name else None if "o_proj" in name else 4
         assert (layer.inputs.scheme.bits if layer.inputs.scheme else None) == bits
+
+
+def reassembled(kind, tiny, tmp_path, text, **options):
+    """A model with planted outliers in its norms, quantized with QLLM, and the same without it."""
+    source, out = tiny(kind), tmp_path / "out"
+    transforms = [{"name": "qllm", "options": {"expansion": 0.1, "sequences": 2} | options}]
+    activations = {"bits": 8, "symmetric": False}
+    report = quantize(source, out, recipe("rtn", 8, activations=activations, transforms=transforms), text)
+    return source, out, report
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "opt", "falcon", "gpt2"])
+def test_gathers_are_stored_and_applied(tiny, text, tmp_path, kind):
+    source, out, report = reassembled(kind, tiny, tmp_path, text)
+    verify(out, source)
+    gathered = {record["name"] for record in report["layers"] if record["inputs"]["gather"]}
+    tensors = read_tensors(out)
+    assert gathered == {key.removesuffix(".input_index") for key in tensors if key.endswith(".input_index")}
+    assert read_json(out / "config.json")["quantization_config"]["quant_method"] == "finescale"
+    assert {row["engine"] for row in report["engines"] if row["loads"]} == {"finescale"}
+    layers = quantized_layers(load(out))
+    assert sum(layer.inputs.gather is not None for layer in layers.values()) == len(gathered) > 0
+    if kind == "mixtral":  # transformers' experts are fused: nothing to hang a gather on
+        return
+    reference = reference_model(source, out)
+    for name in gathered:
+        index_KJ, gain_KJ = tensors[name + ".input_index"].long(), tensors[name + ".input_gain"]
+        hook = lambda _, args, i=index_KJ, g=gain_KJ: ((args[0][..., i] * g).sum(-2),)  # noqa: E731
+        reference.get_submodule(name).register_forward_pre_hook(hook)
+    expected, found = logits_of(reference, some_tokens()), logits_of(load(out, rounding="none"), some_tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(logits_of(reference_model(source, out), some_tokens()), expected, rtol=0.1, atol=0.1)
+
+
+def test_split_channels_without_merging_are_exact_but_for_rounding(tiny, text, tmp_path):
+    source, out, report = reassembled("llama", tiny, tmp_path, text, mode="disassembly")
+    verify(out, source)
+    assert any(record["shape"][1] > 64 for record in report["layers"] if "q_proj" in record["name"])
+    expected, found = logits_of(load(source), some_tokens()), logits_of(load(out), some_tokens())
+    assert float((found - expected).norm() / expected.norm()) < 0.06
+
+
+def test_a_resumed_reassembly_ends_with_the_same_bytes(tiny, text, tmp_path):
+    source, whole, _ = reassembled("llama", tiny, tmp_path, text, mode="disassembly")
+    options = {"expansion": 0.1, "sequences": 2, "mode": "disassembly"}
+    chosen = recipe("rtn", 8, activations={"bits": 8, "symmetric": False},
+                    transforms=[{"name": "qllm", "options": options}])  # fmt: skip
+    broken = tmp_path / "broken"
+
+    class _StopError(Exception):
+        pass
+
+    def stop(what, done, total):
+        if done == 1:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        run(prepare(source, chosen, broken, str(text)), on_progress=stop)
+    run(prepare(source, chosen, broken, str(text)))
+    assert hashes(broken, lasting_files(broken)) == hashes(whole, lasting_files(whole))
+
+
+def test_reassembly_must_come_last():
+    with pytest.raises(InputError, match="qllm must come last"):
+        Recipe.from_dict({"transforms": ["qllm", "smoothquant"]})
+
+
+@pytest.mark.parametrize("mode", ["before", "after"])
+def test_integer_scales_compose_with_every_transform(tiny, text, tmp_path, mode):
+    """The exact integer path and the float path agree on every layer: both read the same gathered, rounded input."""
+    for name, options in (("smoothquant", {}), ("awq", {"steps": 3}), ("fptq", {}), ("qllm", {"expansion": 0.1})):
+        out = tmp_path / name
+        chosen = recipe("gptq", 4, 32, weights={"symmetric": True}, activations={"bits": 8},
+                        integer_scale={"mode": mode}, transforms=[{"name": name, "options": options}])  # fmt: skip
+        report = quantize(tiny("llama"), out, chosen, text)
+        assert verify(out, tiny("llama")).integer_layers == len(report["layers"])
+        integer, floating = (logits_of(load(out, path=path), some_tokens()) for path in ("integer", "float"))
+        torch.testing.assert_close(integer, floating, rtol=1e-3, atol=1e-3)

@@ -53,7 +53,7 @@ def test_option_values_that_cannot_work_are_refused(name, values):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_codes_lie_on_the_grid_and_come_in_the_original_order(name, options, bits, symmetric):
     weight_OI, hessian_II = layer(5, 20)

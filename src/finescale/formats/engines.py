@@ -262,6 +262,8 @@ def _vllm_common(model: Model) -> list[str]:
         reasons.append("vLLM dropped activation order with scattered groups; solve with static groups")
     if model.format_name in _GPTQ and model.asymmetric:
         reasons.append("vLLM reads symmetric gptq only; save with compressed-tensors or awq")
+    if 6 in model.bits:
+        reasons.append("vLLM has no 6-bit weights")
     if model.format_name == PACKED and model.activation_bits not in (None, 4, 8):
         reasons.append(f"vLLM has no {model.activation_bits}-bit activations")
     if model.format_name == PACKED and model.activation_bits is not None and model.experts:
@@ -326,8 +328,8 @@ def _sglang(model: Model) -> Row:
     reasons = []
     if model.ragged or model.conflict:
         reasons.append(_ONE_SCHEME.format(model.conflict) if model.conflict else "groups must divide the inputs")
-    if model.bits & {2, 3}:
-        reasons.append("it has no 2 and 3 bits")
+    if model.bits & {2, 3, 6}:
+        reasons.append("it has no 2, 3 and 6 bits")
     if model.format_name == INT8:
         if not _is_w8a8(model):
             reasons.append(_W8A8_ONLY)

@@ -56,6 +56,8 @@ def check(
         InputError: activations are quantized, or a dimension does not fill whole words.
     """
     only_linear(NAME, layer_class)
+    if scheme.bits == 6:
+        raise InputError("readers of the gptq format know 2, 3, 4 and 8 bits, not 6; save with compressed-tensors.")
     if activations is not None:
         raise InputError(
             "the gptq format cannot say that activations are quantized; "

@@ -107,7 +107,7 @@ class InputRule:
                 tensors["input_zero_point"] = torch.tensor([self.fixed.zero], dtype=torch.int8)
         if self.gather is not None:
             tensors["input_index"] = self.gather.index_KJ.to(torch.int32).cpu().contiguous()
-            tensors["input_gain"] = self.gather.gain_KJ.cpu().contiguous()
+            tensors["input_gain"] = self.gather.gain_KJ.cpu().clone(memory_format=torch.contiguous_format)
         return tensors
 
 

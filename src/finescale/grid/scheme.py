@@ -18,7 +18,7 @@ from torch import Tensor
 from finescale.errors import InputError, NumericsError
 from finescale.grid.outliers import Outliers
 
-WEIGHT_BITS = (2, 3, 4, 8)
+WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8)
 Clip = Literal["minmax", "mse"]
 
@@ -28,7 +28,7 @@ class WeightScheme:
     """How the weights of one layer are stored.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 6 or 8.
         group_size: consecutive inputs that share one scale; -1 is one scale per output channel. The last group may be
             shorter when the inputs do not divide.
         symmetric: no zero point; the step is absmax / ((2**bits - 1) / 2), so that -2**(bits-1) is used too.

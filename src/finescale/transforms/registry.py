@@ -7,22 +7,36 @@ from dataclasses import dataclass
 from finescale.errors import InputError
 from finescale.transforms.awq import AwqOptions, apply_awq
 from finescale.transforms.fptq import FptqOptions, apply_fptq
+from finescale.transforms.qllm import QllmOptions, apply_qllm
 from finescale.transforms.smoothquant import SmoothQuantOptions, apply_smoothquant
 from finescale.transforms.view import Transform, TransformOptions
 
 
 @dataclass(frozen=True)
 class TransformEntry:
-    """A transform and the class of its options."""
+    """A transform.
+
+    Attributes:
+        apply: the function.
+        options: the class of its options.
+        summary: one line for people.
+        keeps_function: whether the block computes the same afterwards, but for rounding.
+        last: whether it splits or merges inputs, so that no other transform can follow it.
+    """
 
     apply: Transform
     options: type[TransformOptions]
     summary: str
+    keeps_function: bool = True
+    last: bool = False
 
 
 TRANSFORMS: dict[str, TransformEntry] = {
     "awq": TransformEntry(apply_awq, AwqOptions, "searched scales and ranges (arXiv 2306.00978)"),
     "fptq": TransformEntry(apply_fptq, FptqOptions, "activations by range (arXiv 2308.15987)"),
+    "qllm": TransformEntry(
+        apply_qllm, QllmOptions, "channels split and merged (arXiv 2310.08041)", keeps_function=False, last=True
+    ),
     "smoothquant": TransformEntry(apply_smoothquant, SmoothQuantOptions, "scale per channel (arXiv 2211.10438)"),
 }
 

@@ -5,7 +5,7 @@ Shape legend: O outputs, I inputs, B sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ class BlockView:
         batches: inputs [B, T, I] and keyword arguments, out of the already quantized prefix.
         device: where the block lives.
         stored: type of the norms' gains in the file; new gains are rounded to it.
+        rearranged: linears whose input an earlier transform gathers or rotates.
     """
 
     block: nn.Module
@@ -67,10 +68,17 @@ class BlockView:
     batches: Sequence[tuple[Tensor, dict[str, Any]]]
     device: torch.device
     stored: torch.dtype
+    rearranged: Collection[str] = ()
 
     def ranges(self, norms: Iterable[str] = (), linears: Iterable[str] = ()) -> dict[str, InputRange]:
         """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
         return collect_ranges(self.block, tuple(norms), tuple(linears), self.batches, self.device)
+
+    def run_all(self) -> None:
+        """Run the block over all batches, for the hooks on it."""
+        with torch.no_grad():
+            for hidden_BTI, kwargs in self.batches:
+                self.block(hidden_BTI.to(self.device), **kwargs)
 
     def links(self) -> tuple[Link, ...]:
         """Linears whose channels correspond to those of a linear before."""
