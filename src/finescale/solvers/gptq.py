@@ -24,6 +24,7 @@ from finescale.solvers.columns import (
     regroup,
     row_slabs,
 )
+from finescale.solvers.products import LARGEST_BATCH, has_triton, tf32_products
 from finescale.solvers.solution import Solution, SolverOptions
 
 
@@ -123,9 +124,11 @@ def _solve_slab(
     block_size: int,
     refit: bool,
     free_IO: Tensor | None,
+    on_chip: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Grid]:
     """Solve a slab in solving order; ``weight_IO`` is consumed. Returns int8 codes [I, O], what the entries marked in
-    ``free_IO`` have beyond their codes [I, O] (else zero), and the grid."""
+    ``free_IO`` have beyond their codes [I, O] (else zero), and the grid. ``on_chip``: a batch is one kernel launch;
+    None where it can be."""
     columns, rows = weight_IO.shape
     rounder = ColumnRounder(grid, weight_IO.dtype)
     scale_OG = grid.scale_OG.clone()
@@ -133,6 +136,11 @@ def _solve_slab(
     codes_IO = torch.empty(columns, rows, dtype=torch.int8, device=weight_IO.device)
     addend_IO = None if free_IO is None else torch.zeros_like(weight_IO)
     group_tensor_I = torch.tensor(group_of_I, device=weight_IO.device)
+    if on_chip is None:
+        on_chip = weight_IO.is_cuda and weight_IO.dtype == torch.float32 and has_triton()
+    if on_chip and not refit and block_size <= LARGEST_BATCH:
+        _batches_on_chip(weight_IO, codes_IO, addend_IO, upper_II, rounder, group_tensor_I, block_size, free_IO)
+        return codes_IO, addend_IO, grid
     seen: set[int] = set()
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
@@ -161,3 +169,35 @@ def _solve_slab(
                 error_BO[done].div_(upper_II[column, column])
         weight_IO[end:].addmm_(upper_II[start:end, end:].T, error_BO, alpha=-1)
     return codes_IO, addend_IO, replace(grid, scale_OG=scale_OG, zero_OG=zero_OG)
+
+
+def _batches_on_chip(
+    weight_IO: Tensor,
+    codes_IO: Tensor,
+    addend_IO: Tensor | None,
+    upper_II: Tensor,
+    rounder: ColumnRounder,
+    group_of_I: Tensor,
+    block_size: int,
+    free_IO: Tensor | None,
+) -> None:
+    """All batches, each as one kernel launch; writes ``codes_IO`` and ``addend_IO`` and consumes ``weight_IO``."""
+    from finescale.solvers.triton_sweep import gptq_batch
+
+    columns = weight_IO.shape[0]
+    error_BO = torch.empty_like(weight_IO[:block_size])
+    relative_BO = torch.empty_like(error_BO)
+    group_of_I = group_of_I.to(torch.int32)
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        part, batch = slice(start, end), slice(0, end - start)
+        gptq_batch(
+            weight_IO[part], error_BO[batch], relative_BO[batch], None if addend_IO is None else addend_IO[part],
+            upper_II[part, part].T.contiguous(), rounder.scale_GO, rounder.zero_GO, group_of_I[part],
+            None if free_IO is None else free_IO[part], rounder.low, rounder.high,
+        )  # fmt: skip
+        if rounder.zero_GO is not None:
+            relative_BO[batch] += rounder.zero_GO[group_of_I[part]]
+        codes_IO[part] = relative_BO[batch]
+        with tf32_products(False):
+            weight_IO[end:].addmm_(upper_II[start:end, end:].T, error_BO[batch], alpha=-1)

@@ -32,7 +32,7 @@ def largest(score_IO: Tensor, count: int, structured: bool) -> Tensor:
     if structured:
         chosen_I = torch.zeros(score_IO.shape[0], dtype=torch.bool, device=score_IO.device)
         chosen_I[score_IO.sum(1).topk(count).indices] = True
-        return chosen_I[:, None].expand_as(score_IO)
+        return chosen_I[:, None].expand_as(score_IO).contiguous()
     chosen = torch.zeros(score_IO.numel(), dtype=torch.bool, device=score_IO.device)
     chosen[score_IO.flatten().topk(count, sorted=False).indices] = True
     return chosen.view_as(score_IO)

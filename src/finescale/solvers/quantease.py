@@ -21,14 +21,13 @@ from torch import Tensor
 
 from finescale.grid import Grid, QuantizedWeight, fit_grid, quantize_to_grid
 from finescale.solvers.columns import (
-    ColumnRounder,
     assemble,
     check_finite,
     column_order,
-    one_thread,
     regroup,
     row_slabs,
 )
+from finescale.solvers.descent import descend
 from finescale.solvers.gptq import GptqOptions, solve_gptq
 from finescale.solvers.outliers import (
     CoordinateSupport,
@@ -38,12 +37,11 @@ from finescale.solvers.outliers import (
     outlier_count,
     with_outliers,
 )
+from finescale.solvers.products import Products
 from finescale.solvers.solution import Solution, SolverOptions
 
 LAST_RELAXED_SWEEP = 25
 """Sweeps after this one (0-based) always end on the grid; the schedule of the authors' code."""
-REFRESH_EVERY = 10
-"""Sweeps between exact recomputations of the running targets, against drift of float32."""
 
 
 class QuantEaseOptions(SolverOptions):
@@ -58,6 +56,8 @@ class QuantEaseOptions(SolverOptions):
         damping: fraction of the mean diagonal added to H; 0 as published.
         gptq_damping: damping of the GPTQ start.
         block_size: columns of one lazy batch.
+        products: ``float32``, or ``3xtf32``: the matrix products as three of TF32 parts on tensor cores, whose sum is
+            almost as precise and faster.
         outliers: weights kept beside the grid: a share below 1, or a number; the grid's range is fitted without them.
         structured: outliers are whole input columns, and ``outliers`` counts these.
         support: how outliers are chosen between sweeps: ``coordinate`` keeps those whose rounding would cost most at
@@ -73,6 +73,7 @@ class QuantEaseOptions(SolverOptions):
     damping: float = Field(default=0.0, ge=0.0)
     gptq_damping: float = Field(default=0.01, ge=0.0)
     block_size: int = Field(default=128, ge=1)
+    products: Literal["float32", "3xtf32"] = "float32"
     outliers: float = Field(default=0.0, ge=0.0)
     structured: bool = False
     support: Literal["coordinate", "gradient"] = "coordinate"
@@ -89,14 +90,13 @@ def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
     return sweep % relax_every == 1 % relax_every
 
 
-def normalized_columns(hessian_II: Tensor, dtype: torch.dtype) -> Tensor:
-    """H_kj / H_jj with a zero diagonal, [I, I]; a dead input j (H_jj zero, or too small to divide by) gets zeros."""
+def normalize_columns_(hessian_II: Tensor) -> Tensor:
+    """H_kj / H_jj with a zero diagonal, [I, I], in the place of H; a dead input j (H_jj zero, or too small to divide
+    by) gets zeros."""
     diagonal_I = hessian_II.diagonal()
     alive_I = diagonal_I >= torch.finfo(hessian_II.dtype).tiny
     inverse_I = torch.where(alive_I, 1 / diagonal_I, torch.zeros_like(diagonal_I))
-    normalized_II = (hessian_II * inverse_I[None, :]).to(dtype).contiguous()
-    normalized_II.fill_diagonal_(0)
-    return normalized_II
+    return hessian_II.mul_(inverse_I[None, :]).fill_diagonal_(0)
 
 
 def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions) -> Solution:
@@ -121,11 +121,15 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
         grid = regroup(grid, range_OI, order_I)
     elif support_OI is not None:
         grid = fit_grid(range_OI, grid.scheme, grid.scale_dtype, grid.group_of_I)
-    damped_II = hessian_II.to(dtype)[order_I][:, order_I]
+    damped_II = hessian_II.to(dtype)[order_I][:, order_I] if options.act_order else hessian_II.to(dtype, copy=True)
     if options.damping:
         damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
-    normalized_II = normalized_columns(damped_II, dtype)
     start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
+    diagonal_I = damped_II.diagonal().clone()
+    gradient_II = damped_II.clone() if count and options.support == "gradient" else None
+    products = Products(normalize_columns_(damped_II), options.products == "3xtf32")
+    del damped_II  # the largest matrix there is, in its place are its products
+    schedule = [is_relaxed(sweep, options.sweeps, options.relax_every) for sweep in range(options.sweeps)]
     group_of_I = grid.group_of_I[order_I].tolist()
     slabs = []
     # Which outliers are kept depends on all rows of the layer: they are solved as one slab.
@@ -136,12 +140,11 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
         support: Support | None = None
         if support_OI is not None:
             free_IO = support_OI[:, order_I].T.contiguous()
-            if options.support == "gradient":
-                support = GradientSupport(free_IO, target_IO, count, options.structured, damped_II)
+            if gradient_II is not None:
+                support = GradientSupport(free_IO, target_IO, count, options.structured, gradient_II)
             else:
-                diagonal_I = damped_II.diagonal()
                 support = CoordinateSupport(free_IO, count, options.structured, diagonal_I, part, group_of_I)
-        _sweep_slab(target_IO, current_IO, normalized_II, part, group_of_I, options, support)
+        descend(target_IO, current_IO, products, part, group_of_I, schedule, options.block_size, support)
         solved_OI = torch.empty_like(target_IO.T)
         solved_OI[:, order_I] = current_IO.T
         if support is None:
@@ -165,45 +168,3 @@ def _start(
     gptq_options = GptqOptions(damping=options.gptq_damping, act_order=options.act_order, block_size=options.block_size)
     solution = solve_gptq(weight_OI, hessian_II, grid, gptq_options, support_OI)
     return solution.weight.dequantize(), solution.notes, solution.damping
-
-
-def _sweep_slab(
-    target_IO: Tensor,
-    current_IO: Tensor,
-    normalized_II: Tensor,
-    grid: Grid,
-    group_of_I: list[int],
-    options: QuantEaseOptions,
-    support: Support | None,
-) -> None:
-    """All sweeps over one slab of rows, in solving order; ``current_IO`` is updated in place."""
-    columns, rows = target_IO.shape
-    rounder = ColumnRounder(grid, target_IO.dtype)
-    change_BO = target_IO.new_zeros(min(options.block_size, columns), rows)
-    beta_O, point_O = target_IO.new_empty(2, rows)
-    starts = range(0, columns, options.block_size)
-    # Column j of a batch needs H_kj for the batch's earlier k as one contiguous vector.
-    inner = [normalized_II[s : s + options.block_size, s : s + options.block_size].T.contiguous() for s in starts]
-    moved = False
-    for sweep in range(options.sweeps):
-        relaxed = is_relaxed(sweep, options.sweeps, options.relax_every)
-        if sweep % REFRESH_EVERY == 0 or moved:
-            beta_IO = torch.addmm(target_IO, normalized_II.T, target_IO - current_IO)
-        for index, start in enumerate(starts):
-            end = min(start + options.block_size, columns)
-            with one_thread():
-                for column in range(start, end):
-                    done, group = column - start, group_of_I[column]
-                    torch.addmv(beta_IO[column], change_BO[:done].T, inner[index][done, :done], out=beta_O)
-                    if relaxed:
-                        value_O = beta_O
-                    elif support is None:
-                        value_O = rounder.nearest(beta_O, group, beta_O)
-                    else:
-                        value_O = support.round(column, beta_O, group, rounder, point_O)
-                    torch.sub(current_IO[column], value_O, out=change_BO[done])
-                    current_IO[column] = value_O
-            beta_IO.addmm_(normalized_II[start:end].T, change_BO[: end - start])
-        moved = False
-        if support is not None and not relaxed and sweep < options.sweeps - 1:
-            moved = support.update(current_IO, beta_IO)

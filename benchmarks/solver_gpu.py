@@ -1,0 +1,105 @@
+"""The solvers on a GPU: codes against the float64 oracle, then seconds at the layer shapes of large models.
+
+    python3 benchmarks/solver_gpu.py --out benchmarks/results
+
+Needs torch, triton and pydantic; finescale itself need not be installed. Writes solver-gpu.json into --out (--name
+gives another name). Layers of more than 1.2e14 operations are timed on a part of their rows and scaled up
+(``rows_timed``), since rows are independent; Algorithm 2 is timed on evenly spread columns of one sweep. ``--tune`` also
+times the sweep kernel and the widths of a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+
+from finescale.bench import gpu_solver
+from finescale.solvers import descent
+
+COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_gptq10_3xtf32")
+
+
+def show(row: dict[str, Any]) -> None:
+    shape = "x".join(map(str, row["shape"]))
+    cells = [f"{row[f'{key}_seconds']:.4f}" if f"{key}_seconds" in row else "-" for key in COLUMNS]
+    ratios = [f"{row[key]:.1f}" if key in row else "-" for key in ("speedup_over_algorithm_2", "quantease_over_gptq")]
+    base = row["quantease_objective"]
+    errors = [f"{row[f'{key}_objective'] / base - 1:+.1e}" if f"{key}_objective" in row else "-" for key in COLUMNS[3:]]
+    print(f"{shape:>12} {row['rows_timed']:>6} " + " ".join(f"{cell:>12}" for cell in [*cells, *ratios, *errors]))
+
+
+def tune(device: str) -> dict[str, Any]:
+    """Microseconds of the sweep kernel by rows and warps, and seconds of a layer by the width of a block."""
+    from finescale.solvers import triton_sweep
+
+    found: dict[str, Any] = {"kernel": [], "block": []}
+    for rows in (1024, 4096, 8192):
+        tensors = [torch.randn(128, rows, device=device) for _ in range(3)]
+        scale_GO, group_B = torch.rand(1, rows, device=device) + 0.5, torch.zeros(128, dtype=torch.int32, device=device)
+        inner_BB = torch.randn(128, 128, device=device) * 0.01
+        for slab in (4, 8, 16, 32):
+            for warps in (1, 2, 4, 8):
+                triton_sweep.ROWS, triton_sweep.WARPS = slab, warps
+                arguments = (*tensors, inner_BB, scale_GO, scale_GO.round(), group_B, None, -4.0, 3.0, False)
+                triton_sweep.quantease_batch(*arguments)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(20):
+                    triton_sweep.quantease_batch(*arguments)
+                torch.cuda.synchronize()
+                microseconds = (time.perf_counter() - start) / 20 * 1e6
+                found["kernel"].append({"rows": rows, "slab": slab, "warps": warps, "microseconds": microseconds})
+        best = sorted((f for f in found["kernel"] if f["rows"] == rows), key=lambda f: f["microseconds"])[:4]
+        print(
+            f"kernel, {rows} rows:", *(f"slab {f['slab']} warps {f['warps']} {f['microseconds']:.1f} us;" for f in best)
+        )
+    triton_sweep.ROWS, triton_sweep.WARPS = 16, 4
+    for rows, columns in ((4096, 4096), (4096, 11008)):
+        for width in (128, 256, 512, 1024, 2048):
+            descent.GPU_BLOCK = width
+            row = gpu_solver.time_shape(rows, columns, 8, device, 0)
+            found["block"].append(row | {"block": width})
+            print(f"block {width:>5}, {rows}x{columns}, 8 sweeps: float32 {row['quantease_seconds']:.4f} s,"
+                  f" 3xtf32 {row['quantease_3xtf32_seconds']:.4f} s, gptq {row['gptq_seconds']:.4f} s")  # fmt: skip
+    descent.GPU_BLOCK = 512
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", default="solver-gpu.json")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sweeps", type=int, default=30)
+    parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no new shape is begun")
+    parser.add_argument("--shape", action="append", help="OUTPUTSxINPUTS, may be repeated")
+    parser.add_argument("--tune", action="store_true")
+    arguments = parser.parse_args()
+    shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
+    print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
+          ["algorithm_2", "gptq", "quantease", "q_3xtf32", "q_gptq10_3x", "over alg 2", "over gptq", "obj 3xtf32",
+           "obj gptq10"]))  # fmt: skip
+    result = gpu_solver.bench_gpu_solver(arguments.device, arguments.sweeps, arguments.budget, shapes, 512, show)
+    for check in result["checks"]:
+        print(f"check {check['solver']} {check['options']} {check['sweeps']} sweeps: {check['different']} of "
+              f"{check['codes']} codes differ, objective ratio {check['objective_ratio']:.7f}")  # fmt: skip
+    if arguments.tune:
+        result["tune"] = tune(arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / arguments.name).write_text(json.dumps(result, indent=1) + "\n")
+    for model, seconds in result["models"].items():
+        print(f"{model}: " + ", ".join(f"{key} {value:.0f}" for key, value in seconds.items()))
+    print(f"skipped {result['skipped']}, {result['seconds']:.0f} s, peak GPU memory "
+          f"{torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0:.1f} GB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The solvers on a GPU at the layer shapes of large models, beside the paper's Algorithm 2 in straight torch.
+
+Shape legend: O outputs, I inputs, T tokens, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finescale.bench.machine import machine_facts
+from finescale.bench.solver import SEED, synthetic_layer
+from finescale.grid import Grid, WeightScheme, fit_grid
+from finescale.solvers import find_solver, squared_error
+from finescale.solvers.products import has_triton, tf32_products
+
+SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
+    "Llama-2-7B": {"q/k/v/o": (4096, 4096, 4), "gate/up": (11008, 4096, 2), "down": (4096, 11008, 1)},
+    "Llama-3-8B": {"q/o": (4096, 4096, 2), "k/v": (1024, 4096, 2), "gate/up": (14336, 4096, 2),
+                   "down": (4096, 14336, 1)},
+    "Llama-2-70B": {"q/o": (8192, 8192, 2), "k/v": (1024, 8192, 2), "gate/up": (28672, 8192, 2),
+                    "down": (8192, 28672, 1)},
+    "Falcon-180B": {"qkv": (15872, 14848, 1), "dense": (14848, 14848, 1), "up": (59392, 14848, 1),
+                    "down": (14848, 59392, 1)},
+}  # fmt: skip
+"""Outputs, inputs and how many of each a block has."""
+BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 80}
+MOST_OPERATIONS = 1.2e14
+"""A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
+and large layers are solved in slabs of rows anyway)."""
+LARGEST_FACTOR = 32768
+"""Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB."""
+CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
+    ("quantease", 3, -1, False, {}),
+    ("quantease", 4, 64, True, {"start": "gptq", "relax_every": 0}),
+    ("quantease", 3, -1, False, {"products": "3xtf32"}),
+    ("quantease", 3, -1, False, {"outliers": 0.01, "start": "gptq"}),
+    ("gptq", 3, 32, False, {}),
+    ("gptq", 4, -1, True, {}),
+)
+
+
+def check_against_oracle(device: str, rows: int = 80, columns: int = 320) -> list[dict[str, Any]]:
+    """Solve small layers on ``device`` in float32 and on the CPU in float64; codes must be equal except at ties.
+
+    After several sweeps one tie may lead another way, so that the objectives must agree too, and single sweeps (where
+    nothing has had time to spread) in all but one code of a thousand.
+    """
+    found = []
+    for name, bits, group, symmetric, options in CASES:
+        weight_OI, hessian_II = synthetic_layer(rows, columns)
+        grid = fit_grid(weight_OI, WeightScheme(bits, group, symmetric))
+        for sweeps in (1, 6) if name == "quantease" else (0,):
+            entry = find_solver(name)
+            chosen = entry.options(**options | ({"sweeps": sweeps} if sweeps else {}))
+            exact = entry.solve(weight_OI.double(), hessian_II.double(), grid, chosen).weight
+            there = Grid(grid.scheme, grid.scale_OG.to(device), None if grid.zero_OG is None else
+                         grid.zero_OG.to(device), grid.group_of_I.to(device))  # fmt: skip
+            fast = entry.solve(weight_OI.to(device), hessian_II.to(device), there, chosen).weight
+            different = int((exact.codes_OI != fast.codes_OI.cpu()).sum())
+            errors = [squared_error(weight_OI, w.dequantize().cpu(), hessian_II) for w in (exact, fast)]
+            found.append(
+                {
+                    "solver": name, "bits": bits, "group_size": group, "sweeps": sweeps, "options": options,
+                    "codes": weight_OI.numel(), "different": different, "objective_ratio": errors[1] / errors[0],
+                    "passed": different <= weight_OI.numel() * (0.001 if sweeps < 2 else 0.05)
+                    and abs(errors[1] / errors[0] - 1) < (1e-4 if sweeps < 2 else 1e-2),
+                }
+            )  # fmt: skip
+    return found
+
+
+def large_layer(rows: int, columns: int, device: str) -> tuple[Tensor, Tensor]:
+    """A heavy-tailed weight [O, I] and the damped second moments of correlated inputs with a few loud ones, float32,
+    made on the device."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    weight_OI = 0.02 * torch.randn(rows, columns, generator=generator, device=device)
+    weight_OI *= torch.empty_like(weight_OI).exponential_(generator=generator).sqrt_()
+    hessian_II = torch.zeros(columns, columns, device=device)
+    mix_RI = 0.3 * torch.randn(columns // 16 + 1, columns, generator=generator, device=device)
+    loud_I = 0.2 + torch.rand(columns, generator=generator, device=device)
+    loud_I[:: max(columns // 8, 1)] *= 10
+    tokens = min(2 * columns, 16384)
+    for start in range(0, tokens, 4096):
+        count = min(4096, tokens - start)
+        x_TI = torch.randn(count, columns, generator=generator, device=device)
+        x_TI += torch.randn(count, mix_RI.shape[0], generator=generator, device=device) @ mix_RI
+        x_TI *= loud_I
+        with tf32_products(False):
+            hessian_II.addmm_(x_TI.T, x_TI, alpha=1 / tokens)
+    hessian_II.diagonal().add_(0.01 * float(hessian_II.diagonal().mean()))
+    return weight_OI, hessian_II
+
+
+def seconds_of(work: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Wall-clock seconds of one call, and its result."""
+    _wait(device)
+    start = time.perf_counter()
+    result = work()
+    _wait(device)
+    return time.perf_counter() - start, result
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def algorithm_2_seconds(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, columns: int, device: str) -> float:
+    """Seconds of one sweep of the paper's Algorithm 2 in straight torch: one product P^ = Q N, then column by column
+    beta_j = P_j - P^_j + sum_{k<j} (Q_old,k - Q_k) N_kj with one matrix-vector product each.
+
+    Args:
+        weight_OI: [O, I].
+        hessian_II: [I, I].
+        grid: per channel.
+        columns: evenly spread columns that are timed, scaled up to all (a column's cost is linear in its number).
+        device: where all this lies.
+    """
+    with tf32_products(False):
+        diagonal_I = hessian_II.diagonal()
+        normalized_II = hessian_II / diagonal_I[None, :]
+        target_IO = (weight_OI @ normalized_II).T.contiguous()
+        normalized_II.fill_diagonal_(0)
+        current_IO = weight_OI.T.contiguous()
+        change_IO = torch.zeros_like(current_IO)
+        scale_O = grid.scale_OG[:, 0]
+        zero_O = torch.zeros_like(scale_O) if grid.zero_OG is None else grid.zero_OG[:, 0].float()
+        low, high = grid.scheme.code_min, grid.scheme.code_max
+        normalized_II = normalized_II.T.contiguous()  # a step reads one contiguous row
+        inputs = weight_OI.shape[1]
+        picked = list(range(0, inputs, max(inputs // columns, 1)))
+
+        def step(product_IO: Tensor, j: int) -> bool:
+            beta_O = target_IO[j] - product_IO[j]
+            if j:
+                beta_O += normalized_II[j, :j] @ change_IO[:j]
+            code_O = (beta_O / scale_O + zero_O).round().clamp(low, high)
+            value_O = (code_O - zero_O) * scale_O
+            change_IO[j] = current_IO[j] - value_O
+            current_IO[j] = value_O
+            return True
+
+        product, product_IO = seconds_of(lambda: normalized_II @ current_IO, device)
+        for j in picked[:8]:  # warm up
+            step(product_IO, j)
+        loop, _ = seconds_of(lambda: all(step(product_IO, j) for j in picked), device)
+    return product + loop * inputs / len(picked)
+
+
+def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
+    """Seconds of one layer: rtn, gptq, quantease in float32 and with split products, and Algorithm 2."""
+    operations = 2.0 * rows * columns * columns * (sweeps + 4)
+    timed = rows
+    if operations > MOST_OPERATIONS:
+        timed = max(int(rows * MOST_OPERATIONS / operations) // 256 * 256, 512)
+    weight_OI, hessian_II = large_layer(timed, columns, device)
+    grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
+    row: dict[str, Any] = {"shape": [rows, columns], "rows_timed": timed, "sweeps": sweeps}
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        "quantease": ("quantease", {"sweeps": sweeps}),
+        "quantease_3xtf32": ("quantease", {"sweeps": sweeps, "products": "3xtf32"}),
+    }
+    if columns <= LARGEST_FACTOR:
+        runs["gptq"] = ("gptq", {})
+        runs["quantease_gptq10_3xtf32"] = (
+            "quantease",
+            {"sweeps": 10, "start": "gptq", "relax_every": 0, "products": "3xtf32"},
+        )
+    factor = rows / timed
+    for label, (name, options) in runs.items():
+        entry = find_solver(name)
+        chosen = entry.options(**options)
+        if operations < 2e13:
+            entry.solve(weight_OI, hessian_II, grid, chosen)
+        seconds, solution = seconds_of(lambda e=entry, c=chosen: e.solve(weight_OI, hessian_II, grid, c), device)  # type: ignore[misc]
+        row[f"{label}_seconds"] = seconds * factor
+        difference_OI = weight_OI - solution.weight.dequantize()
+        with tf32_products(False):
+            row[f"{label}_objective"] = float(((difference_OI @ hessian_II) * difference_OI).sum(dtype=torch.float64))
+        del solution, difference_OI
+    if algorithm_2_columns and columns <= LARGEST_FACTOR:
+        one = algorithm_2_seconds(weight_OI, hessian_II, grid, min(algorithm_2_columns, columns), device)
+        row["algorithm_2_seconds"] = one * sweeps * factor
+        row["algorithm_2_columns_timed"] = min(algorithm_2_columns, columns)
+        row["speedup_over_algorithm_2"] = row["algorithm_2_seconds"] / row["quantease_seconds"]
+        row["speedup_over_algorithm_2_3xtf32"] = row["algorithm_2_seconds"] / row["quantease_3xtf32_seconds"]
+    if "gptq_seconds" in row:
+        row["quantease_over_gptq"] = row["quantease_seconds"] / row["gptq_seconds"]
+    return row
+
+
+def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds of solving for whole models, summed over their layers, where every shape was timed."""
+    by_shape = {tuple(row["shape"]): row for row in rows}
+    result: dict[str, dict[str, float]] = {}
+    for model, layers in SHAPES.items():
+        if not all((outputs, inputs) in by_shape for outputs, inputs, _ in layers.values()):
+            continue
+        labels = ("quantease_seconds", "quantease_3xtf32_seconds", "quantease_gptq10_3xtf32_seconds", "gptq_seconds")
+        for label in labels:
+            parts = [(by_shape[o, i].get(label), count) for o, i, count in layers.values()]
+            if all(seconds is not None for seconds, _ in parts):
+                total = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
+                result.setdefault(model, {})[label] = total
+    return result
+
+
+def bench_gpu_solver(
+    device: str = "cuda",
+    sweeps: int = 30,
+    budget_seconds: float = 120.0,
+    shapes: list[tuple[int, int]] | None = None,
+    algorithm_2_columns: int = 512,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Check, then time all shapes, the smallest first, until the budget is used.
+
+    Raises:
+        AssertionError: the codes on the device are not the oracle's.
+    """
+    started = time.perf_counter()
+    checks = check_against_oracle(device)
+    failed = [check for check in checks if not check["passed"]]
+    assert not failed, f"the device's codes differ from the float64 oracle: {failed}"
+    wanted = shapes or list({(o, i) for layers in SHAPES.values() for o, i, _ in layers.values()})
+    rows, skipped = [], []
+    for outputs, inputs in sorted(wanted, key=lambda shape: shape[0] * shape[1] ** 2):
+        if time.perf_counter() - started > budget_seconds:
+            skipped.append([outputs, inputs])
+            continue
+        row = time_shape(outputs, inputs, sweeps, device, algorithm_2_columns)
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return {
+        "benchmark": "solver_gpu",
+        "seed": SEED,
+        "device": device,
+        "machine": machine_facts() | {"triton": has_triton()},
+        "seconds": time.perf_counter() - started,
+        "checks": checks,
+        "rows": rows,
+        "skipped": skipped,
+        "models": model_seconds(rows),
+    }
