@@ -4,8 +4,8 @@
 
 Needs torch, triton and pydantic; finescale itself need not be installed. Writes solver-gpu.json into --out (--name
 gives another name). Layers of more than 1.2e14 operations are timed on a part of their rows and scaled up
-(``rows_timed``), since rows are independent; Algorithm 2 is timed on evenly spread columns of one sweep. ``--tune`` also
-times the sweep kernel and the widths of a block.
+(``rows_timed``), since rows are independent; Algorithm 2 is timed on evenly spread columns of one sweep. With
+``--tune`` the sweep kernel and the widths of a block are timed too.
 """
 
 from __future__ import annotations

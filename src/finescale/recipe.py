@@ -196,12 +196,19 @@ class Recipe(_Part):
                 raise ValueError("integer_scale has no outliers; set solver.outliers 0")
             if not self.activations.symmetric:
                 raise ValueError("integer_scale needs activations.symmetric true")
+        self._check_solver(self.weights)
         for override in self.overrides:
             self.activations_for_override(override)
             weights = self.weights_for_override(override)
             if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:
                 raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
+            if not override.skip:
+                self._check_solver(weights)
         return self
+
+    def _check_solver(self, weights: WeightsPart) -> None:
+        if weights.group_size != "auto":
+            self.solver.options().check_scheme(weights.scheme(weights.group_size))
 
     def weights_for_override(self, override: Override) -> WeightsPart:
         return WeightsPart.model_validate(self.weights.model_dump() | override.weights)

@@ -43,6 +43,9 @@ SOLVERS = {
     "gptq-dynamic-groups": ("gptq", {"act_order": True, "static_groups": False}),
     "quantease": ("quantease", {}),
     "quantease-from-gptq": ("quantease", {"start": "gptq", "sweeps": 5, "relax_every": 0, "block_size": 16}),
+    "quantease-outliers": ("quantease", {"start": "gptq", "sweeps": 5, "outliers": 9}),
+    "quantease-columns": ("quantease", {"sweeps": 6, "outliers": 2, "structured": True}),
+    "spqr": ("spqr", {"scale_rows": 4}),
     "quantease-act-order": ("quantease", {"act_order": True, "static_groups": False}),
 }
 INTEGER_SCALES = ("off", "before-auto", "before-1024", "before-heuristic", "after-1024", "after-auto")
@@ -105,8 +108,16 @@ def cases() -> list[tuple[str, str, str]]:
         for solver in SOLVERS
         for scheme in SCHEMES
         for mode in INTEGER_SCALES
-        if mode == "off" or SCHEMES[scheme].symmetric
+        if (mode == "off" or SCHEMES[scheme].symmetric) and _go_together(solver, scheme, mode)
     ]
+
+
+def _go_together(solver: str, scheme: str, mode: str) -> bool:
+    """Outliers go with float scales only, and SpQR with asymmetric groups."""
+    name, options = SOLVERS[solver]
+    if not find_solver(name).options(**options).keeps_outliers:
+        return True
+    return mode == "off" and (name != "spqr" or scheme == "w2-group16-asymmetric-mse")
 
 
 def main() -> None:

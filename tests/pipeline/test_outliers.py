@@ -88,3 +88,19 @@ def test_the_config_stays_standard(llama, text, tmp_path):
 )
 def test_the_named_recipes(name):
     assert Recipe.named(name).solver.options().keeps_outliers
+
+
+def test_spqr_is_stored_loaded_and_verified(llama, text, tmp_path):
+    report = quantize(llama, tmp_path / "out", recipe("spqr", 3, 16), text)
+    assert_same_logits(llama, tmp_path / "out")
+    assert verify(tmp_path / "out", llama).packed_again == 14
+    assert [row["engine"] for row in report["engines"] if row["loads"]] == ["finescale"]
+    record, weight = report["layers"][0], open_quantized(tmp_path / "out").read(report["layers"][0]["name"])
+    assert weight.grid.bilevel is not None and record["outliers"] == weight.outliers.count > 0
+    assert weight.stored_bits() / weight.codes_OI.numel() == pytest.approx(record["bits_per_weight"])
+    with pytest.raises(InputError, match="asymmetric groups"):
+        Recipe.load("spqr", ("weights.group_size=-1",))
+    with pytest.raises(InputError, match="asymmetric groups"):
+        Recipe.from_dict(
+            Recipe.named("spqr").to_dict() | {"overrides": [{"pattern": "*", "weights": {"group_size": -1}}]}
+        )

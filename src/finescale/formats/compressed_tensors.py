@@ -5,6 +5,7 @@ pack-quantized, per Linear of weight [O, I] with b bits and G groups:
     weight_scale       [O, G]
     weight_shape       int64 [2]                 (O, I)
     weight_zero_point  int32 [ceil(O*b/32), G]   zero + 2**(b-1), a bit stream along the outputs; asymmetric only
+    weight_scale_*         scales that are quantized themselves: see `finescale.formats.bilevel`
     weight_outlier_*       what finescale adds to the weight: see `finescale.formats.outliers`
 int-quantized: ``weight`` int8 [O, I] and, if asymmetric, ``weight_zero_point`` int8 [O, G], not packed.
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import CheckpointError, InputError
-from finescale.formats import outliers
+from finescale.formats import bilevel, outliers
 from finescale.formats.checks import (
     SchemeKey,
     check_codes,
@@ -49,8 +50,15 @@ from finescale.grid.packing import Layout, pack_rows, packed_words, to_signed, t
 NAME = "compressed-tensors"
 PACKED = "pack-quantized"
 INT8 = "int-quantized"
-PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", *outliers.SUFFIXES)
-INT8_SUFFIXES = ("weight", "weight_scale", "weight_zero_point", *outliers.SUFFIXES)
+PACKED_SUFFIXES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    *bilevel.SUFFIXES,
+    *outliers.SUFFIXES,
+)
+INT8_SUFFIXES = ("weight", "weight_scale", "weight_zero_point", *bilevel.SUFFIXES, *outliers.SUFFIXES)
 
 
 def check(
@@ -81,7 +89,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     check_codes(weight)
     tensors = {
         "weight_packed": pack_rows(to_unsigned(weight.codes_OI, scheme.bits), scheme.bits),
-        "weight_scale": stored_scale(grid).contiguous(),
+        **_scale_tensors(grid),
         "weight_shape": torch.tensor(weight.codes_OI.shape, dtype=torch.int64),
     }
     if grid.zero_OG is not None:
@@ -94,10 +102,16 @@ def pack_int8(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of one layer in the int-quantized layout (one byte a weight), by suffix; raises like `pack`."""
     contiguous_only(NAME, weight.grid)
     check_codes(weight)
-    tensors = {"weight": weight.codes_OI.contiguous(), "weight_scale": stored_scale(weight.grid).contiguous()}
+    tensors = {"weight": weight.codes_OI.contiguous(), **_scale_tensors(weight.grid)}
     if weight.grid.zero_OG is not None:
         tensors["weight_zero_point"] = weight.grid.zero_OG.contiguous()
     return tensors | outliers.pack(weight.outliers)
+
+
+def _scale_tensors(grid: Grid) -> dict[str, Tensor]:
+    if grid.bilevel is not None:
+        return bilevel.pack(grid.bilevel)
+    return {"weight_scale": stored_scale(grid).contiguous()}
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int | None = None) -> QuantizedWeight:
@@ -122,8 +136,9 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
         )
     rows, columns = codes_OI.shape
     groups = number_of_groups(columns, scheme.group_size)
-    (scale_OG,) = require(tensors, ["weight_scale"], NAME)
-    if scale_OG.numel() == 1 and groups == 1:  # one scale for the whole tensor
+    levels = bilevel.unpack(tensors, rows, groups) if bilevel.PACKED in tensors else None
+    scale_OG = require(tensors, ["weight_scale"], NAME)[0] if levels is None else levels.base_QG
+    if levels is None and scale_OG.numel() == 1 and groups == 1:  # one scale for the whole tensor
         scale_OG = scale_OG.reshape(1, 1).expand(rows, 1)
     zero_OG = None
     if not scheme.symmetric:
@@ -137,7 +152,8 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
     if "weight_g_idx" in tensors:  # act-order of old files
         group_of_I = tensors["weight_g_idx"].to(torch.int64)
         expect_shape(group_of_I, (columns,), "weight_g_idx")
-    grid = Grid(scheme, read_scale(scale_OG, rows, columns, scheme), zero_OG, group_of_I, scale_OG.dtype, amplifier)
+    values_OG = levels.scale_OG() if levels is not None else read_scale(scale_OG, rows, columns, scheme)
+    grid = Grid(scheme, values_OG, zero_OG, group_of_I, scale_OG.dtype, amplifier, levels)
     return QuantizedWeight(codes_OI, grid, outliers.unpack(tensors, rows, columns))
 
 

@@ -63,6 +63,6 @@ def unpack(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Outliers |
 
 
 def no_outliers(format_name: str, weight: QuantizedWeight) -> None:
-    """Raises InputError when a weight has outliers, for formats that have no place for them."""
-    if weight.outliers is not None:
+    """Raises InputError when a weight has outliers or quantized scales, for formats that have no place for them."""
+    if weight.outliers is not None or weight.grid.bilevel is not None:
         raise InputError(f"{format_name} has no place for outliers; save with compressed-tensors or dense.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError, NumericsError
+from finescale.grid.bilevel import Bilevel
 from finescale.grid.outliers import Outliers
 
 WEIGHT_BITS = (2, 3, 4, 6, 8)
@@ -116,6 +117,8 @@ class Grid:
         group_of_I: int64 [I], the group of each input column.
         scale_dtype: the type in which a file stores the scales.
         amplifier: None for float scales; else a power of two such that ``scale * amplifier`` is an integer.
+        bilevel: how the scales are quantized themselves, None when they are stored as they are; ``scale_OG`` then
+            follows from it and may need more bits than ``scale_dtype`` has.
     """
 
     scheme: WeightScheme
@@ -124,6 +127,7 @@ class Grid:
     group_of_I: Tensor
     scale_dtype: torch.dtype = torch.float32
     amplifier: int | None = None
+    bilevel: Bilevel | None = None
 
     @property
     def rows(self) -> int:
@@ -157,6 +161,8 @@ class Grid:
 
     def rows_slice(self, rows: slice) -> Grid:
         """The grid of some output rows; columns and groups stay."""
+        if self.bilevel is not None:
+            raise NumericsError("rows of a layer with quantized scales cannot be cut apart.")
         zero_OG = None if self.zero_OG is None else self.zero_OG[rows]
         return Grid(self.scheme, self.scale_OG[rows], zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
 
@@ -182,8 +188,11 @@ class QuantizedWeight:
     def stored_bits(self) -> int:
         """Bits of codes, scales, zero points and outliers in a packed file (without padding and shapes)."""
         scheme, grid = self.grid.scheme, self.grid
-        zero_bits = 0 if grid.zero_OG is None else scheme.bits
-        bits = scheme.bits * self.codes_OI.numel() + grid.scale_OG.numel() * (8 * grid.scale_dtype.itemsize + zero_bits)
+        bits = scheme.bits * (self.codes_OI.numel() + (0 if grid.zero_OG is None else grid.zero_OG.numel()))
+        if grid.bilevel is None:
+            bits += 8 * grid.scale_dtype.itemsize * grid.scale_OG.numel()
+        else:
+            bits += grid.bilevel.stored_bits
         return bits + (0 if self.outliers is None else self.outliers.stored_bits)
 
     def sha256(self) -> str:

@@ -182,7 +182,7 @@ def _packs_to_same_bytes(quantized: QuantizedCheckpoint, name: str, weight: Quan
 
 
 def _scale_suffix(quantized: QuantizedCheckpoint, name: str) -> str:
-    return next(s for s in ("weight_scale", "scales") if f"{name}.{s}" in quantized.source)
+    return next(s for s in ("weight_scale", "weight_scale_base", "scales") if f"{name}.{s}" in quantized.source)
 
 
 def _check_record(name: str, weight: QuantizedWeight, record: dict[str, Any]) -> None:

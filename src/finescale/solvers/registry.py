@@ -9,6 +9,7 @@ from finescale.solvers.gptq import GptqOptions, solve_gptq
 from finescale.solvers.quantease import QuantEaseOptions, solve_quantease
 from finescale.solvers.rtn import RtnOptions, solve_rtn
 from finescale.solvers.solution import Solver, SolverOptions
+from finescale.solvers.spqr import SpqrOptions, solve_spqr
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class SolverEntry:
 SOLVERS: dict[str, SolverEntry] = {
     "rtn": SolverEntry(solve_rtn, RtnOptions, False, "round to nearest"),
     "gptq": SolverEntry(solve_gptq, GptqOptions, True, "one pass with error feedback (arXiv 2210.17323)"),
+    "spqr": SolverEntry(solve_spqr, SpqrOptions, True, "GPTQ with two-level scales and outliers (arXiv 2306.03078)"),
     "quantease": SolverEntry(solve_quantease, QuantEaseOptions, True, "coordinate descent (arXiv 2309.01885)"),
 }
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from finescale.grid import Grid, QuantizedWeight
+from finescale.grid import Grid, QuantizedWeight, WeightScheme
 
 
 class SolverOptions(BaseModel):
@@ -25,6 +25,9 @@ class SolverOptions(BaseModel):
     def keeps_outliers(self) -> bool:
         """Whether solutions hold weights beside the grid, which few formats and engines know."""
         return False
+
+    def check_scheme(self, scheme: WeightScheme) -> None:
+        """Raises InputError for weights that the solver cannot make."""
 
 
 @dataclass(frozen=True)
