@@ -187,6 +187,9 @@ class Recipe(_Part):
         for part in self.transforms[:-1]:
             if part.entry().last:
                 raise ValueError(f"transforms: {part.name} must come last")
+        for part in self.transforms[1:]:
+            if part.entry().prepare is not None:
+                raise ValueError(f"transforms: {part.name} must come first")
         if self.integer_scale.mode != "off":
             if not self.weights.symmetric:
                 raise ValueError("integer_scale needs weights.symmetric true")

@@ -216,3 +216,43 @@ def test_integer_scales_compose_with_every_transform(tiny, text, tmp_path, mode)
         assert verify(out, tiny("llama")).integer_layers == len(report["layers"])
         integer, floating = (logits_of(load(out, path=path), some_tokens()) for path in ("integer", "float"))
         torch.testing.assert_close(integer, floating, rtol=1e-3, atol=1e-3)
+
+
+ROTATED = ("llama", "llama-tied", "mixtral", "opt", "falcon")
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize(("kind", "style"), [*((kind, "plain") for kind in ROTATED), ("gpt2", "hub")])
+def test_rotated_models_are_the_same_for_every_engine_unless_online(tiny, text, tmp_path, kind, style, online):
+    source, out = tiny(kind, style=style), tmp_path / "out"
+    transforms = [{"name": "quarot", "options": {"online_down": online}}]
+    report = quantize(source, out, recipe("rtn", 8, transforms=transforms), text)
+    verify(out, source)
+    expected, found = logits_of(load(source), some_tokens()), logits_of(load(out), some_tokens())
+    assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 0.06
+    assert (read_json(out / "config.json")["quantization_config"]["quant_method"] == "finescale") == online
+    tied = kind in ("llama-tied", "opt", "falcon", "gpt2")
+    assert read_json(out / "config.json")["tie_word_embeddings"] is False
+    assert any("tied" in note for note in report["fallbacks"]) == tied
+
+
+def test_plain_transformers_loads_a_rotated_model(tiny, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source, out = tiny("llama-tied"), tmp_path / "out"
+    chosen = recipe("rtn", 8, format="dense", transforms=["quarot"])
+    quantize(source, out, chosen, text)
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    expected = logits_of(load(source), some_tokens())
+    found = logits_of(plain, some_tokens())
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_before_the_work(tiny, text, tmp_path):
+    with pytest.raises(InputError, match="quarot cannot rotate bloom"):
+        prepare(tiny("bloom"), recipe("rtn", transforms=["quarot"]), tmp_path / "out", str(text))
+
+
+def test_a_rotation_must_come_first():
+    with pytest.raises(InputError, match="quarot must come first"):
+        Recipe.from_dict({"transforms": ["smoothquant", "quarot"]})

@@ -171,7 +171,7 @@ def _multiply(left: tuple[int, ...], right: tuple[int, ...], modulus: tuple[int,
     return (0,) * (len(left) - len(rest)) + tuple(rest)
 
 
-def rotate(x: Tensor, size: int, inner: int = 1) -> Tensor:
+def rotate(x: Tensor, size: int, inner: int = 1, back: bool = False) -> Tensor:
     """x H / sqrt(size) along the last dimension, which is read as [outer, size, inner]: the inner channels stay apart.
 
     Powers of two run as butterflies, in the type of ``x``; the rest is one small product.
@@ -180,12 +180,14 @@ def rotate(x: Tensor, size: int, inner: int = 1) -> Tensor:
         x: float [..., outer * size * inner].
         size: of the Hadamard matrix; see `hadamard_matrix` for what it raises.
         inner: channels that move together; 1 rotates runs of ``size`` channels.
+        back: undo it, with the transpose of H.
     """
     factors = hadamard_factors(size)
     shape = x.shape
     x = x.reshape(-1, size, inner)
     if factors and factors[0] != 2:
         base = _factor(factors[0]).to(x.device, x.dtype)
+        base = base.T if back else base
         x = torch.einsum("bkri,kl->blri", x.reshape(x.shape[0], factors[0], -1, inner), base)
         x = x.reshape(-1, size // factors[0], inner)
     step = x.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,8 +72,8 @@ class Output:
         shards = [self.shard(block).name for block in self._keys]
         return [*shards, INDEX_NAME, "config.json", *(path.name for path in self._small_files())]
 
-    def write_rest(self) -> None:
-        """Everything outside the blocks, byte for byte.
+    def write_rest(self, changed: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+        """Everything outside the blocks, byte for byte, or as a transform ``changed`` it.
 
         Raises:
             NumericsError: a tensor that the model uses holds NaN or Inf.
@@ -85,7 +85,7 @@ class Output:
         for key in check_tensors(self.skeleton) & set(tensors):
             if not bool(torch.isfinite(tensors[key]).all()):
                 raise NumericsError(f"{key} holds NaN or Inf; repair or re-download the checkpoint.")
-        write_shard(path, tensors)
+        write_shard(path, tensors | dict(changed() if changed else {}))
 
     def write_block(
         self,
@@ -134,7 +134,11 @@ class Output:
         return {key for key in self.keys_of(block) if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
 
     def finish(
-        self, plan: Plan, layer_records: list[dict[str, Any]], recipe: dict[str, Any]
+        self,
+        plan: Plan,
+        layer_records: list[dict[str, Any]],
+        recipe: dict[str, Any],
+        config_changes: Mapping[str, Any] | None = None,
     ) -> tuple[int, dict[str, str]]:
         """Index, tokenizer and, last, config.json: only now the folder is a model.
 
@@ -146,7 +150,7 @@ class Output:
         for path in self._small_files():
             with full_disk_explained(self.out):
                 shutil.copyfile(path, self.out / path.name)
-        config = dict(self.skeleton.source.config)
+        config = dict(self.skeleton.source.config) | dict(config_changes or {})
         quantization = self._quantization_config(plan, layer_records, recipe)
         if quantization is not None:
             config["quantization_config"] = quantization

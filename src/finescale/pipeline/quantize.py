@@ -49,7 +49,7 @@ from finescale.pipeline.plan import (
     output_bytes,
     scattered_groups,
 )
-from finescale.pipeline.transform import Transformed, check_transforms, install_changed, transform_block
+from finescale.pipeline.transform import Transformed, Turned, install_changed, prepare_transforms, transform_block
 from finescale.recipe import Recipe
 from finescale.runtime.load import usable_device
 
@@ -78,6 +78,7 @@ class Job:
     memory_bytes: int
     output_bytes: int
     notes: tuple[str, ...]
+    turned: Turned | None = None
 
 
 def resolve_model(model: str | Path) -> SourceCheckpoint:
@@ -116,7 +117,7 @@ def prepare(
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
     check_tensors(skeleton)
-    check_transforms(skeleton, recipe.transforms)
+    turned = prepare_transforms(skeleton, recipe.transforms)
     plan = make_plan(skeleton, recipe, fmt, allow_partial)
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
@@ -138,7 +139,7 @@ def prepare(
     }
     return Job(
         skeleton, recipe, fmt, plan, data, out, target, compute_dtype, scale_dtype,
-        journals.signature(facts), memory, size, plan.notes + notes,
+        journals.signature(facts), memory, size, plan.notes + notes + (turned.notes() if turned else ()), turned,
     )  # fmt: skip
 
 
@@ -214,17 +215,23 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
     total = job.skeleton.block_count
     with journals.full_disk_explained(job.out):
         on_progress("embedding the calibration text", 0, total)
-        output.write_rest()
+        turned = job.turned
+        output.write_rest(None if turned is None else lambda: turned.tensors(job.skeleton))
         size = job.recipe.calibration.batch_size
         inputs = capture_block_inputs(job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype)
+        if turned is not None:
+            inputs.hidden[:] = [turned.rotation.apply(x_BTI) for x_BTI in inputs.hidden]
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
         records = [record for entry in entries for record in entry["layers"]]
         on_progress("writing the index and the report", total, total)
-        after, files = output.finish(job.plan, records, job.recipe.to_dict())
+        after, files = output.finish(
+            job.plan, records, job.recipe.to_dict(), None if turned is None else turned.config_changes()
+        )
     report = _report(job, records, after) | {"files": files}
     if job.recipe.transforms:
         report["transforms"] = [entry["transforms"] for entry in entries]
-        report["changed_tensors"] = [name for entry in entries for name in entry["changed"]]
+        outside = turned.names(job.skeleton) if turned else []
+        report["changed_tensors"] = outside + [name for entry in entries for name in entry["changed"]]
     journals.write_json(job.out / "run.json", _run_facts(job, entries, started, time.perf_counter() - clock, resumed))
     # The report carries the signature: written last, it marks the folder as complete.
     journals.write_json(job.out / journals.REPORT, report)
@@ -261,7 +268,7 @@ def _blocks(
             batches = list(zip(hidden, arguments, strict=True))
             changed = timer.measure(
                 "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
-                job.recipe.transforms, job.device, job.scale_dtype,
+                job.recipe.transforms, job.device, job.scale_dtype, job.turned.rotation if job.turned else None,
             )  # fmt: skip
             rules, rearranged = changed.rules, changed.hooks
             entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer)}

@@ -23,6 +23,7 @@ from finescale.pipeline.block import Batches, rearrange_inputs
 from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import TransformPart
 from finescale.transforms import BlockView, Target
+from finescale.transforms.rotation import Outside, Rotation, outside_names, rotated_outside
 
 PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Largest relative change of a block's output that rounding in its type explains."""
@@ -60,6 +61,7 @@ def transform_block(
     parts: Sequence[TransformPart],
     device: torch.device,
     stored: torch.dtype,
+    rotation: Rotation | None = None,
 ) -> Transformed:
     """Apply the recipe's transforms to a block, in order, and settle what happens to the inputs of its layers.
 
@@ -73,6 +75,7 @@ def transform_block(
         parts: the transforms.
         device: where the block lives.
         stored: float type of the checkpoint.
+        rotation: of the residual stream, in which the batches are already.
 
     Raises:
         NumericsError: a transform changed the block's function.
@@ -85,11 +88,14 @@ def transform_block(
     for part in parts:
         hidden_BTI, kwargs = batches[0]
         x_BTI = hidden_BTI.to(device)
-        expected_BTI = run_block(block, x_BTI, kwargs)
-        edges = trace_edges(block, x_BTI, kwargs)
+        turns = rotation if part.entry().prepare is not None else None
+        before_BTI = x_BTI if turns is None else turns.undo(x_BTI)
+        expected_BTI = run_block(block, before_BTI, kwargs)
+        expected_BTI = expected_BTI if turns is None else turns.apply(expected_BTI)
+        edges = trace_edges(block, before_BTI, kwargs)
         targets = {path: Target(plan.scheme, rules[path].scheme) for path, plan in plans.items()}
         rearranged = {path for path, rule in rules.items() if not rule.is_plain}
-        view = BlockView(block, index, targets, edges, steps, batches, device, stored, rearranged)
+        view = BlockView(block, index, targets, edges, steps, batches, device, stored, rearranged, turns)
         changes = part.entry().apply(view, part.options_model())
         hooks += rearrange_inputs(block, changes.inputs)
         for path, rule in changes.inputs.items():
@@ -185,7 +191,38 @@ def install_changed(skeleton: Skeleton, block: nn.Module, index: int, tensors: M
             parameter.data.copy_(tensors[key])
 
 
-def check_transforms(skeleton: Skeleton, parts: Sequence[TransformPart]) -> None:
-    """Raises InputError when a transform cannot work on a model, seen from its structure alone."""
+@dataclass(frozen=True)
+class Turned:
+    """A model whose residual stream is rotated: by what, and where its embeddings and head are."""
+
+    rotation: Rotation
+    outside: Outside
+
+    def tensors(self, skeleton: Skeleton) -> dict[str, Tensor]:
+        """What stands outside of the blocks, rotated, by name in the checkpoint."""
+        return rotated_outside(skeleton, self.outside, self.rotation)
+
+    def names(self, skeleton: Skeleton) -> list[str]:
+        """Names of these tensors."""
+        return outside_names(skeleton, self.outside)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know."""
+        note = "quarot: the output head is stored apart from the embeddings, to which it was tied"
+        return (note,) if self.outside.tied else ()
+
+    def config_changes(self) -> dict[str, Any]:
+        """Keys of config.json that change."""
+        return {"tie_word_embeddings": False} if self.outside.tied else {}
+
+
+def prepare_transforms(skeleton: Skeleton, parts: Sequence[TransformPart]) -> Turned | None:
+    """The rotation of the residual stream, if a transform wants one.
+
+    Raises:
+        InputError: a transform cannot work on this model, seen from its structure alone.
+    """
     if parts and not any("norm" in type(module).__name__.lower() for module in skeleton.blocks[0].modules()):
         raise InputError("the blocks hold no norm that a transform could use; leave transforms out.")
+    prepare = parts[0].entry().prepare if parts else None
+    return Turned(*prepare(skeleton, parts[0].options_model())) if prepare else None

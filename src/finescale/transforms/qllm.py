@@ -85,15 +85,9 @@ def sites(view: BlockView, down: bool) -> list[Site]:
             found.append(Site(edge.norm, linears))
     for step in view.steps if down else ():
         linears = tuple(path for path in step.linears if path in view.targets and path not in view.rearranged)
-        if linears and not fed.intersection(step.linears) and not _in_attention(view, linears[0]):
+        if linears and not fed.intersection(step.linears) and not view.in_attention(linears[0]):
             found.append(Site(linears[0], linears))
     return found
-
-
-def _in_attention(view: BlockView, path: str) -> bool:
-    parents = path.split(".")[:-1]
-    classes = [type(view.block.get_submodule(".".join(parents[: depth + 1]))) for depth in range(len(parents))]
-    return any("attention" in kind.__name__.lower() for kind in classes)
 
 
 def search(view: BlockView, site: Site, options: QllmOptions) -> tuple[Reassembly | None, dict[str, Any]]:

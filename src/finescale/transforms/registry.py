@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from finescale.errors import InputError
+from finescale.models import Skeleton
 from finescale.transforms.awq import AwqOptions, apply_awq
 from finescale.transforms.fptq import FptqOptions, apply_fptq
 from finescale.transforms.qllm import QllmOptions, apply_qllm
+from finescale.transforms.quarot import QuarotOptions, apply_quarot, prepare_quarot
+from finescale.transforms.rotation import Outside, Rotation
 from finescale.transforms.smoothquant import SmoothQuantOptions, apply_smoothquant
 from finescale.transforms.view import Transform, TransformOptions
 
@@ -22,6 +27,7 @@ class TransformEntry:
         summary: one line for people.
         keeps_function: whether the block computes the same afterwards, but for rounding.
         last: whether it splits or merges inputs, so that no other transform can follow it.
+        prepare: for a transform that rotates the residual stream, and so must come first: makes the rotation.
     """
 
     apply: Transform
@@ -29,6 +35,7 @@ class TransformEntry:
     summary: str
     keeps_function: bool = True
     last: bool = False
+    prepare: Callable[[Skeleton, Any], tuple[Rotation, Outside]] | None = None
 
 
 TRANSFORMS: dict[str, TransformEntry] = {
@@ -36,6 +43,9 @@ TRANSFORMS: dict[str, TransformEntry] = {
     "fptq": TransformEntry(apply_fptq, FptqOptions, "activations by range (arXiv 2308.15987)"),
     "qllm": TransformEntry(
         apply_qllm, QllmOptions, "channels split and merged (arXiv 2310.08041)", keeps_function=False, last=True
+    ),
+    "quarot": TransformEntry(
+        apply_quarot, QuarotOptions, "Hadamard rotations (arXiv 2404.00456)", prepare=prepare_quarot
     ),
     "smoothquant": TransformEntry(apply_smoothquant, SmoothQuantOptions, "scale per channel (arXiv 2211.10438)"),
 }

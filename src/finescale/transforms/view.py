@@ -19,6 +19,7 @@ from finescale.grid import ActivationScheme, Gather, InputRule, WeightScheme
 from finescale.models.edges import Edge
 from finescale.models.graph import Step
 from finescale.models.links import Link, trace_links
+from finescale.transforms.rotation import Rotation
 
 
 class TransformOptions(BaseModel):
@@ -58,6 +59,7 @@ class BlockView:
         device: where the block lives.
         stored: type of the norms' gains in the file; new gains are rounded to it.
         rearranged: linears whose input an earlier transform gathers or rotates.
+        rotation: of the residual stream, for the transform that makes the block fit it; ``batches`` are rotated.
     """
 
     block: nn.Module
@@ -69,6 +71,7 @@ class BlockView:
     device: torch.device
     stored: torch.dtype
     rearranged: Collection[str] = ()
+    rotation: Rotation | None = None
 
     def ranges(self, norms: Iterable[str] = (), linears: Iterable[str] = ()) -> dict[str, InputRange]:
         """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
@@ -80,9 +83,16 @@ class BlockView:
             for hidden_BTI, kwargs in self.batches:
                 self.block(hidden_BTI.to(self.device), **kwargs)
 
-    def links(self) -> tuple[Link, ...]:
-        """Linears whose channels correspond to those of a linear before."""
-        return trace_links(self.block, *self.some(1), self.steps)
+    def links(self, prepare: Callable[[Tensor], Tensor] | None = None) -> tuple[Link, ...]:
+        """Linears whose channels correspond to those of a linear before; ``prepare`` is applied to the input first."""
+        hidden_BTI, kwargs = self.some(1)
+        return trace_links(self.block, prepare(hidden_BTI) if prepare else hidden_BTI, kwargs, self.steps)
+
+    def in_attention(self, path: str) -> bool:
+        """Whether a linear belongs to the attention, by the classes of the modules around it."""
+        parents = path.split(".")[:-1]
+        around = [self.block.get_submodule(".".join(parents[: depth + 1])) for depth in range(len(parents))]
+        return any("attention" in type(module).__name__.lower() for module in around)
 
     def some(self, sequences: int) -> tuple[Tensor, dict[str, Any]]:
         """The first sequences of the first batch, float [B, T, I], and the block's other arguments.
