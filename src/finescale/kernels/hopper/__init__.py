@@ -1,0 +1,1 @@
+"""W4A8 kernels for Hopper GPUs (compute capability 9.0)."""

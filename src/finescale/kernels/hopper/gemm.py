@@ -1,0 +1,191 @@
+"""The W4A8 product on Hopper: which variant runs for which size, and its launch.
+
+Shape legend: O outputs, I inputs, T tokens, S slabs of 64 outputs, B blocks of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finescale.kernels.hopper.wgmma import wgmma_header
+from finescale.kernels.jit import load_kernel
+from finescale.kernels.launch import launch
+
+SHARED_BYTES = 227 * 1024
+OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of the kernel, and how its tiles are shared out.
+
+    Attributes:
+        tokens: tokens of a tile, up to 256 if folded, else up to 128.
+        warpgroups: computing warpgroups of a block, each of 64 outputs.
+        groups: scale groups in 128 inputs.
+        folded: scales are multiplied into the weights (all of them at most 15).
+        out: index of the output type (``OUT_TYPES``).
+        split: tiles that would not fill a last wave are split along the inputs.
+        stages: units in flight, 0 for the usual number.
+    """
+
+    tokens: int
+    warpgroups: int
+    groups: int
+    folded: bool
+    out: int
+    split: bool = True
+    stages: int = 0
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.tokens * 128 + self.warpgroups * (4096 + 128 * self.groups)
+
+    @property
+    def fixed_bytes(self) -> int:
+        return self.warpgroups * (4 * min(self.tokens, 32) * 48 + self.tokens * 8 + 24)
+
+    @property
+    def depth(self) -> int:
+        fitting = (SHARED_BYTES - self.fixed_bytes - 1024) // (self.unit_bytes + 16)
+        return self.stages or min(10, fitting)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.fixed_bytes + self.depth * (self.unit_bytes + 16) + 1024
+
+    def settings(self) -> tuple[tuple[str, int], ...]:
+        """The macros that make this variant."""
+        return (
+            ("TOKENS", self.tokens),
+            ("WARPGROUPS", self.warpgroups),
+            ("GROUPS", self.groups),
+            ("FOLDED", int(self.folded)),
+            ("STAGES", self.depth),
+            ("OUT", self.out),
+        )
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The generated header of this variant."""
+        return (("wgmma.cuh", wgmma_header(self.tokens, "u8" if self.folded else "s8")),)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who computes what.
+
+    Attributes:
+        grid: blocks on the GPU, at most one for each multiprocessor.
+        token_tiles: tiles along the tokens.
+        tiles: all tiles.
+        whole_tiles: tiles that one block computes alone.
+        splits: parts of each other tile.
+    """
+
+    grid: int
+    token_tiles: int
+    tiles: int
+    whole_tiles: int
+    splits: int
+
+
+def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, multiprocessors: int) -> Schedule:
+    """How ``variant`` shares out a product of ``tokens`` by ``outputs`` over ``blocks`` times 128 inputs."""
+    token_tiles = -(-tokens // variant.tokens)
+    tiles = -(-outputs // (64 * variant.warpgroups)) * token_tiles
+    left = tiles % multiprocessors
+    splits = min(blocks, multiprocessors // left) if left and variant.split else 1
+    if splits == 1:
+        return Schedule(min(tiles, multiprocessors), token_tiles, tiles, tiles, 1)
+    return Schedule(max(left * splits, min(tiles - left, multiprocessors)), token_tiles, tiles, tiles - left, splits)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("weight", "x", "x_scale", "x_sum", "bias", "out", "workspace", "counters")],
+        *[(name, ctypes.c_int) for name in ("tokens", "channels", "blocks", "slabs")],
+        *[(name, ctypes.c_int) for name in ("token_tiles", "whole_tiles", "tiles", "splits")],
+        ("factor", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def _workspace(device: torch.device, size: int) -> Tensor:
+    """Zeros that the kernel leaves as zeros; one for each stream, since two streams may run at once."""
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    found = _workspaces.get(key)
+    if found is None or found.numel() < size:
+        found = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return found
+
+
+COUNTERS = 8192
+
+
+def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int) -> Variant:
+    """The variant measured to be fastest for a size (benchmarks/results)."""
+    width = next((w for w in (8, 16, 32, 64, 128) if tokens <= w), 256 if folded else 128)
+    return Variant(width, 2, groups, folded, out)
+
+
+def run(
+    packed_x: Tensor,
+    x_scale_T: Tensor,
+    x_sum_T: Tensor,
+    packed_weight: Tensor,
+    tokens: int,
+    outputs: int,
+    amplifier: int,
+    bias_O: Tensor | None,
+    out_dtype: torch.dtype,
+    folded: bool,
+    variant: Variant | None = None,
+) -> Tensor:
+    """Y [T, O] of packed activations and packed weights (kernels/layout.py), all on one Hopper GPU."""
+    device = packed_x.device
+    _, blocks, slab_bytes = packed_weight.shape
+    groups = (slab_bytes - 4096) // 128
+    out_TO = torch.empty(tokens, outputs, dtype=out_dtype, device=device)
+    if tokens == 0 or outputs == 0:
+        return out_TO
+    variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype])
+    shares = schedule(variant, tokens, outputs, blocks, _multiprocessors(device.index))
+    slots = (shares.tiles - shares.whole_tiles) * variant.warpgroups
+    workspace = _workspace(device, COUNTERS + slots * variant.tokens * 64)
+    function = load_kernel(
+        "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
+    )
+    arguments = _Arguments(
+        packed_weight.data_ptr(),
+        packed_x.data_ptr(),
+        x_scale_T.data_ptr(),
+        x_sum_T.data_ptr(),
+        None if bias_O is None else bias_O.data_ptr(),
+        out_TO.data_ptr(),
+        workspace.data_ptr() + 4 * COUNTERS,
+        workspace.data_ptr(),
+        tokens,
+        outputs,
+        blocks,
+        packed_x.shape[1],
+        shares.token_tiles,
+        shares.whole_tiles,
+        shares.tiles,
+        shares.splits,
+        1.0 / amplifier,
+    )
+    threads = variant.warpgroups * 128 + 128
+    launch(function, shares.grid, threads, variant.shared_bytes, arguments, device)
+    return out_TO

@@ -1,0 +1,217 @@
+// Activations to int8, one scale a token, written as the products read them (kernels/layout.py): one block a token.
+//
+// Before the rounding, what stands between two products of a transformer, in the roundings of the plain modules:
+//   PLAIN   x
+//   RMS     rmsnorm(x) * gain                 ADD: x + residual first, the sum is written back to the residual
+//   LAYER   layernorm(x) * gain + shift       (likewise)
+//   SILU    silu(x[:, :I]) * x[:, I:]
+//
+// Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32),
+// PIECES (pieces of 8 inputs a thread holds), THREADS.
+
+#include "ptx.cuh"
+
+typedef unsigned short u16;
+
+struct Arguments {
+    const void* x;
+    void* residual;         // ADD: read and written
+    const void* gain;
+    const void* shift;      // or null
+    u8* codes;
+    float* scale;
+    int* sum;
+    int tokens, inputs, slabs;
+    float epsilon;
+};
+
+__device__ __forceinline__ float to_float(u16 value) {
+#if IN == 0
+    return __uint_as_float(static_cast<u32>(value) << 16);
+#else
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+    return wide;
+#endif
+}
+
+// The value as the type of the inputs holds it.
+__device__ __forceinline__ float rounded(float value) {
+#if IN == 0
+    return __uint_as_float((pack_bf16(value, 0) & 0xFFFF) << 16);
+#elif IN == 1
+    return to_float(static_cast<u16>(pack_fp16(value, 0) & 0xFFFF));
+#else
+    return value;
+#endif
+}
+
+__device__ __forceinline__ void load8(float (&values)[8], const void* base, long long first, int count) {
+#if IN == 2
+    const float* source = static_cast<const float*>(base) + first;
+    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
+        float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
+        values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+        values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = i < count ? source[i] : 0;
+#else
+    const u16* source = static_cast<const u16*>(base) + first;
+    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
+        uint4 packed = *reinterpret_cast<const uint4*>(source);
+        u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] = i < count ? to_float(source[i]) : 0;
+#endif
+}
+
+__device__ __forceinline__ void store8(const float (&values)[8], void* base, long long first, int count) {
+#if IN == 2
+    float* target = static_cast<float*>(base) + first;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count) target[i] = values[i];
+#else
+    u16* target = static_cast<u16*>(base) + first;
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        words[i] = IN == 0 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_fp16(values[2 * i], values[2 * i + 1]);
+    if (count >= 8 && (reinterpret_cast<u64>(target) & 15) == 0) {
+        *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count) target[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
+#endif
+}
+
+struct AddFloat {
+    __device__ float operator()(float a, float b) const { return a + b; }
+};
+struct AddInt {
+    __device__ int operator()(int a, int b) const { return a + b; }
+};
+struct MaxBits {
+    __device__ u32 operator()(u32 a, u32 b) const { return a > b ? a : b; }
+};
+
+template <class Value, class Operator>
+__device__ __forceinline__ Value reduce(Value value, Operator combine, Value* scratch) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
+    if (THREADS == 32) return value;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) value = combine(value, scratch[i]);
+    return value;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
+    __shared__ u32 scratch[32];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    long long token = blockIdx.x;
+    long long row = token * a.inputs;
+    float x[PIECES][8];
+    float total = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+        int first = (p * THREADS + threadIdx.x) * 8, count = a.inputs - first;
+#if KIND == 3
+        float up[8];
+        load8(x[p], a.x, 2 * row + first, count);
+        load8(up, a.x, 2 * row + a.inputs + first, count);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float gate = rounded(__fdividef(x[p][i], 1.0f + __expf(-x[p][i])));
+            x[p][i] = i < count ? rounded(gate * up[i]) : 0;
+        }
+#else
+        load8(x[p], a.x, row + first, count);
+#if ADD
+        float before[8];
+        load8(before, a.residual, row + first, count);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[p][i] = rounded(x[p][i] + before[i]);
+        store8(x[p], a.residual, row + first, count);
+#endif
+#pragma unroll
+        for (int i = 0; i < 8; i++) total += KIND == 1 ? x[p][i] * x[p][i] : x[p][i];
+#endif
+    }
+#if KIND == 1 || KIND == 2
+    float mean = 0;
+    total = reduce(total, AddFloat(), reinterpret_cast<float*>(scratch)) / a.inputs;
+#if KIND == 2
+    mean = total;
+    total = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float distance = (p * THREADS + static_cast<int>(threadIdx.x)) * 8 + i < a.inputs ? x[p][i] - mean : 0;
+            total += distance * distance;
+        }
+    total = reduce(total, AddFloat(), reinterpret_cast<float*>(scratch)) / a.inputs;
+#endif
+    float inverse = 1.0f / sqrtf(total + a.epsilon);
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+        int first = (p * THREADS + threadIdx.x) * 8, count = a.inputs - first;
+        float gain[8], shift[8];
+        load8(gain, a.gain, first, count);
+        if (KIND == 2 && a.shift) load8(shift, a.shift, first, count);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float value = KIND == 1 ? rounded(x[p][i] * inverse) * gain[i] : (x[p][i] - mean) * inverse * gain[i];
+            if (KIND == 2 && a.shift) value += shift[i];
+            x[p][i] = i < count ? rounded(value) : 0;
+        }
+    }
+#endif
+    // As bits, so that a NaN is the largest of all and reaches the scale.
+    u32 largest = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(x[p][i]) & 0x7FFFFFFF);
+    largest = reduce(largest, MaxBits(), scratch);
+    float scale = largest ? __fdiv_rn(__uint_as_float(largest), 127.0f) : 1.0f;
+    if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+
+    int sum = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+        int first = (p * THREADS + threadIdx.x) * 8;
+        u32 words[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int code = __float2int_rn(__fdiv_rn(x[p][i], scale));
+            code = max(-127, min(127, code));
+            sum += code;
+            words[i / 4] |= (code & 0xFF) << (8 * (i % 4));
+        }
+        int slot = static_cast<int>(token % 8);
+        if (first < (a.inputs + 127) / 128 * 128) {
+            long long block = static_cast<long long>(first / 128) * a.slabs + token / 8;
+            u8* target = a.codes + block * 1024 + slot * 128 + ((first % 128 / 16) ^ slot) * 16 + first % 16;
+            *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+        }
+    }
+    sum = reduce(sum, AddInt(), reinterpret_cast<int*>(scratch));
+    if (threadIdx.x == 0) {
+        a.scale[token] = scale;
+        a.sum[token] = sum;
+    }
+}

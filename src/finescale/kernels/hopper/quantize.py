@@ -1,0 +1,78 @@
+"""Fused activation quantizers on a GPU: norm, residual or silu * gate, then int8 per token, one kernel each.
+
+Shape legend: T tokens, I inputs, B blocks of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError
+from finescale.kernels.jit import load_kernel
+from finescale.kernels.launch import launch
+from finescale.kernels.layout import packed_tokens_shape
+
+KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
+IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+LARGEST_INPUTS = 8 * 1024 * 8
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "residual", "gain", "shift", "codes", "scale", "sum")],
+        *[(name, ctypes.c_int) for name in ("tokens", "inputs", "slabs")],
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+def run(
+    x_TI: Tensor,
+    kind: str = "plain",
+    residual_TI: Tensor | None = None,
+    gain_I: Tensor | None = None,
+    shift_I: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [B, slabs, 1024] (kernels/layout.py), token scales float32 [T], code sums int32 [T].
+
+    Args:
+        x_TI: contiguous bfloat16, float16 or float32; [T, 2 * I] for ``silu`` (gate, then up).
+        kind: what is computed before the rounding: ``plain``, ``rms``, ``layer``, ``silu``.
+        residual_TI: added before the norm, and replaced by the sum.
+        gain_I, shift_I: of the norm, in the type of ``x_TI``.
+        epsilon: of the norm.
+    """
+    tokens = x_TI.shape[0]
+    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
+    device = x_TI.device
+    shape = packed_tokens_shape(tokens, inputs)
+    codes = torch.empty(shape, dtype=torch.int8, device=device)
+    scale_T = torch.empty(tokens, dtype=torch.float32, device=device)
+    sum_T = torch.empty(tokens, dtype=torch.int32, device=device)
+    if tokens == 0:
+        return codes, scale_T, sum_T
+    padded = shape[0] * 128
+    threads = next((t for t in (128, 256, 512, 1024) if padded <= t * 16), 1024)
+    pieces = -(-padded // (threads * 8))
+    if pieces > 8:
+        raise InputError(f"tokens of {inputs} inputs are too wide for the fused quantizer (at most {LARGEST_INPUTS}).")
+    settings = (
+        ("KIND", KINDS[kind]),
+        ("ADD", int(residual_TI is not None)),
+        ("IN", IN_TYPES[x_TI.dtype]),
+        ("PIECES", pieces),
+        ("THREADS", threads),
+    )
+    function = load_kernel("quantize.cu", settings, (), "quantize_tokens", device.index, 0)
+    arguments = _Arguments(
+        *(None if t is None else t.data_ptr() for t in (x_TI, residual_TI, gain_I, shift_I, codes, scale_T, sum_T)),
+        tokens,
+        inputs,
+        shape[1],
+        epsilon,
+    )
+    launch(function, tokens, threads, 0, arguments, device)
+    return codes, scale_T, sum_T
