@@ -9,6 +9,7 @@ import typer
 from finescale._version import __version__
 from finescale.cli import bench, convert, demo, evaluate, inspect, quantize, recipes, verify
 from finescale.cli.common import stderr
+from finescale.environment import wait_without_spinning
 from finescale.errors import FinescaleError
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ def root(
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit code 1."""
+    wait_without_spinning()
     try:
         app()
     except FinescaleError as error:
