@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from finescale.errors import InputError, NumericsError
 from finescale.grid.bilevel import quantize_scales
@@ -101,3 +102,21 @@ def test_what_cannot_be_is_refused():
     weight = solve("spqr", weight_OI, hessian_II, grid_of(weight_OI, 3, 8)).weight
     with pytest.raises(NumericsError, match="cannot be cut"):
         weight.grid.rows_slice(slice(0, 2))
+
+
+@pytest.mark.parametrize("threshold", [0.05, 1e9])
+def test_coordinate_descent_from_spqr_keeps_the_size_and_lowers_the_error(threshold):
+    weight_OI, hessian_II = layer(32, 64, seed=1)
+    grid = grid_of(weight_OI, 3, 16)
+    first = solve("spqr", weight_OI, hessian_II, grid, threshold=threshold, damping=0.01).weight
+    options = {"start": "spqr", "spqr_threshold": threshold, "relax_every": 0}
+    weight = solve("quantease", weight_OI, hessian_II, grid, **options).weight
+    assert weight.outliers.count == first.outliers.count and weight.stored_bits() == first.stored_bits()
+    assert torch.equal(weight.grid.scale_OG, first.grid.scale_OG)
+    errors = [error_of(weight_OI, one.dequantize(), hessian_II) for one in (weight, first)]
+    assert errors[0] < 0.97 * errors[1]
+    for bad in ({"outliers": 0.1}, {"structured": True}, {"act_order": True}, {"support": "gradient"}):
+        with pytest.raises(ValidationError, match="brings its own outliers"):
+            solve("quantease", weight_OI, hessian_II, grid, **options | bad)
+    with pytest.raises(InputError, match="asymmetric groups"):
+        solve("quantease", weight_OI, hessian_II, grid_of(weight_OI), **options)

@@ -68,6 +68,16 @@ class Outliers:
             out_OI[self._row_of_N(), column] = self.value.float()
         return out_OI
 
+    def mask(self) -> Tensor:
+        """Where there is an addend, bool [O, I]."""
+        out_OI = torch.zeros(self.rows, self.columns, dtype=torch.bool, device=self.value.device)
+        column = self.column.to(torch.int64)
+        if self.row_start_R is None:
+            out_OI[:, column] = True
+        else:
+            out_OI[self._row_of_N(), column] = True
+        return out_OI
+
     def linear(self, x_TI: Tensor) -> Tensor:
         """The part of the layer's output that is due to the addends: [..., I] -> [..., O], in the type of the input."""
         column = self.column.to(torch.int64)

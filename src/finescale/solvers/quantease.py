@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from finescale.grid import Grid, QuantizedWeight, fit_grid, quantize_to_grid
+from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.solvers.columns import (
     assemble,
     check_finite,
@@ -39,6 +39,7 @@ from finescale.solvers.outliers import (
 )
 from finescale.solvers.products import Products
 from finescale.solvers.solution import Solution, SolverOptions
+from finescale.solvers.spqr import SpqrOptions, solve_spqr
 
 LAST_RELAXED_SWEEP = 25
 """Sweeps after this one (0-based) always end on the grid; the schedule of the authors' code."""
@@ -50,11 +51,13 @@ class QuantEaseOptions(SolverOptions):
     Attributes:
         sweeps: passes over all columns.
         relax_every: every n-th sweep leaves the columns unrounded, to escape poor local minima; 0 never does.
-        start: ``weight`` starts from the unquantized weight, ``gptq`` from the GPTQ solution.
+        start: ``weight`` starts from the unquantized weight, ``gptq`` from the GPTQ solution, ``spqr`` from SpQR's, on
+            its two-level grid and with as many outliers as ``spqr_threshold`` gives.
         act_order: solve columns by falling diagonal of H.
         static_groups: groups of the original column order; off: groups of the solving order.
         damping: fraction of the mean diagonal added to H; 0 as published.
-        gptq_damping: damping of the GPTQ start.
+        gptq_damping: damping of the GPTQ or SpQR start.
+        spqr_threshold: sensitivity of outliers of the SpQR start.
         block_size: columns of one lazy batch.
         products: ``float32``, or ``3xtf32``: the matrix products as three of TF32 parts on tensor cores, whose sum is
             almost as precise and faster.
@@ -67,11 +70,12 @@ class QuantEaseOptions(SolverOptions):
 
     sweeps: int = Field(default=30, ge=1)
     relax_every: int = Field(default=3, ge=0)
-    start: Literal["weight", "gptq"] = "weight"
+    start: Literal["weight", "gptq", "spqr"] = "weight"
     act_order: bool = False
     static_groups: bool = True
     damping: float = Field(default=0.0, ge=0.0)
     gptq_damping: float = Field(default=0.01, ge=0.0)
+    spqr_threshold: float = Field(default=0.2, gt=0.0)
     block_size: int = Field(default=128, ge=1)
     products: Literal["float32", "3xtf32"] = "float32"
     outliers: float = Field(default=0.0, ge=0.0)
@@ -80,7 +84,18 @@ class QuantEaseOptions(SolverOptions):
 
     @property
     def keeps_outliers(self) -> bool:
-        return self.outliers > 0
+        return self.outliers > 0 or self.start == "spqr"
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantEaseOptions:
+        if self.start == "spqr" and (self.outliers or self.structured or self.act_order or self.support == "gradient"):
+            raise ValueError("start spqr brings its own outliers; leave outliers, structured, act_order, support out")
+        return self
+
+    def check_scheme(self, scheme: WeightScheme) -> None:
+        """Raises InputError when the start cannot make such weights."""
+        if self.start == "spqr":
+            SpqrOptions().check_scheme(scheme)
 
 
 def is_relaxed(sweep: int, sweeps: int, relax_every: int) -> bool:
@@ -114,6 +129,8 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
     check_finite(weight_OI, hessian_II)
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     order_I = column_order(hessian_II, options.act_order)
+    if options.start == "spqr":
+        return _from_spqr(weight_OI, hessian_II, grid, options, dtype)
     count = outlier_count(options.outliers, (weight_OI.shape[0], weight_OI.shape[1]), options.structured)
     support_OI = first_support(weight_OI, count, options.structured) if count else None
     range_OI = weight_OI if support_OI is None else weight_OI.masked_fill(support_OI, 0.0)
@@ -154,6 +171,29 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
             free_OI[:, order_I] = support.free_IO.T
             slabs.append(with_outliers(solved_OI, free_OI, part, options.structured))
     return Solution(assemble(grid, slabs), options.damping or start_damping, notes)
+
+
+def _from_spqr(
+    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions, dtype: torch.dtype
+) -> Solution:
+    """Sweeps over SpQR's solution: its grid and number of outliers stay, codes, values and places of outliers move."""
+    chosen = SpqrOptions(threshold=options.spqr_threshold, damping=options.gptq_damping, block_size=options.block_size)
+    first = solve_spqr(weight_OI, hessian_II, grid, chosen)
+    grid, kept = first.weight.grid, first.weight.outliers
+    assert kept is not None
+    damped_II = hessian_II.to(dtype, copy=True)
+    damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
+    diagonal_I = damped_II.diagonal().clone()
+    products = Products(normalize_columns_(damped_II), options.products == "3xtf32")
+    schedule = [is_relaxed(sweep, options.sweeps, options.relax_every) for sweep in range(options.sweeps)]
+    group_of_I = grid.group_of_I.tolist()
+    free_IO = kept.mask().T.contiguous()
+    support = CoordinateSupport(free_IO, kept.count, False, diagonal_I, grid, group_of_I) if kept.count else None
+    target_IO = weight_OI.to(dtype).T.contiguous()
+    current_IO = first.weight.dequantize().to(dtype).T.contiguous()
+    descend(target_IO, current_IO, products, grid, group_of_I, schedule, options.block_size, support)
+    free_OI = free_IO.T if support is None else support.free_IO.T
+    return Solution(with_outliers(current_IO.T, free_OI, grid, False), first.damping, first.notes)
 
 
 def _start(
