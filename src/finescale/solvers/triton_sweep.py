@@ -11,8 +11,6 @@ Shape legend: R rows of a program, B columns of the batch, O outputs, G groups.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +20,11 @@ ROWS = 16
 """Rows of one program: 16 x 128 numbers over 128 threads."""
 WARPS = 4
 
+# Triton reads the signatures below: annotations other than its own are errors there.
+
 
 @triton.jit
-def _nearest(value_R: Any, scale_R: Any, zero_R: Any, low: Any, high: Any) -> Any:
+def _nearest(value_R, scale_R, zero_R, low, high):  # type: ignore[no-untyped-def]
     """Code less zero point of the nearest grid point."""
     code_R = tl.div_rn(value_R, scale_R) + zero_R
     code_R = tl.minimum(tl.maximum(code_R, low), high)
@@ -33,25 +33,25 @@ def _nearest(value_R: Any, scale_R: Any, zero_R: Any, low: Any, high: Any) -> An
 
 
 @triton.jit
-def _quantease_kernel(
-    beta_BO: Any,
-    current_BO: Any,
-    change_BO: Any,
-    inner_BB: Any,
-    scale_GO: Any,
-    zero_GO: Any,
-    group_B: Any,
-    free_BO: Any,
-    columns: Any,
-    rows: Any,
-    low: Any,
-    high: Any,
+def _quantease_kernel(  # type: ignore[no-untyped-def]
+    beta_BO,
+    current_BO,
+    change_BO,
+    inner_BB,
+    scale_GO,
+    zero_GO,
+    group_B,
+    free_BO,
+    columns,
+    rows,
+    low,
+    high,
     relaxed: tl.constexpr,
     has_zero: tl.constexpr,
     has_free: tl.constexpr,
     width: tl.constexpr,
     slab: tl.constexpr,
-) -> None:
+):
     row_R = tl.program_id(0) * slab + tl.arange(0, slab)
     live_R = row_R < rows
     k_B = tl.arange(0, width)
@@ -79,25 +79,25 @@ def _quantease_kernel(
 
 
 @triton.jit
-def _gptq_kernel(
-    weight_BO: Any,
-    error_BO: Any,
-    relative_BO: Any,
-    addend_BO: Any,
-    inner_BB: Any,
-    scale_GO: Any,
-    zero_GO: Any,
-    group_B: Any,
-    free_BO: Any,
-    columns: Any,
-    rows: Any,
-    low: Any,
-    high: Any,
+def _gptq_kernel(  # type: ignore[no-untyped-def]
+    weight_BO,
+    error_BO,
+    relative_BO,
+    addend_BO,
+    inner_BB,
+    scale_GO,
+    zero_GO,
+    group_B,
+    free_BO,
+    columns,
+    rows,
+    low,
+    high,
     has_zero: tl.constexpr,
     has_free: tl.constexpr,
     width: tl.constexpr,
     slab: tl.constexpr,
-) -> None:
+):
     row_R = tl.program_id(0) * slab + tl.arange(0, slab)
     live_R = row_R < rows
     k_B = tl.arange(0, width)
