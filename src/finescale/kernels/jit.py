@@ -20,7 +20,7 @@ class CompileError(FinescaleError):
 
 
 def source_text(name: str, settings: Mapping[str, int], generated: Mapping[str, str]) -> str:
-    """One text of kernel ``name``: its settings as macros, its headers in place, ``generated`` for those not on disk."""
+    """One text of kernel ``name``: settings as macros, headers in place, ``generated`` for those not on disk."""
     folder = resources.files("finescale.kernels.hopper")
     lines = [f"#define {key} {value}" for key, value in settings.items()]
     for line in folder.joinpath(name).read_text().splitlines():
@@ -86,8 +86,14 @@ def _checked(result: tuple) -> tuple:
 
 
 @functools.cache
-def load_kernel(name: str, settings: tuple[tuple[str, int], ...], generated: tuple[tuple[str, str], ...], entry: str,
-                device: int, shared_bytes: int) -> int:
+def load_kernel(
+    name: str,
+    settings: tuple[tuple[str, int], ...],
+    generated: tuple[tuple[str, str], ...],
+    entry: str,
+    device: int,
+    shared_bytes: int,
+) -> int:
     """A handle of function ``entry`` of kernel ``name`` on CUDA device ``device``.
 
     Args:

@@ -3,10 +3,10 @@
 Everything is cut into blocks of 128 inputs; the last one is filled up with zeros.
 
 Weights: slabs of 64 outputs. The bytes of one slab and one block stand together, first 4096 bytes of codes, then the
-scales of the block, and one bulk copy fetches them. Codes lie in the order in which the 128 threads of a warpgroup hold
-the left operand of ``wgmma.m64nNk32``: thread t takes 16 bytes at 16 * t and 16 more at 2048 + 16 * t. A 32-bit word
-holds eight codes of one output as ``code + 8``: bytes are four neighbouring inputs, low halves the inputs k, high halves
-the inputs k + 16.
+scales of the block, and one bulk copy fetches them. Codes lie in the order in which the 128 threads of a warpgroup
+hold the left operand of ``wgmma.m64nNk32``: thread t takes 16 bytes at 16 * t and 16 more at 2048 + 16 * t. A 32-bit
+word holds eight codes of one output as ``code + 8``: bytes are four neighbouring inputs, low halves the inputs k, high
+halves the inputs k + 16.
 
 Activations: slabs of 8 tokens; 8 tokens by 128 inputs are 1024 bytes, the 16-byte pieces of token t at place
 ``piece xor t`` (the 128-byte swizzle). Any number of neighbouring slabs is one bulk copy.

@@ -9,8 +9,9 @@
 // workspace, and whoever comes last writes the result.
 //
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
-// inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), STAGES, OUT (0 bfloat16, 1 float16,
-// 2 float32, 3 the int32 sums). Layouts: kernels/layout.py.
+// inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
+// sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums).
+// Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
 #include "wgmma.cuh"
@@ -31,6 +32,12 @@ constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
 constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS =
     WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
+
+#if FLOAT_SCALE
+typedef float Sum;
+#else
+typedef int Sum;
+#endif
 
 struct Arguments {
     const u8* weight;
@@ -179,8 +186,13 @@ __device__ __forceinline__ void load_words(Words& words, u32 slab, int thread) {
         words.scale[g] = load_shared4(slab + 4096 + g * 128 + thread / 32 * 32 + thread % 32 / 4 * 4);
 }
 
+#if FLOAT_SCALE
+__device__ __forceinline__ float first_scale(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float second_scale(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
+#else
 __device__ __forceinline__ int first_scale(u32 pair) { return static_cast<short>(pair & 0xFFFF); }
 __device__ __forceinline__ int second_scale(u32 pair) { return static_cast<int>(pair) >> 16; }
+#endif
 
 // Eight nibbles u = code + 8 of a word become eight bytes: signed codes, or code * scale + 128 when FOLDED.
 __device__ __forceinline__ void unpack(u32 (&operand)[16], const Words& words) {
@@ -215,18 +227,22 @@ struct Part {
     __device__ u32 counted() const { return added + 8; }
     __device__ u32 flag() const { return added + 16; }
     __device__ int slot() const { return static_cast<int>(blockIdx.x) / a.splits * WARPGROUPS + group; }
-    __device__ int* sums() const { return a.workspace + static_cast<long long>(slot()) * (TOKENS * 64); }
+    __device__ Sum* sums() const { return reinterpret_cast<Sum*>(a.workspace) + static_cast<long long>(slot()) * (TOKENS * 64); }
 
     __device__ void init() const {
         barrier_init(added, 4);
         barrier_init(counted(), 1);
     }
 
-    __device__ __forceinline__ void add(const int (&total)[TOKENS / 2], int thread) const {
-        int* mine = sums() + thread;
+    __device__ __forceinline__ void add(const Sum (&total)[TOKENS / 2], int thread) const {
+        Sum* mine = sums() + thread;
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++)
+#if FLOAT_SCALE
+            asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(mine + i * 128), "f"(total[i]) : "memory");
+#else
             asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(mine + i * 128), "r"(total[i]) : "memory");
+#endif
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(added);
     }
@@ -243,12 +259,12 @@ struct Part {
         barrier_arrive(counted());
     }
 
-    __device__ __forceinline__ bool take(int (&total)[TOKENS / 2], int thread) const {
+    __device__ __forceinline__ bool take(Sum (&total)[TOKENS / 2], int thread) const {
         barrier_wait(counted(), 0);
         if (!load_shared4(flag())) return false;
-        int* mine = sums() + thread;
+        Sum* mine = sums() + thread;
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) total[i] = atomicExch(mine + i * 128, 0);
+        for (int i = 0; i < TOKENS / 2; i++) total[i] = atomicExch(mine + i * 128, static_cast<Sum>(0));
         return true;
     }
 };
@@ -275,7 +291,7 @@ __device__ __forceinline__ u32 pack_out(float low, float high) {
 }
 
 __device__ __forceinline__ void write_tile(
-    const Arguments& a, const int (&total)[TOKENS / 2], const TokenFacts& facts, int tile, int channel0, int group,
+    const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, int tile, int channel0, int group,
     int thread, u8* buffer) {
     int token0 = token_tile(a, tile) * TOKENS;
     int warp = thread / 32, lane = thread % 32;
@@ -304,13 +320,13 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
             int inner = chunk * CHUNK + j * 8 + lane % 4 * 2;
-            const int* sum = total + (chunk * CHUNK / 8 + j) * 4;
+            const Sum* sum = total + (chunk * CHUNK / 8 + j) * 4;
             float2 scale = *reinterpret_cast<const float2*>(scales + inner);
             int2 excess = FOLDED ? *reinterpret_cast<const int2*>(sums + inner) : make_int2(0, 0);
             float value[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int accumulator = sum[i] - (i % 2 ? excess.y : excess.x);
+                Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
                 value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
                 if (a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
@@ -406,20 +422,20 @@ struct Computer {
         remaining--;
     }
 
-    __device__ __forceinline__ void write(const int (&total)[TOKENS / 2]) {
+    __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2]) {
         write_tile(a, total, facts, work.tile, (channel_slab(a, work.tile) + part.group) * 64, part.group, thread, buffer);
     }
 
     __device__ __forceinline__ bool inside() { return (channel_slab(a, work.tile) + part.group) * 64 < a.channels; }
 
-    __device__ __forceinline__ void finish_tile(const int (&total)[TOKENS / 2]) {
+    __device__ __forceinline__ void finish_tile(const Sum (&total)[TOKENS / 2]) {
         if (!inside()) return;
         if (work.tile >= schedule.whole_tiles) part.add(total, thread);
         else write(total);
     }
 
     // Writes the split tile, if this block's part came last.
-    __device__ __forceinline__ void finish_part(int (&total)[TOKENS / 2]) {
+    __device__ __forceinline__ void finish_part(Sum (&total)[TOKENS / 2]) {
         Schedule again(a);
         if (!again.has_part) return;
         again.next(work);
@@ -437,7 +453,7 @@ struct Computer {
     }
 
 #if FOLDED
-    __device__ __forceinline__ void issue(int (&total)[TOKENS / 2], const u32 (&operand)[16], int stage, bool first) {
+    __device__ __forceinline__ void issue(Sum (&total)[TOKENS / 2], const u32 (&operand)[16], int stage, bool first) {
         u64 tile = tile_descriptor(x_base + stage * X_BYTES);
         wgmma_fence();
 #pragma unroll
@@ -446,7 +462,7 @@ struct Computer {
     }
 
     // This unit's products are running; prepares and queues those of the next.
-    __device__ __forceinline__ void step(int (&total)[TOKENS / 2], u32 (&next)[16]) {
+    __device__ __forceinline__ void step(Sum (&total)[TOKENS / 2], u32 (&next)[16]) {
         u32 scale[GROUPS];
         look_ahead();
         fetch(next, scale);
@@ -464,7 +480,7 @@ struct Computer {
     }
 
     __device__ __forceinline__ void run() {
-        int total[TOKENS / 2];
+        Sum total[TOKENS / 2];
         u32 operand[2][16], scale[GROUPS];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
@@ -491,7 +507,7 @@ struct Computer {
     }
 
     __device__ __forceinline__ void step(
-        int (&total)[TOKENS / 2], const u32 (&operand)[16], const u32 (&scale)[GROUPS], u32 (&next)[16],
+        Sum (&total)[TOKENS / 2], const u32 (&operand)[16], const u32 (&scale)[GROUPS], u32 (&next)[16],
         u32 (&next_scale)[GROUPS]) {
         int partial[TOKENS / 2];
         issue(partial, operand, 0);
@@ -500,9 +516,9 @@ struct Computer {
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             wgmma_wait<0>();
-            int first = first_scale(scale[g]), second = second_scale(scale[g]);
+            Sum first = first_scale(scale[g]), second = second_scale(scale[g]);
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) total[i] += partial[i] * (i % 4 < 2 ? first : second);
+            for (int i = 0; i < TOKENS / 2; i++) total[i] += static_cast<Sum>(partial[i]) * (i % 4 < 2 ? first : second);
             if (g + 1 < GROUPS) issue(partial, operand, g + 1);
         }
         release();
@@ -515,7 +531,7 @@ struct Computer {
     }
 
     __device__ __forceinline__ void run() {
-        int total[TOKENS / 2];
+        Sum total[TOKENS / 2];
         u32 operand[2][16], scale[2][GROUPS];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;

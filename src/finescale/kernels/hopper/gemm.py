@@ -32,6 +32,7 @@ class Variant:
         out: index of the output type (``OUT_TYPES``).
         split: tiles that would not fill a last wave are split along the inputs.
         stages: units in flight, 0 for the usual number.
+        float_scales: bfloat16 scales and float32 sums, to compare with; never folded.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Variant:
     out: int
     split: bool = True
     stages: int = 0
+    float_scales: bool = False
 
     @property
     def unit_bytes(self) -> int:
@@ -66,6 +68,7 @@ class Variant:
             ("WARPGROUPS", self.warpgroups),
             ("GROUPS", self.groups),
             ("FOLDED", int(self.folded)),
+            ("FLOAT_SCALE", int(self.float_scales)),
             ("STAGES", self.depth),
             ("OUT", self.out),
         )
@@ -107,7 +110,10 @@ def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, multiproc
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("weight", "x", "x_scale", "x_sum", "bias", "out", "workspace", "counters")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("weight", "x", "x_scale", "x_sum", "bias", "out", "workspace", "counters")
+        ],
         *[(name, ctypes.c_int) for name in ("tokens", "channels", "blocks", "slabs")],
         *[(name, ctypes.c_int) for name in ("token_tiles", "whole_tiles", "tiles", "splits")],
         ("factor", ctypes.c_float),
@@ -165,12 +171,16 @@ def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: 
     from_cache = (variant.tokens * 128 + weight_bytes) / 39.1
     from_memory = units * weight_bytes / 24.7
     compute = units * max(cycles, from_cache)
-    sums = 0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6 if split_tiles else 0.0
+    sums = (
+        0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6 if split_tiles else 0.0
+    )
     return 1.5 + max(compute, from_memory) / clock + sums
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int, multiprocessors: int) -> Variant:
+def choose(
+    tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int, multiprocessors: int
+) -> Variant:
     """The variant predicted to be fastest for a size."""
     return min(
         variants(tokens, groups, folded, out),

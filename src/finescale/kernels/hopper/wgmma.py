@@ -16,7 +16,8 @@ def wgmma_header(tokens: int, weight_type: str) -> str:
     sums = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
     weights = ", ".join(f"%{count + i}" for i in range(4))
-    return f"""__device__ __forceinline__ void wgmma_{weight_type}(int (&d)[{count}], const u32* a, u64 tile, int accumulate) {{
+    return f"""__device__ __forceinline__ void wgmma_{weight_type}(
+    int (&d)[{count}], const u32* a, u64 tile, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"
                  "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.{weight_type}.s8 {{{sums}}}, {{{weights}}}, "
                  "%{count + 4}, p;\\n}}\\n"

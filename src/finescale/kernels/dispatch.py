@@ -1,0 +1,89 @@
+"""Which kernel runs a quantized layer on which device, and why: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from finescale.errors import InputError
+from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE, groups_in_block
+
+Kernel = Literal["hopper-folded", "hopper", "reference", "float"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What decides which kernel can run a layer.
+
+    Attributes:
+        bits: of the weights.
+        group_size: inputs of a group, -1 for all.
+        contiguous_groups: groups are neighbouring inputs (not so with act-order without static groups).
+        integer_scales: scales are integers over an amplifier.
+        largest_scale: largest integer scale in magnitude, 0 without.
+        activation_bits: of the inputs, None for float inputs.
+        symmetric_activations: inputs are rounded without zero point, one scale a token.
+        outliers: some weights are added in full precision.
+    """
+
+    bits: int
+    group_size: int
+    contiguous_groups: bool
+    integer_scales: bool
+    largest_scale: int
+    activation_bits: int | None
+    symmetric_activations: bool
+    outliers: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and one sentence about the choice."""
+
+    kernel: Kernel
+    why: str
+
+
+def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int, int] | None = None) -> Choice:
+    """The kernel for a layer on a device.
+
+    Args:
+        layer: the layer.
+        device: where it is.
+        capability: compute capability, read from the device if None.
+    """
+    if layer.activation_bits is None:
+        return Choice("float", "inputs are not quantized: weights are dequantized and multiplied in floating point")
+    if not layer.integer_scales:
+        return Choice("float", "scales are floats: weights are dequantized and multiplied in floating point")
+    if layer.outliers or not layer.symmetric_activations:
+        what = "outliers" if layer.outliers else "zero points of activations"
+        return Choice("float", f"{what} have no integer kernel: multiplied in floating point")
+    obstacle = _obstacle(layer)
+    if device.type != "cuda":
+        return Choice("reference", f"no CUDA device: the exact int32 product runs in parts on {device.type}")
+    major, minor = capability or torch.cuda.get_device_capability(device)
+    if obstacle is not None:
+        return Choice("reference", f"{obstacle}: the exact int32 product runs in parts")
+    if (major, minor) != (9, 0):
+        return Choice("reference", f"no kernel for compute capability {major}.{minor}: the product runs in parts")
+    if layer.largest_scale <= LARGEST_FOLDED_SCALE:
+        return Choice("hopper-folded", f"scales up to {layer.largest_scale} are multiplied into int8 weights")
+    return Choice("hopper", "int32 sums of groups are scaled and added exactly")
+
+
+def _obstacle(layer: LayerFacts) -> str | None:
+    """Why no fused kernel can run the layer, None if one can."""
+    if layer.bits != 4 or layer.activation_bits != 8:
+        return f"W{layer.bits}A{layer.activation_bits} has no fused kernel, only W4A8"
+    if not layer.contiguous_groups:
+        return "groups of scattered inputs have no fused kernel"
+    if layer.largest_scale > LARGEST_SCALE:
+        return f"a scale of {layer.largest_scale} exceeds 16 bits"
+    try:
+        groups_in_block(layer.group_size)
+    except InputError:
+        return f"groups of {layer.group_size} have no fused kernel"
+    return None

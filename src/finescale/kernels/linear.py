@@ -1,0 +1,140 @@
+"""W4A8 linear layers as torch custom ops, for layers packed once (kernels/layout.py) on a Hopper GPU.
+
+They work under torch.compile and in CUDA graphs, on any stream, and validate what they are given.
+
+Shape legend: T tokens, I inputs, O outputs, S slabs of 64 outputs, B blocks of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError
+from finescale.kernels.hopper import gemm, quantize
+from finescale.kernels.layout import BLOCK, SLAB, packed_tokens_shape
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@torch.library.custom_op("finescale::quantize_tokens", mutates_args=("residual_TI",), device_types="cuda")
+def quantize_tokens(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 activations for ``w4a8_product``, one scale a token, with what stands before them in the same kernel.
+
+    Args:
+        x_TI: bfloat16, float16 or float32 [T, I], contiguous; [T, 2 * I] for ``silu`` (gate, then up).
+        kind: ``plain``; ``rms`` or ``layer``, a norm; ``silu``, silu(gate) * up.
+        residual_TI: added to x before the norm, and replaced by the sum; None for nothing.
+        gain_I: of the norm, in the type of x.
+        shift_I: of the layer norm, or None.
+        epsilon: of the norm.
+
+    Returns:
+        codes int8 [B, ceil(T / 8), 1024] (``layout.pack_tokens``), scales float32 [T], sums of codes int32 [T].
+
+    Raises:
+        InputError: shapes, types or strides that do not fit together.
+    """
+    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
+    if kind not in quantize.KINDS:
+        raise InputError(f"kind is {kind}; use one of {', '.join(quantize.KINDS)}.")
+    if x_TI.dim() != 2 or x_TI.dtype not in quantize.IN_TYPES or not x_TI.is_contiguous():
+        raise InputError("activations must be contiguous bfloat16, float16 or float32 [T, I].")
+    if (gain_I is None) != (kind not in ("rms", "layer")):
+        raise InputError(f"a gain belongs to a norm, not to {kind}.")
+    for name, tensor, shape in (
+        ("residual", residual_TI, (x_TI.shape[0], inputs)),
+        ("gain", gain_I, (inputs,)),
+        ("shift", shift_I, (inputs,)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != x_TI.dtype or not tensor.is_contiguous():
+            raise InputError(f"{name} must be contiguous {x_TI.dtype} {list(shape)}.")
+        if tensor.device != x_TI.device:
+            raise InputError(f"{name} is on {tensor.device}, the activations on {x_TI.device}.")
+    return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
+
+
+@quantize_tokens.register_fake
+def _(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x_TI.shape[0]
+    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
+    return (
+        x_TI.new_empty(packed_tokens_shape(tokens, inputs), dtype=torch.int8),
+        x_TI.new_empty(tokens, dtype=torch.float32),
+        x_TI.new_empty(tokens, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("finescale::w4a8_product", mutates_args=(), device_types="cuda")
+def w4a8_product(
+    codes: Tensor,
+    x_scale_T: Tensor,
+    x_sum_T: Tensor,
+    packed_weight: Tensor,
+    bias_O: Tensor | None,
+    outputs: int,
+    amplifier: int,
+    folded: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Y [T, O] of what ``quantize_tokens`` gave and a packed weight, one kernel.
+
+    Args:
+        codes, x_scale_T, x_sum_T: quantized activations.
+        packed_weight: uint8 [S, B, ...] (``layout.pack_weight``).
+        bias_O: float32 or None.
+        outputs: O.
+        amplifier: what scales were multiplied by.
+        folded: all integer scales are at most 15, and may be multiplied into the weights.
+        out_dtype: bfloat16, float16 or float32.
+
+    Raises:
+        InputError: shapes, types or devices that do not fit together.
+    """
+    if packed_weight.dim() != 3 or packed_weight.dtype != torch.uint8 or not packed_weight.is_contiguous():
+        raise InputError("the packed weight must be contiguous uint8 of three dimensions (layout.pack_weight).")
+    if codes.dim() != 3 or codes.shape[0] != packed_weight.shape[1] or codes.dtype != torch.int8:
+        raise InputError(
+            f"activations of {codes.shape[0] * BLOCK} inputs do not fit a weight of {packed_weight.shape[1] * BLOCK}."
+        )
+    if not (packed_weight.shape[0] - 1) * SLAB < outputs <= packed_weight.shape[0] * SLAB:
+        raise InputError(f"{outputs} outputs do not fit a packed weight of {packed_weight.shape[0]} slabs of {SLAB}.")
+    if out_dtype not in OUT_DTYPES:
+        raise InputError(f"out_dtype is {out_dtype}; use bfloat16, float16 or float32.")
+    if bias_O is not None and (tuple(bias_O.shape) != (outputs,) or bias_O.dtype != torch.float32):
+        raise InputError(f"the bias must be float32 [{outputs}].")
+    if any(t.device != packed_weight.device for t in (codes, x_scale_T, x_sum_T)):
+        raise InputError(f"activations are on {codes.device}, the weight on {packed_weight.device}.")
+    tokens = x_scale_T.shape[0]
+    return gemm.run(codes, x_scale_T, x_sum_T, packed_weight, tokens, outputs, amplifier, bias_O, out_dtype, folded)
+
+
+@w4a8_product.register_fake
+def _(
+    codes: Tensor,
+    x_scale_T: Tensor,
+    x_sum_T: Tensor,
+    packed_weight: Tensor,
+    bias_O: Tensor | None,
+    outputs: int,
+    amplifier: int,
+    folded: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_scale_T.new_empty(x_scale_T.shape[0], outputs, dtype=out_dtype)

@@ -1,0 +1,73 @@
+"""Kernels as text: complete without headers, and compiled without spilling registers."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from finescale.kernels.hopper.gemm import Variant, variants
+from finescale.kernels.jit import source_text
+
+NVCC = shutil.which("nvcc")
+
+
+def text_of(variant):
+    return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
+
+
+def quantizer(kind, add, dtype, pieces=2):
+    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "THREADS": 256}
+    return source_text("quantize.cu", settings, {})
+
+
+def test_the_text_includes_nothing():
+    for text in (text_of(Variant(8, 3, 1, False, 0)), quantizer(1, 1, 0)):
+        assert "#include" not in text and "mbarrier.init" in text
+    assert "m64n8k32.s32.s8.s8" in text_of(Variant(8, 3, 1, False, 0))
+    assert "m64n256k32.s32.u8.s8" in text_of(Variant(256, 2, 1, True, 0))
+
+
+def compiler_report(text, tmp_path):
+    source = tmp_path / "kernel.cu"
+    source.write_text(text)
+    command = [NVCC, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "k", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def assert_clean(report):
+    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report
+    assert "serialized" not in report, report
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(8, 3, 1, False, 0),
+        Variant(128, 2, 1, False, 0),
+        Variant(128, 3, 1, True, 0),
+        Variant(256, 2, 1, True, 0),
+    ],
+    ids=str,
+)
+def test_no_spills(variant, tmp_path):
+    assert_clean(compiler_report(text_of(variant), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("folded", [False, True])
+def test_no_variant_spills(groups, folded, tmp_path):
+    chosen = {v for tokens in (8, 16, 32, 64, 128, 256) for v in variants(tokens, groups, folded, 0) if v.split}
+    for variant in sorted(chosen, key=str):
+        assert_clean(compiler_report(text_of(variant), tmp_path))
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("kind, add, dtype", [(0, 0, 1), (1, 1, 0), (2, 1, 2), (3, 0, 0)])
+def test_quantizers_compile(kind, add, dtype, tmp_path):
+    assert_clean(compiler_report(quantizer(kind, add, dtype), tmp_path))
