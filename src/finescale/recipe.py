@@ -16,6 +16,7 @@ from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.grid.integer_scale import Amplifier, check_amplifier
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
 from finescale.transforms import TransformEntry, TransformOptions, find_transform
+from finescale.tuning import TunerOptions, find_tuner
 
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that engines have kernels for, best first."""
@@ -130,6 +131,26 @@ class TransformPart(_Part):
         return self.entry().options(**self.options)
 
 
+class TuningPart(_Part):
+    """One correction of each block by gradients: ``{name: rounding, options: {iterations: 128}}``, or its name."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TuningPart:
+        self.options_model()
+        return self
+
+    def options_model(self) -> TunerOptions:
+        return find_tuner(self.name).options(**self.options)
+
+
 class CalibrationPart(_Part):
     """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order
     of execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see
@@ -178,6 +199,7 @@ class Recipe(_Part):
     integer_scale: IntegerScalePart = IntegerScalePart()
     solver: SolverPart = SolverPart()
     transforms: tuple[TransformPart, ...] = ()
+    tuning: TuningPart | None = None
     calibration: CalibrationPart = CalibrationPart()
     overrides: tuple[Override, ...] = ()
     format: str = "compressed-tensors"
@@ -190,6 +212,10 @@ class Recipe(_Part):
         for part in self.transforms[1:]:
             if part.entry().prepare is not None:
                 raise ValueError(f"transforms: {part.name} must come first")
+        if self.tuning is not None and self.solver.options().keeps_outliers:
+            raise ValueError("tuning moves codes only; set solver.outliers 0")
+        if self.tuning is not None and not getattr(self.solver.options(), "static_groups", True):
+            raise ValueError("tuning needs groups of consecutive columns; set solver.static_groups true")
         if self.integer_scale.mode != "off":
             if not self.weights.symmetric:
                 raise ValueError("integer_scale needs weights.symmetric true")
@@ -244,6 +270,8 @@ class Recipe(_Part):
         dump["transforms"] = [
             {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.transforms
         ]
+        if self.tuning is not None:
+            dump["tuning"] = {"name": self.tuning.name, "options": self.tuning.options_model().model_dump(mode="json")}
         return dump
 
     @classmethod

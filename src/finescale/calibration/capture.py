@@ -61,7 +61,7 @@ def bind_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def capture_block_inputs(
-    skeleton: Skeleton, batches: list[Tensor], device: torch.device, dtype: torch.dtype
+    skeleton: Skeleton, batches: list[Tensor], device: torch.device, dtype: torch.dtype, other_size: int | None = None
 ) -> BlockInputs:
     """Run the model's embedding over all batches and note what each block would be called with.
 
@@ -70,6 +70,7 @@ def capture_block_inputs(
         batches: token ids, int64 [B, T].
         device: where to run.
         dtype: float type of the hidden states.
+        other_size: note the other arguments for batches of so many sequences too.
     """
     fill_except_blocks(skeleton, device, dtype)
     blocks = skeleton.blocks
@@ -80,18 +81,19 @@ def capture_block_inputs(
     try:
         for index, block in enumerate(blocks):
             block.forward = recorder.forward_of(index)
-        for tokens_BT in batches:
+        extra = [torch.cat(batches)[:other_size]] if other_size is not None else []
+        for tokens_BT in [*batches, *extra]:
             recorder.kwargs = []
             with torch.no_grad():
                 skeleton.model.base_model(input_ids=tokens_BT.to(device), use_cache=False)
             assert recorder.hidden is not None
-            hidden.append(recorder.hidden.to("cpu"))
+            hidden.append(recorder.hidden.to("cpu"))  # that of the extra batch is dropped below
             kwargs.setdefault(tokens_BT.shape[0], recorder.kwargs)
     finally:
         for block, original in zip(blocks, originals, strict=True):
             block.forward = original
         release_except_blocks(skeleton)
-    return BlockInputs(hidden, kwargs)
+    return BlockInputs(hidden[: len(batches)], kwargs)
 
 
 def _returns_tuple(skeleton: Skeleton, device: torch.device, dtype: torch.dtype, tokens_BT: Tensor) -> bool:

@@ -43,12 +43,24 @@ NO_LOWEST_ZERO = "gptq"
 
 
 @dataclass(frozen=True)
+class Solved:
+    """What a layer was solved from, for those who go on from its solution."""
+
+    weight_OI: Tensor
+    hessian_II: Tensor
+    solution: Solution
+    tokens: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LayerResult:
-    """A solved layer and its line in the report."""
+    """A solved layer and its line in the report; ``solved`` when the recipe tunes."""
 
     plan: LayerPlan
     weight: QuantizedWeight
     record: dict[str, Any]
+    solved: Solved | None = None
 
 
 def solve_together(
@@ -89,8 +101,33 @@ def solve_together(
             final = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
             all_notes = notes + solution.notes
             record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
-            results.append(LayerResult(plan, final, record))
+            solved = None
+            if recipe.tuning is not None:
+                solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, all_notes)
+            results.append(LayerResult(plan, final, record, solved))
     return results
+
+
+def with_tuned_weight(result: LayerResult, tuned: QuantizedWeight, recipe: Recipe) -> LayerResult:
+    """The result with a tuned weight, its record anew, and the proof that int32 holds.
+
+    Where tuned codes sum to more than int32 holds, an ``auto`` amplifier is halved and the codes kept; with a fixed one
+    the layer goes back to the solver's weight.
+    """
+    plan, solved = result.plan, result.solved
+    assert solved is not None
+    notes = solved.notes
+    while tuned.grid.amplifier is not None and _bound(plan, tuned) >= INT32_LIMIT:
+        if recipe.integer_scale.amplifier == "auto" and tuned.grid.amplifier > 1:
+            tuned = QuantizedWeight(tuned.codes_OI, integerized(tuned.grid, tuned.grid.amplifier // 2))
+        else:
+            tuned, notes = result.weight, (*notes, "the tuned codes could overflow int32: the solver's were kept")
+    block = result.record["block"]
+    record = _record(
+        plan, solved.weight_OI, solved.hessian_II, tuned, solved.solution, recipe, block, solved.tokens, notes
+    )
+    record["relative_error_before_tuning"] = result.record["relative_error"]
+    return LayerResult(plan, tuned, record)
 
 
 def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) -> None:

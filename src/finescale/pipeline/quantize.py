@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from finescale.pipeline.block import (
     quantize_inputs,
     rearrange_inputs,
 )
+from finescale.pipeline.layers import LayerResult
 from finescale.pipeline.output import Output, input_scheme, is_plain, unpack_layer
 from finescale.pipeline.plan import (
     Plan,
@@ -50,6 +52,7 @@ from finescale.pipeline.plan import (
     scattered_groups,
 )
 from finescale.pipeline.transform import Transformed, Turned, install_changed, prepare_transforms, transform_block
+from finescale.pipeline.tune import FloatStream, tune_block, tuning_batch, windows_of
 from finescale.recipe import Recipe
 from finescale.runtime.load import usable_device
 
@@ -57,7 +60,7 @@ Progress = Callable[[str, int, int], None]
 """``(what is being done, blocks done, blocks in all)``."""
 RTN_SAMPLES = 8
 """Windows used by a solver that needs no statistics: they only serve the error report."""
-PHASES = ("load", "transform", "forward", "solve", "write")
+PHASES = ("load", "transform", "forward", "solve", "tune", "write")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -218,9 +221,9 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         turned = job.turned
         output.write_rest(None if turned is None else lambda: turned.tensors(job.skeleton))
         size = job.recipe.calibration.batch_size
-        inputs = capture_block_inputs(job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype)
-        if turned is not None:
-            inputs.hidden[:] = [turned.rotation.apply(x_BTI) for x_BTI in inputs.hidden]
+        inputs = capture_block_inputs(
+            job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype, tuning_batch(job.recipe)
+        )
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
         records = [record for entry in entries for record in entry["layers"]]
         on_progress("writing the index and the report", total, total)
@@ -228,6 +231,8 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
             job.plan, records, job.recipe.to_dict(), None if turned is None else turned.config_changes()
         )
     report = _report(job, records, after) | {"files": files}
+    if job.recipe.tuning:
+        report["tuning"] = [entry.get("tuning") for entry in entries]
     if job.recipe.transforms:
         report["transforms"] = [entry["transforms"] for entry in entries]
         outside = turned.names(job.skeleton) if turned else []
@@ -245,6 +250,10 @@ def _blocks(
     skeleton, total = job.skeleton, job.skeleton.block_count
     hidden = list(inputs.hidden)
     inputs.hidden.clear()  # or they would stay in memory to the end
+    stream = FloatStream([], list(hidden)) if job.recipe.tuning else None
+    rotation = job.turned.rotation if job.turned else None
+    if rotation is not None:
+        hidden = [rotation.apply(x_BTI) for x_BTI in hidden]
     traced: dict[tuple[str, ...], tuple[Step, ...]] = {}
     entries: list[dict[str, Any]] = []
     resumed: int | None = None
@@ -255,6 +264,8 @@ def _blocks(
         path = skeleton.block_path(index)
         block = timer.measure("load", fill_module, skeleton, path, job.device, job.compute_dtype)
         arguments = [inputs.kwargs[x_BTI.shape[0]][index] for x_BTI in hidden]
+        if stream is not None:
+            timer.measure("forward", stream.advance, block, arguments, job.device)
         if entry is not None and not output.shard(index).is_file():
             entry = None
         if entry is not None:
@@ -268,10 +279,18 @@ def _blocks(
             batches = list(zip(hidden, arguments, strict=True))
             changed = timer.measure(
                 "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
-                job.recipe.transforms, job.device, job.scale_dtype, job.turned.rotation if job.turned else None,
+                job.recipe.transforms, job.device, job.scale_dtype, rotation,
             )  # fmt: skip
             rules, rearranged = changed.rules, changed.hooks
-            entry = {"layers": _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer)}
+            tune = None
+            if stream is not None:
+                tune = partial(
+                    tune_block, windows=windows_of(job.recipe, block, stream, rotation, batches, job.device),
+                    arguments_of=partial(_arguments, inputs, index), rules=rules, recipe=job.recipe, fmt=job.fmt,
+                    seed=job.calibration.seed + index, device=job.device,
+                )  # fmt: skip
+            entry = _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer, tune)
+            del tune
             if job.recipe.transforms:
                 entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
             del batches  # or it would keep the block's inputs beside its outputs
@@ -292,6 +311,11 @@ def _blocks(
     return entries, resumed
 
 
+def _arguments(inputs: BlockInputs, index: int, count: int) -> dict[str, Any]:
+    """A block's arguments besides the hidden states, for so many windows."""
+    return inputs.kwargs[count][index]
+
+
 def _quantize_and_write(
     job: Job,
     output: Output,
@@ -301,17 +325,22 @@ def _quantize_and_write(
     batches: Batches,
     changed: Transformed,
     timer: Timer,
-) -> list[dict[str, Any]]:
-    """Solve a block, put the quantized weights in place and write its shard. Returns the layers' records."""
+    tune: Callable[..., tuple[list[LayerResult], dict[str, float]]] | None,
+) -> dict[str, Any]:
+    """Solve a block, tune it if asked, put the weights in place and write its shard. Returns its journal entry."""
     plans = changed.plans
     results = quantize_block(
         block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
     )
+    entry: dict[str, Any] = {}
+    if tune is not None and results:
+        results, entry["tuning"] = timer.measure("tune", tune, block, results)
     order = {path: number for number, path in enumerate(plans)}
     results.sort(key=lambda result: order[result.plan.path])
     solved = [(result.plan, result.weight) for result in results]
     timer.measure("write", output.write_block, index, solved, changed.tensors, changed.rules)
-    return [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]
+    records = [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]
+    return entry | {"layers": records}
 
 
 def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:

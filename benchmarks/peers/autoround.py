@@ -1,0 +1,84 @@
+"""AutoRound on a model and token windows that ``benchmarks/tuning.py`` gives it, in an environment of its own.
+
+    python3 -m venv VENV && VENV/bin/pip install auto-round==0.16.1
+    VENV/bin/python benchmarks/peers/autoround.py --model MODEL --tokens TOKENS.safetensors --out OUT \
+        --bits 4 --group 64 --iterations 50
+
+``TOKENS`` holds ``calibration``, int64 [windows, length]. ``OUT`` gets ``weights.safetensors`` (the dequantized weight
+of every quantized layer, float32, from AutoRound's own codes and scales) and ``facts.json`` (seconds of the processor,
+versions, settings), so that the same script evaluates AutoRound's result and everybody else's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound  # type: ignore[import-not-found]
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def dequantized(layer: Any, group: int) -> Tensor:
+    """scale * code in float32, with the code that is nearest to the weight AutoRound left in the layer."""
+    rows, columns = layer.weight.shape
+    size = columns if group == -1 else group
+    scale = layer.scale.detach().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
+    return ((layer.weight.detach().float() / scale).round() * scale).contiguous()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    windows = load_file(arguments.tokens)["calibration"]
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    batches = [{"input_ids": batch} for batch in windows.split(arguments.batch)]
+    wall, processor = time.perf_counter(), time.process_time()
+    tuner = AutoRound(
+        model,
+        tokenizer,
+        bits=arguments.bits,
+        group_size=arguments.group,
+        sym=True,
+        iters=arguments.iterations,
+        dataset=batches,
+        nsamples=windows.shape[0],
+        seqlen=windows.shape[1],
+        batch_size=arguments.batch,
+        seed=arguments.seed,
+        device_map="cpu",
+    )
+    tuned, _ = tuner.quantize()
+    facts = {
+        "tool": "auto-round",
+        "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
+        "settings": {key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed")},
+        "cpu_seconds": time.process_time() - processor,
+        "seconds": time.perf_counter() - wall,
+    }
+    weights = {
+        name: dequantized(layer, arguments.group) for name, layer in tuned.named_modules() if hasattr(layer, "scale")
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, arguments.out / "weights.safetensors", metadata={"format": "pt"})
+    (arguments.out / "facts.json").write_text(json.dumps(facts | {"layers": len(weights)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Learned rounding as a part of a run: every family, integer scales, resume, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finescale.errors import InputError
+from finescale.grid import QuantizedWeight
+from finescale.grid.integer_scale import INT32_LIMIT
+from finescale.pipeline import layers as module
+from finescale.pipeline.layers import LayerResult, Solved, with_tuned_weight
+from finescale.pipeline.plan import LayerPlan
+from finescale.pipeline.verify import verify
+from finescale.recipe import Recipe
+from finescale.runtime.checkpoint import open_quantized
+from finescale.solvers import Solution
+from tests.helpers import (
+    W4A8,
+    assert_same_logits,
+    assert_sentence,
+    hashes,
+    lasting_files,
+    make_model,
+    quantize,
+    read_json,
+    recipe,
+    save_model,
+)
+from tests.tuning.test_moving import solved as rounded_weight
+
+
+def tuned(solver="quantease", bits=3, group=32, iterations=24, options=None, **parts):
+    return recipe(solver, bits, group, tuning=part(iterations, options), **parts)
+
+
+def part(iterations=24, options=None):
+    return {"name": "rounding", "options": {"iterations": iterations} | (options or {})}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "opt", "bloom", "falcon-new", "gpt2"])
+def test_every_family_comes_closer_to_the_original(kind, tiny, text, tmp_path):
+    report = quantize(tiny(kind), tmp_path / "out", tuned(), text)
+    assert len(report["tuning"]) == 2
+    for block in report["tuning"]:
+        assert block["error_after"] < 0.95 * block["error_before"]
+    verify(tmp_path / "out", tiny(kind))
+    assert_same_logits(tiny(kind), tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["before", "after"])
+def test_integer_scales_stay_integers_and_proved(mode, tiny, text, tmp_path):
+    chosen = tuned("rtn", 4, integer_scale={"mode": mode, "amplifier": "auto"}, options={"scale_rate": 0.01}, **W4A8)
+    report = quantize(tiny("llama"), tmp_path / "out", chosen, text)
+    for layer in report["layers"]:
+        assert layer["amplifier"] >= 1 and 0 < layer["overflow_use"] < 1
+    for block in report["tuning"]:
+        assert block["error_after"] < block["error_before"]
+    verify(tmp_path / "out", tiny("llama"))
+    plain = quantize(tiny("llama"), tmp_path / "plain", chosen.model_copy(update={"tuning": None}), text)
+    before = {layer["name"]: layer for layer in plain["layers"]}
+    assert any(layer["scale_max"] != before[layer["name"]]["scale_max"] for layer in report["layers"])
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "awq", "dense"])
+def test_other_formats_hold_what_was_tuned(fmt, tiny, text, tmp_path):
+    symmetric = {"symmetric": fmt == "gptq"}
+    quantize(tiny("llama"), tmp_path / "out", tuned(bits=4, format=fmt, weights=symmetric), text)
+    verify(tmp_path / "out", tiny("llama"))
+
+
+@pytest.mark.parametrize("options", [{"inputs": "float"}, {"target": "quantized"}, {"start": "weight", "loss": "mse"}])
+def test_other_inputs_and_targets_give_other_weights(options, tiny, text, tmp_path):
+    usual = quantize(tiny("llama"), tmp_path / "usual", tuned(), text)
+    other = quantize(tiny("llama"), tmp_path / "other", tuned(options=options), text)
+    pairs = zip(usual["layers"], other["layers"], strict=True)
+    assert any(a["sha256"] != b["sha256"] for a, b in pairs)
+    assert all(block["error_after"] < block["error_before"] for block in other["tuning"])
+
+
+def test_transformed_blocks_are_tuned_with_their_gathers(tiny, text, tmp_path):
+    parts = {"transforms": ["qllm"], **W4A8}
+    report = quantize(tiny("llama"), tmp_path / "out", tuned(bits=4, **parts), text)
+    assert all(block["error_after"] < block["error_before"] for block in report["tuning"])
+    verify(tmp_path / "out", tiny("llama"))
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tokenizer, text, tmp_path):
+    model = save_model(make_model("llama", num_hidden_layers=3), tokenizer, tmp_path / "model")
+    chosen = tuned(iterations=8)
+    quantize(model, tmp_path / "whole", chosen, text)
+
+    class StopError(Exception):
+        pass
+
+    def stop(label, done, total):
+        if done == 2:
+            raise StopError
+
+    from finescale.pipeline.quantize import prepare, run
+
+    job = prepare(model, chosen, tmp_path / "out", str(text))
+    with pytest.raises(StopError):
+        run(job, on_progress=stop)
+    run(prepare(model, chosen, tmp_path / "out", str(text)))
+    assert read_json(tmp_path / "out" / "run.json")["resumed_from_block"] == 2
+    files = lasting_files(tmp_path / "whole")
+    assert hashes(tmp_path / "out", files) == hashes(tmp_path / "whole", files)
+
+
+def result_of(weight, bits, amplifier):
+    weight_OI, loud = rounded_weight(bits, 8, True, integer=True)
+    plan = LayerPlan("layer", "layer", (6, 21), loud.grid.scheme)
+    grid = replace(loud.grid, amplifier=amplifier, scale_OG=torch.full_like(loud.grid.scale_OG, 1.0))
+    quiet = QuantizedWeight(torch.ones_like(loud.codes_OI), grid)
+    solved = Solved(weight_OI, torch.eye(21), Solution(quiet), 100, ())
+    record = {"block": 0, "relative_error": 0.5}
+    return LayerResult(plan, quiet, record, solved), QuantizedWeight(loud.codes_OI * 0 + 7, grid)
+
+
+def test_an_automatic_amplifier_is_halved_where_tuned_codes_overflow():
+    result, wild = result_of(None, 4, 2**18)
+    assert module._bound(result.plan, result.weight) < INT32_LIMIT <= module._bound(result.plan, wild)
+    chosen = recipe("rtn", 4, 8, integer_scale={"mode": "before"}, tuning=part(), **W4A8)
+    final = with_tuned_weight(result, wild, chosen)
+    assert final.weight.grid.amplifier == 2**16 and torch.equal(final.weight.codes_OI, wild.codes_OI)
+    assert final.record["bound"] < INT32_LIMIT
+
+
+def test_with_a_fixed_amplifier_the_solved_weight_comes_back():
+    result, wild = result_of(None, 4, 2**18)
+    chosen = recipe("rtn", 4, 8, integer_scale={"mode": "before", "amplifier": 2**18}, tuning=part(), **W4A8)
+    final = with_tuned_weight(result, wild, chosen)
+    assert final.weight is result.weight and "solver" in final.record["notes"][0]
+
+
+def test_scales_move_only_if_asked(tiny, text, tmp_path):
+    plain = quantize(tiny("llama"), tmp_path / "plain", recipe("quantease", 3, 32), text)
+    assert plain.get("tuning") is None
+    quantize(tiny("llama"), tmp_path / "tuned", tuned(options={"scale_rate": 0}), text)
+    scales = [
+        [weight.grid.scale_OG for _, weight in open_quantized(tmp_path / name).layers()][:7]
+        for name in ("plain", "tuned")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"tuning": "annealing"}, "rounding"),
+        ({"tuning": {"name": "rounding", "options": {"steps": 3}}}, "steps"),
+        ({"tuning": {"name": "rounding", "options": {"rate": 0}}}, "rate"),
+        ({"tuning": "rounding", "solver": {"name": "quantease", "outliers": 0.01}}, "outliers"),
+        ({"tuning": "rounding", "solver": {"name": "gptq", "static_groups": False}}, "static_groups"),
+    ],
+)
+def test_what_cannot_work_is_refused(values, word):
+    with pytest.raises(InputError, match=word) as caught:
+        Recipe.from_dict(values)
+    assert_sentence(str(caught.value))
+
+
+def test_a_recipe_tells_all_its_options():
+    values = Recipe.from_dict({"tuning": "rounding"}).to_dict()["tuning"]
+    assert values["name"] == "rounding" and values["options"]["iterations"] == 128
+    assert Recipe.from_dict({}).with_settings(("tuning.name=rounding", "tuning.options.rate=0.5")).tuning is not None
+
+
+def test_rotated_models_are_tuned_towards_rotated_outputs(tiny, text, tmp_path):
+    report = quantize(tiny("llama"), tmp_path / "out", tuned(transforms=["quarot"]), text)
+    plain = quantize(tiny("llama"), tmp_path / "plain", tuned(), text)
+    for turned, usual in zip(report["tuning"], plain["tuning"], strict=True):
+        assert turned["error_after"] < 0.95 * turned["error_before"]
+        assert turned["error_before"] < 2 * usual["error_before"]  # unrotated targets would be far away
+    verify(tmp_path / "out", tiny("llama"))
