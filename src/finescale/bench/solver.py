@@ -15,7 +15,8 @@ from torch import Tensor
 
 from finescale.bench.machine import machine_facts
 from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
-from finescale.solvers import find_solver, relative_error
+from finescale.recipe import Recipe
+from finescale.solvers import relative_error
 from finescale.solvers.quantease import is_relaxed
 
 SEED = 0
@@ -103,9 +104,11 @@ def bench_solver(
         grid = fit_grid(weight_OI, WeightScheme(bits, -1, False))
         row: dict[str, Any] = {"shape": [rows, columns], "sweeps": sweeps, "bits": bits}
         for name in ("rtn", "gptq", "quantease"):
-            entry = find_solver(name)
-            options = entry.options(**({"sweeps": sweeps} if name == "quantease" else {}))
-            solve = partial(entry.solve, weight_OI, hessian_II, grid, options)
+            # With the options of the recipe of this name: what users run.
+            chosen = (
+                Recipe.named(name).with_settings((f"solver.sweeps={sweeps}",) if name == "quantease" else ()).solver
+            )
+            solve = partial(chosen.entry().solve, weight_OI, hessian_II, grid, chosen.options())
             seconds, solution = timed(solve, repeats, device)
             row[f"{name}_seconds"] = seconds
             row[f"{name}_error"] = relative_error(weight_OI, solution.weight.dequantize(), hessian_II)
