@@ -25,7 +25,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
         (replace(W4A8, activation_bits=None), CUDA, (9, 0), "float", "not quantized"),
         (replace(W4A8, integer_scales=False), CUDA, (9, 0), "float", "floats"),
         (replace(W4A8, outliers=True), CUDA, (9, 0), "float", "outliers"),
-        (replace(W4A8, symmetric_activations=False), CPU, None, "float", "zero points"),
+        (replace(W4A8, symmetric_activations=False), CPU, None, "float", "asymmetric"),
     ],
 )
 def test_table(layer, device, capability, kernel, why):

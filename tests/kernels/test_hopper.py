@@ -65,15 +65,18 @@ def test_equals_the_exact_product(case, adversarial):
         assert torch.equal(sums, expected)
     bias = torch.randn(outputs, device=x.device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        out = OPS.w4a8_product(packed_x, x_scale, x_sum, packed, bias, outputs, 1024, folded, dtype)
+        out = OPS.w4a8_product(packed_x, x_scale, x_sum, packed, bias, None, outputs, 1024, folded, dtype)
         assert torch.equal(out, (expected.float() * (x_scale[:, None] / 1024) + bias).to(dtype))
+    own = torch.rand(outputs, device=x.device)
+    out = OPS.w4a8_product(packed_x, x_scale, x_sum, packed, None, own, outputs, 1, folded, torch.float32)
+    assert torch.equal(out, expected.float() * x_scale[:, None] * own)
 
 
 def test_no_tokens():
     x, codes, scale = make(0, 128, 256, 128, False, False)
     out = OPS.w4a8_product(
         layout.pack_tokens(x), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32),
-        layout.pack_weight(codes, scale, 128), None, 128, 1, False, torch.bfloat16,
+        layout.pack_weight(codes, scale, 128), None, None, 128, 1, False, torch.bfloat16,
     )  # fmt: skip
     assert out.shape == (0, 128)
 
@@ -122,7 +125,7 @@ def test_zeros_and_nan_reach_the_scale():
 def layer_call(packed, outputs):
     def call(x):
         codes, scale, total = OPS.quantize_tokens(x, "plain", None, None, None, 0.0)
-        return OPS.w4a8_product(codes, scale, total, packed, None, outputs, 64, False, x.dtype)
+        return OPS.w4a8_product(codes, scale, total, packed, None, None, outputs, 64, False, x.dtype)
 
     return call
 

@@ -52,3 +52,55 @@ def solver(
         )
     console.print(table)
     write_json_file(json_, result)
+
+
+@app.command()
+def gemm(
+    shape: Annotated[list[str] | None, typer.Option(help="INPUTSxOUTPUTS, may be repeated.")] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = "1,16,64,128,256,1024,4096",
+    peers: Annotated[bool, typer.Option(help="Also time int8, fp8 and 4-bit products of torch.")] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only say which kernel runs which layer here, and why.")
+    ] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+) -> None:
+    """Microseconds of the W4A8 product on this GPU, beside bfloat16 and others, every result checked."""
+    if explain:
+        return _explain(json_)
+    from finescale.bench.gemm import PEERS, SHAPES, bench_gemm
+    from finescale.errors import InputError
+
+    try:
+        shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in shape or ())) or SHAPES
+        counts = tuple(int(count) for count in tokens.split(","))
+    except ValueError as error:
+        raise InputError("write --shape as INPUTSxOUTPUTS and --tokens as numbers with commas.") from error
+    result = bench_gemm(shapes, counts, peers)
+    names = ("integer", "folded", "float_scale", *(PEERS if peers else ()))
+    table = Table("inputs x outputs", "tokens", "bf16 us", *(f"{name} us (x bf16)" for name in names))
+    for row in result["rows"]:
+        times = [f"{row[name]:.1f} ({row['bf16'] / row[name]:.2f})" if row.get(name) else "-" for name in names]
+        table.add_row(f"{row['inputs']} x {row['outputs']}", str(row["tokens"]), f"{row['bf16']:.1f}", *times)
+    console.print(table)
+    write_json_file(json_, result)
+
+
+def _explain(json_: Path | None) -> None:
+    import torch
+
+    from finescale.kernels.dispatch import LayerFacts, choose_kernel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = {
+        "W4A8, groups of 128, integer scales": LayerFacts(4, 128, True, True, 1000, 8, True, False),
+        "W4A8, groups of 128, integer scales up to 15": LayerFacts(4, 128, True, True, 15, 8, True, False),
+        "W4A8, groups of 128, float scales": LayerFacts(4, 128, True, False, 0, 8, True, False),
+        "W8A8, integer scales": LayerFacts(8, -1, True, True, 1000, 8, True, False),
+        "W4A16": LayerFacts(4, 128, True, False, 0, None, False, False),
+    }
+    table = Table("layer", "kernel here", "why")
+    choices = {name: choose_kernel(layer, device) for name, layer in layers.items()}
+    for name, choice in choices.items():
+        table.add_row(name, choice.kernel, choice.why)
+    console.print(table)
+    write_json_file(json_, {name: {"kernel": c.kernel, "why": c.why} for name, c in choices.items()})

@@ -45,7 +45,9 @@ def _token_ranges(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tenso
     """Scale and zero point of each token, float32 [..., 1]."""
     if scheme.symmetric:
         absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
-        scale_T1 = torch.where(absmax_T1 == 0, torch.ones_like(absmax_T1), absmax_T1 / scheme.code_max)
+        # By a tensor: CUDA turns division by a number into a product, one rounding away from the kernels and the CPU.
+        scale_T1 = absmax_T1 / torch.full_like(absmax_T1, scheme.code_max)
+        scale_T1 = torch.where(absmax_T1 == 0, torch.ones_like(absmax_T1), scale_T1)
         # A token so small that its scale underflows would divide by zero.
         return scale_T1.clamp(min=_TINY), torch.zeros_like(scale_T1)
     low_T1 = x_TI.amin(-1, keepdim=True).clamp(max=0)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from finescale.errors import InputError
+from finescale.grid import InputRule, QuantizedWeight, contiguous_groups
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE, groups_in_block
 
 Kernel = Literal["hopper-folded", "hopper", "reference", "float"]
@@ -24,7 +25,7 @@ class LayerFacts:
         integer_scales: scales are integers over an amplifier.
         largest_scale: largest integer scale in magnitude, 0 without.
         activation_bits: of the inputs, None for float inputs.
-        symmetric_activations: inputs are rounded without zero point, one scale a token.
+        symmetric_activations: inputs are rounded without zero point, one scale a token, found at run time.
         outliers: some weights are added in full precision.
     """
 
@@ -46,6 +47,24 @@ class Choice:
     why: str
 
 
+def layer_facts(weight: QuantizedWeight, inputs: InputRule) -> LayerFacts:
+    """What decides about a layer of these weights and inputs."""
+    grid = weight.grid
+    columns = grid.group_of_I.shape[0]
+    expected_I = contiguous_groups(columns, grid.scheme.group_size, grid.group_of_I.device)
+    scheme = inputs.scheme
+    return LayerFacts(
+        bits=grid.scheme.bits,
+        group_size=grid.scheme.group_size,
+        contiguous_groups=bool((grid.group_of_I == expected_I).all()),
+        integer_scales=grid.amplifier is not None,
+        largest_scale=0 if grid.amplifier is None else int(grid.integer_scale_OG().abs().max()),
+        activation_bits=None if scheme is None else scheme.bits,
+        symmetric_activations=scheme is not None and scheme.symmetric and scheme.dynamic,
+        outliers=weight.outliers is not None,
+    )
+
+
 def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int, int] | None = None) -> Choice:
     """The kernel for a layer on a device.
 
@@ -59,7 +78,7 @@ def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int
     if not layer.integer_scales:
         return Choice("float", "scales are floats: weights are dequantized and multiplied in floating point")
     if layer.outliers or not layer.symmetric_activations:
-        what = "outliers" if layer.outliers else "zero points of activations"
+        what = "outliers" if layer.outliers else "static or asymmetric activations"
         return Choice("float", f"{what} have no integer kernel: multiplied in floating point")
     obstacle = _obstacle(layer)
     if device.type != "cuda":

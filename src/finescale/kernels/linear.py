@@ -88,6 +88,7 @@ def w4a8_product(
     x_sum_T: Tensor,
     packed_weight: Tensor,
     bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
     outputs: int,
     amplifier: int,
     folded: bool,
@@ -99,6 +100,7 @@ def w4a8_product(
         codes, x_scale_T, x_sum_T: quantized activations.
         packed_weight: uint8 [S, B, ...] (``layout.pack_weight``).
         bias_O: float32 or None.
+        channel_scale_O: float32, multiplies each output before the bias; None for ones.
         outputs: O.
         amplifier: what scales were multiplied by.
         folded: all integer scales are at most 15, and may be multiplied into the weights.
@@ -117,12 +119,25 @@ def w4a8_product(
         raise InputError(f"{outputs} outputs do not fit a packed weight of {packed_weight.shape[0]} slabs of {SLAB}.")
     if out_dtype not in OUT_DTYPES:
         raise InputError(f"out_dtype is {out_dtype}; use bfloat16, float16 or float32.")
-    if bias_O is not None and (tuple(bias_O.shape) != (outputs,) or bias_O.dtype != torch.float32):
-        raise InputError(f"the bias must be float32 [{outputs}].")
+    for name, tensor in (("bias", bias_O), ("channel scale", channel_scale_O)):
+        if tensor is not None and (tuple(tensor.shape) != (outputs,) or tensor.dtype != torch.float32):
+            raise InputError(f"the {name} must be float32 [{outputs}].")
     if any(t.device != packed_weight.device for t in (codes, x_scale_T, x_sum_T)):
         raise InputError(f"activations are on {codes.device}, the weight on {packed_weight.device}.")
     tokens = x_scale_T.shape[0]
-    return gemm.run(codes, x_scale_T, x_sum_T, packed_weight, tokens, outputs, amplifier, bias_O, out_dtype, folded)
+    return gemm.run(
+        codes,
+        x_scale_T,
+        x_sum_T,
+        packed_weight,
+        tokens,
+        outputs,
+        amplifier,
+        bias_O,
+        out_dtype,
+        folded,
+        channel_scale_O=channel_scale_O,
+    )
 
 
 @w4a8_product.register_fake
@@ -132,6 +147,7 @@ def _(
     x_sum_T: Tensor,
     packed_weight: Tensor,
     bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
     outputs: int,
     amplifier: int,
     folded: bool,

@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finescale.formats.source import read_json
 from finescale.grid.integer_scale import INT32_LIMIT, prove_no_overflow
+from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 
 
 def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
     """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
     ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report, else None),
-    ``scale_min``, ``scale_max``, ``kernel``.
+    ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and ``kernel_why``.
 
     Raises:
         CheckpointError, NumericsError: damaged files, or a proof that does not hold.
     """
     quantized = open_quantized(folder)
     report = _records(quantized)
-    return [_inspect(quantized, name, report.get(name, {})) for name in quantized.layer_names()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [_inspect(quantized, name, report.get(name, {}), device) for name in quantized.layer_names()]
 
 
 def _records(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
@@ -30,10 +34,11 @@ def _records(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
     return {record["name"]: record for record in read_json(file, "").get("layers", [])}
 
 
-def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any]) -> dict[str, Any]:
+def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any], device: torch.device) -> dict[str, Any]:
     weight = quantized.read(name)
     grid = weight.grid
     scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG()
+    choice = choose_kernel(layer_facts(weight, quantized.inputs_of(name)), device)
     use = None
     if grid.amplifier is not None:
         maximum = quantized.activation_max(name)
@@ -53,5 +58,6 @@ def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any]) 
         "bits_per_weight": weight.stored_bits() / max(weight.codes_OI.numel(), 1),
         "tokens": record.get("tokens"),
         "notes": record.get("notes", []),
-        "kernel": "reference int32 (exact)" if grid.amplifier is not None else "dequantize, then float product",
+        "kernel": choice.kernel,
+        "kernel_why": choice.why,
     }

@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from finescale.errors import CheckpointError, InputError
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
+from finescale.grid import InputRule, QuantizedWeight
+from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.models import Skeleton, linear_modules, open_skeleton
 from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
+from finescale.runtime.packed import PackedLinear
 
 Rounding = Literal["finescale", "compressed-tensors", "none"]
+LoadPath = Literal["float", "integer", "kernel"]
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -39,7 +43,7 @@ def load(
     model: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    path: ComputePath = "float",
+    path: LoadPath = "float",
     cache: bool = True,
     rounding: Rounding = "finescale",
 ) -> PreTrainedModel:
@@ -50,7 +54,8 @@ def load(
         dtype: type of everything that is not quantized, and of the activations.
         device: where to.
         path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are
-            integers.
+            integers; ``kernel`` runs the fastest kernel that the device has for each layer
+            (`finescale.kernels.dispatch`), keeping only packed weights where there is a fused one.
         cache: keep dequantized weights (only for ``float``).
         rounding: of the inputs of W4A8 layers; the others show what other engines make of the file:
             ``compressed-tensors`` what transformers does, ``none`` what engines do that run it as W4A16.
@@ -78,7 +83,7 @@ def _install_quantized(
     quantized: QuantizedCheckpoint,
     device: torch.device,
     dtype: torch.dtype,
-    path: ComputePath,
+    path: LoadPath,
     cache: bool,
     rounding: Rounding,
 ) -> None:
@@ -97,23 +102,41 @@ def _install_quantized(
             inputs = quantized.inputs_of(name).to(device)
             if rounding == "none":
                 inputs = replace(inputs, scheme=None, fixed=None)
-            symmetric = inputs.scheme is not None and inputs.scheme.symmetric
-            integer = path == "integer" and weight.grid.amplifier is not None and symmetric
-            compute: ComputePath = "integer" if integer else "float"
-            layer = QuantizedLinear(weight, bias, inputs, compute, cache and not integer, full_range).to(device)
-            if layer.dense_OI is not None:
-                layer.dense_OI = layer.dense_OI.to(dtype)
+            layer = _layer(weight, bias, inputs, device, dtype, path, cache, full_range)
             parent, _, leaf = module_path.rpartition(".")
             setattr(block.get_submodule(parent), leaf, layer)
     if names:
         raise CheckpointError(f"{', '.join(sorted(names)[:3])}: quantized tensors that the model has no layer for.")
 
 
+def _layer(
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    inputs: InputRule,
+    device: torch.device,
+    dtype: torch.dtype,
+    path: LoadPath,
+    cache: bool,
+    full_range: bool,
+) -> QuantizedLinear | PackedLinear:
+    kernel = choose_kernel(layer_facts(weight, inputs), device).kernel if path == "kernel" else None
+    if kernel in ("hopper", "hopper-folded"):
+        return PackedLinear(weight, bias, inputs, device)
+    symmetric = inputs.scheme is not None and inputs.scheme.symmetric
+    wanted = kernel == "reference" if path == "kernel" else path == "integer"
+    integer = wanted and weight.grid.amplifier is not None and symmetric
+    compute: ComputePath = "integer" if integer else "float"
+    layer = QuantizedLinear(weight, bias, inputs, compute, cache and not integer, full_range).to(device)
+    if layer.dense_OI is not None:
+        layer.dense_OI = layer.dense_OI.to(dtype)
+    return layer
+
+
 def _fill_rest(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> None:
     model = skeleton.model
     tied = _tied_head(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, PackedLinear)):
             continue
         if module is tied and skeleton.source.config.get("tie_word_embeddings", True):
             continue

@@ -45,6 +45,7 @@ struct Arguments {
     const float* x_scale;
     const int* x_sum;       // sums of the activations of each token, for FOLDED
     const float* bias;      // or null
+    const float* channel_scale;   // or null
     void* out;
     int* workspace;         // zeros, left as zeros
     int* counters;          // zeros, left as zeros
@@ -307,10 +308,14 @@ __device__ __forceinline__ void write_tile(
     named_barrier(1 + group, 128);
     channel0 += warp * 16;
     int channel = channel0 + lane / 4;
-    float bias0 = 0, bias1 = 0;
-    if (a.bias) {
-        if (channel < a.channels) bias0 = a.bias[channel];
-        if (channel + 8 < a.channels) bias1 = a.bias[channel + 8];
+    float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
+    if (channel < a.channels) {
+        if (a.bias) bias0 = a.bias[channel];
+        if (a.channel_scale) own0 = a.channel_scale[channel];
+    }
+    if (channel + 8 < a.channels) {
+        if (a.bias) bias1 = a.bias[channel + 8];
+        if (a.channel_scale) own1 = a.channel_scale[channel + 8];
     }
     u32 mine = shared_address(buffer) + (group * 4 + warp) * (CHUNK * PITCH);
 #pragma unroll
@@ -328,6 +333,7 @@ __device__ __forceinline__ void write_tile(
             for (int i = 0; i < 4; i++) {
                 Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
                 value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
+                if (a.channel_scale) value[i] *= i < 2 ? own0 : own1;
                 if (a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
                 int token = token0 + inner + i % 2, c = channel + i / 2 * 8;

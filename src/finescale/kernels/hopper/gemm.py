@@ -112,7 +112,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *[
             (name, ctypes.c_void_p)
-            for name in ("weight", "x", "x_scale", "x_sum", "bias", "out", "workspace", "counters")
+            for name in ("weight", "x", "x_scale", "x_sum", "bias", "channel_scale", "out", "workspace", "counters")
         ],
         *[(name, ctypes.c_int) for name in ("tokens", "channels", "blocks", "slabs")],
         *[(name, ctypes.c_int) for name in ("token_tiles", "whole_tiles", "tiles", "splits")],
@@ -157,8 +157,8 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
 def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: int, multiprocessors: int) -> float:
     """Time of a product on an H100, good enough to rank variants.
 
-    Fitted to 585 timings of five layer shapes and 13 numbers of tokens (benchmarks/results/gemm-h100.json): the ranking
-    costs 0.7 % over always taking the fastest variant, 13 % at worst.
+    Fitted to 620 timings of five layer shapes and 13 numbers of tokens (benchmarks/results/gemm-variants-h100.json):
+    following it costs 1 % over always taking the fastest variant, 13 % at worst.
     """
     clock = 1700.0  # cycles a microsecond
     shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
@@ -200,8 +200,12 @@ def run(
     out_dtype: torch.dtype,
     folded: bool,
     variant: Variant | None = None,
+    channel_scale_O: Tensor | None = None,
 ) -> Tensor:
-    """Y [T, O] of packed activations and packed weights (kernels/layout.py), all on one Hopper GPU."""
+    """Y [T, O] of packed activations and packed weights (kernels/layout.py), all on one Hopper GPU.
+
+    ``channel_scale_O`` (float32) multiplies each output before the bias.
+    """
     device = packed_x.device
     _, blocks, slab_bytes = packed_weight.shape
     groups = (slab_bytes - 4096) // 128
@@ -222,6 +226,7 @@ def run(
         x_scale_T.data_ptr(),
         x_sum_T.data_ptr(),
         None if bias_O is None else bias_O.data_ptr(),
+        None if channel_scale_O is None else channel_scale_O.data_ptr(),
         out_TO.data_ptr(),
         workspace.data_ptr() + 4 * COUNTERS,
         workspace.data_ptr(),

@@ -1,0 +1,65 @@
+"""Quantized linear layers on the fused kernels of a GPU: packed once, no dequantized copy.
+
+Shape legend: T tokens (any leading dimensions), O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from finescale.errors import InputError
+from finescale.grid import InputRule, QuantizedWeight
+from finescale.kernels import linear  # noqa: F401  (registers the custom ops)
+from finescale.kernels.dispatch import choose_kernel, layer_facts
+from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
+
+
+class PackedLinear(nn.Module):
+    """A W4A8 layer as a Hopper GPU multiplies it (``kernels/linear.py``).
+
+    Args:
+        weight: codes and a grid with integer scales; moved to ``device`` and packed there.
+        bias: float [O] or None.
+        inputs: rounding of the inputs, with what stands before it.
+        device: a Hopper GPU.
+
+    Raises:
+        InputError: a layer that the fused kernels cannot run; says why.
+    """
+
+    packed: Tensor
+    bias_O: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, inputs: InputRule, device: torch.device) -> None:
+        super().__init__()
+        choice = choose_kernel(layer_facts(weight, inputs), device)
+        if choice.kernel not in ("hopper", "hopper-folded") or weight.grid.amplifier is None:
+            raise InputError(f"this layer has no fused kernel here: {choice.why}.")
+        self.why = choice.why
+        self.inputs = inputs.to(device)
+        self.amplifier = weight.grid.amplifier
+        self.scheme = weight.grid.scheme
+        self.out_features, self.in_features = weight.codes_OI.shape
+        integer_scale_OG = weight.grid.integer_scale_OG().to(device)
+        self.folded = int(integer_scale_OG.abs().max()) <= LARGEST_FOLDED_SCALE
+        packed = pack_weight(weight.codes_OI.to(device), integer_scale_OG, self.scheme.group_size)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias_O", None if bias is None else bias.to(device, torch.float32), persistent=False)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """float [..., I] -> [..., O], in the type of the input."""
+        x_TI = self.inputs.rearrange(x_TI)
+        flat_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
+        codes, scale_T, sum_T = torch.ops.finescale.quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
+        out_TO = torch.ops.finescale.w4a8_product(
+            codes, scale_T, sum_T, self.packed, self.bias_O, None, self.out_features, self.amplifier, self.folded,
+            x_TI.dtype,
+        )  # fmt: skip
+        return out_TO.reshape(*x_TI.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features} -> {self.out_features}, groups of {self.scheme.group_size}, "
+            f"integer scales over {self.amplifier}, {self.why}"
+        )
