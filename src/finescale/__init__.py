@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from finescale._after_import import after_import
 from finescale._version import __version__
+from finescale.claim import register
 from finescale.errors import CheckpointError, FinescaleError, InputError, NumericsError
 
 if TYPE_CHECKING:
@@ -44,3 +46,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'finescale' has no attribute {name!r}")
+
+
+# transformers then loads finescale's checkpoints onto finescale's layers; nothing heavy is imported for it here.
+after_import("transformers.quantizers.auto", register)

@@ -90,7 +90,10 @@ def prompt_logits(folder: Path) -> list[Tensor]:
     """float32 logits [T, V] of each prompt by transformers, for a checkpoint that it can load."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    from finescale.claim import left_to_transformers
+
+    with left_to_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
 

@@ -78,7 +78,9 @@ def test_zero_points_load_when_dequantized_on_the_way(llama, tmp_path, scheme):
         way = CompressedTensorsConfig(dequantize=True)
     except TypeError:
         pytest.skip("this transformers has no CompressedTensorsConfig(dequantize=True)")
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+    from finescale.claim import left_to_transformers
+
+    with left_to_transformers(), pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path / "quantized", dtype=torch.float32, quantization_config=way
         )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from finescale import api
+from finescale.api import quantize
 from finescale.errors import InputError
 from finescale.grid import ActivationScheme, InputRule, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.runtime.load import load
@@ -12,7 +12,7 @@ from tests.helpers import recipe
 def test_kernel_path_on_a_cpu_is_the_exact_product(tiny, text, tmp_path):
     integer_scale = {"mode": "before", "amplifier": "auto"}
     chosen = recipe("rtn", 4, 32, weights={"symmetric": True}, activations={"bits": 8}, integer_scale=integer_scale)
-    api.quantize(tiny("llama"), chosen, calibration=str(text), out=tmp_path / "out")
+    quantize(tiny("llama"), chosen, calibration=str(text), out=tmp_path / "out")
     tokens = torch.arange(12).view(2, 6)
     by_path = {path: load(tmp_path / "out", path=path)(tokens).logits for path in ("integer", "kernel")}
     assert torch.equal(by_path["kernel"], by_path["integer"])

@@ -69,7 +69,7 @@ def load(
     skeleton = open_skeleton(source, allow_unknown=True)
     quantized = open_quantized(model) if source.config.get("quantization_config") else None
     if quantized is not None:
-        _install_quantized(skeleton, quantized, target, dtype, path, cache, rounding)
+        install_quantized(skeleton, quantized, target, dtype, path, cache, rounding)
     _fill_rest(skeleton, target, dtype)
     loaded = skeleton.model
     loaded.config.use_cache = True
@@ -78,7 +78,7 @@ def load(
     return loaded
 
 
-def _install_quantized(
+def install_quantized(
     skeleton: Skeleton,
     quantized: QuantizedCheckpoint,
     device: torch.device,
