@@ -44,7 +44,8 @@ def quantize(
         device: ``cpu`` or ``cuda``.
         fresh: replace what an earlier run wrote.
         on_progress: ``(what, blocks done, blocks in all)``.
-        **checks: ``tensor_parallel``, ``allow_partial``, ``allow_unknown_family`` of ``pipeline.quantize.prepare``.
+        **checks: ``tensor_parallel``, ``allow_partial``, ``allow_unknown_family``, ``deterministic``, ``spill`` of
+            ``pipeline.quantize.prepare``.
 
     Raises:
         FinescaleError: one sentence with the remedy.
@@ -52,6 +53,8 @@ def quantize(
     chosen = recipe.with_settings(settings) if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
     job = prepare(model, chosen, Path(out), calibration, seed, device, **checks)
     report = run(job, fresh, on_progress)
+    if not job.ranks.leads:
+        return report
     write_report(Path(out), report)
     return report
 

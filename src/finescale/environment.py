@@ -1,8 +1,10 @@
-"""What finescale says to libraries through the environment. The only file that may touch it."""
+"""What finescale says to libraries through the environment, and what torchrun says there. The only file that may touch
+it."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 
 def wait_without_spinning() -> None:
@@ -13,3 +15,19 @@ def wait_without_spinning() -> None:
     has set the policy keeps it.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process among those that torchrun started; alone when it did not."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+
+
+def launch() -> Launch:
+    """What torchrun announced."""
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    return Launch(*(int(os.environ.get(name, default)) for name, default in names))

@@ -189,7 +189,10 @@ class Override(_Part):
 
 
 class Recipe(_Part):
-    """A whole recipe. ``Recipe.named("w4a8-integer-scale")`` or ``Recipe.from_file(path)`` make one."""
+    """A whole recipe. ``Recipe.named("w4a8-integer-scale")`` or ``Recipe.from_file(path)`` make one.
+
+    ``blocks``: quantize only so many of the first blocks; the others stay as they are.
+    """
 
     name: str = "custom"
     description: str = ""
@@ -202,6 +205,7 @@ class Recipe(_Part):
     tuning: TuningPart | None = None
     calibration: CalibrationPart = CalibrationPart()
     overrides: tuple[Override, ...] = ()
+    blocks: int | None = Field(default=None, ge=1)
     format: str = "compressed-tensors"
 
     @model_validator(mode="after")
@@ -216,6 +220,8 @@ class Recipe(_Part):
             raise ValueError("tuning moves codes only; set solver.outliers 0")
         if self.tuning is not None and not getattr(self.solver.options(), "static_groups", True):
             raise ValueError("tuning needs groups of consecutive columns; set solver.static_groups true")
+        if self.blocks is not None and self.transforms:
+            raise ValueError("blocks: transforms rewrite all blocks, so that all must be quantized")
         if self.integer_scale.mode != "off":
             if not self.weights.symmetric:
                 raise ValueError("integer_scale needs weights.symmetric true")
@@ -266,6 +272,8 @@ class Recipe(_Part):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, all defaults and solver options written out."""
         dump = self.model_dump(mode="json")
+        if dump["blocks"] is None:
+            del dump["blocks"]
         dump["solver"] = {"name": self.solver.name, **self.solver.options().model_dump(mode="json")}
         dump["transforms"] = [
             {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.transforms

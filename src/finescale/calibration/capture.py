@@ -6,6 +6,7 @@ Shape legend: B sequences of a batch, T tokens, I hidden size.
 from __future__ import annotations
 
 import inspect
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class BlockInputs:
         kwargs: by number of sequences in a batch, each block's arguments besides the hidden states.
     """
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     kwargs: dict[int, list[dict[str, Any]]]
 
 
@@ -61,7 +62,12 @@ def bind_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def capture_block_inputs(
-    skeleton: Skeleton, batches: list[Tensor], device: torch.device, dtype: torch.dtype, other_size: int | None = None
+    skeleton: Skeleton,
+    batches: list[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: MutableSequence[Tensor] | None = None,
+    other_size: int | None = None,
 ) -> BlockInputs:
     """Run the model's embedding over all batches and note what each block would be called with.
 
@@ -70,13 +76,14 @@ def capture_block_inputs(
         batches: token ids, int64 [B, T].
         device: where to run.
         dtype: float type of the hidden states.
+        hidden: where they go, empty; None for a new list.
         other_size: note the other arguments for batches of so many sequences too.
     """
+    hidden = [] if hidden is None else hidden
     fill_except_blocks(skeleton, device, dtype)
     blocks = skeleton.blocks
     recorder = _Recorder(blocks, _returns_tuple(skeleton, device, dtype, batches[0][:1, :2]))
     originals = [block.forward for block in blocks]
-    hidden: list[Tensor] = []
     kwargs: dict[int, list[dict[str, Any]]] = {}
     try:
         for index, block in enumerate(blocks):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finescale.errors import NumericsError
+from finescale.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -42,6 +43,7 @@ def collect_moments(
     leaders: Mapping[str, str],
     batches: Iterable[tuple[Tensor, dict[str, Any]]],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Moments]:
     """Run a block over all batches and accumulate the moments of some layers' inputs.
 
@@ -50,6 +52,7 @@ def collect_moments(
         leaders: layer paths inside the block, one for each distinct input, with their full names for messages.
         batches: (hidden states [B, T, I], keyword arguments) pairs.
         device: where the block lives.
+        ranks: processes that have other batches; the moments are those of all of them.
 
     Raises:
         NumericsError: an input is NaN or Inf.
@@ -64,8 +67,14 @@ def collect_moments(
         handles.append(module.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0])))
     try:
         with torch.no_grad():
-            for hidden_BTI, kwargs in batches:
-                block(hidden_BTI.to(device), **kwargs)
+            if ranks.deterministic:
+                _in_order(block, batches, moments, device, ranks)
+            else:
+                for hidden_BTI, kwargs in batches:
+                    block(hidden_BTI.to(device), **kwargs)
+                for moment in moments.values():
+                    ranks.sum_(moment.sum_II)
+                    moment.tokens = int(ranks.sum_(torch.tensor([moment.tokens])))
     finally:
         for handle in handles:
             handle.remove()
@@ -162,3 +171,31 @@ def collect_ranges(
         for handle in handles:
             handle.remove()
     return ranges
+
+
+def _in_order(
+    block: nn.Module,
+    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    moments: Mapping[str, Moments],
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Add the moments batch by batch in the order of the text: float sums depend on their order.
+
+    Batches are dealt out in turn, so that in each round the processes have consecutive ones.
+    """
+    mine = iter(batches)
+    rounds = int(ranks.largest(len(batches)))  # type: ignore[arg-type]
+    totals = {name: Moments(torch.zeros_like(moment.sum_II)) for name, moment in moments.items()}
+    for _ in range(rounds):
+        for moment in moments.values():
+            moment.sum_II.zero_()
+            moment.tokens = 0
+        batch = next(mine, None)
+        if batch is not None:
+            block(batch[0].to(device), **batch[1])
+        for name, moment in moments.items():
+            ranks.add_in_order_(totals[name].sum_II, moment.sum_II)
+            totals[name].tokens += int(ranks.sum_(torch.tensor([moment.tokens])))
+    for name, moment in moments.items():
+        moment.sum_II, moment.tokens = totals[name].sum_II, totals[name].tokens

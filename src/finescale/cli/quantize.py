@@ -36,6 +36,10 @@ def quantize(
     allow_unknown_family: Annotated[
         bool, typer.Option("--allow-unknown-family", help="Read an unknown model's blocks from its module graph.")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bytes for any number of processes (torchrun).")
+    ] = False,
+    spill: Annotated[bool, typer.Option("--spill", help="Keep activations on disk, not in memory.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
@@ -43,6 +47,7 @@ def quantize(
     quiet_libraries()
     from finescale.api import write_report
     from finescale.pipeline.quantize import prepare, run
+    from finescale.ranks import leave
     from finescale.recipe import Recipe
     from finescale.report import summary_table, units
 
@@ -51,13 +56,22 @@ def quantize(
     settings += [f"calibration.length={length}"] if length is not None else []
     settings += [f"format={format_}"] if format_ is not None else []
     chosen = Recipe.load(recipe, tuple(settings))
-    job = prepare(model, chosen, out, calibration, seed, device, tp, allow_partial, allow_unknown_family)
+    job = prepare(
+        model, chosen, out, calibration, seed, device, tp, allow_partial, allow_unknown_family,
+        deterministic, spill,
+    )  # fmt: skip
+    if not job.ranks.leads:  # the first process speaks for all
+        if not dry_run:
+            run(job, fresh)
+        leave()
+        return
     facts = job.calibration.facts()
     console.print(
         f"{len(job.plan.layers)} layers of {job.skeleton.block_count} blocks, "
         f"{job.plan.share:.1%} of the block weights; "
         f"calibration {facts['samples']} x {facts['length']} tokens of {facts['source']}; "
         f"needs about {units.size(job.memory_bytes)} of memory and {units.size(job.output_bytes)} of disk."
+        + (f" {job.ranks.count} processes." if job.ranks.count > 1 else "")
     )
     for note in job.notes:
         console.print(f"[yellow]note:[/] {note}")
@@ -65,6 +79,7 @@ def quantize(
         return
     with progress_bar("blocks") as update:
         report = run(job, fresh, update)
+    leave()
     if report.pop("already_complete", False):
         console.print(f"{out} already holds this result; use --fresh to make it again.")
     page = write_report(out, report)

@@ -6,7 +6,7 @@ Shape legend: O outputs, I inputs, B sequences, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from finescale.models.skeleton import set_weight_OI, weight_OI_of
 from finescale.pipeline.layers import LayerResult, solve_together
 from finescale.pipeline.output import stored_weight
 from finescale.pipeline.plan import LayerPlan
+from finescale.ranks import ALONE, Ranks
 from finescale.recipe import Recipe
 
 P = ParamSpec("P")
@@ -55,6 +56,7 @@ def quantize_block(
     scale_dtype: torch.dtype,
     device: torch.device,
     timer: Timer,
+    ranks: Ranks = ALONE,
 ) -> list[LayerResult]:
     """Solve every planned layer of a block and install its weight.
 
@@ -69,6 +71,7 @@ def quantize_block(
         scale_dtype: type of the stored scales.
         device: where the block lives.
         timer: collects seconds for forward and solve.
+        ranks: processes that share the work; all of them get all results.
 
     Raises:
         NumericsError: NaN or Inf, with the name of the layer.
@@ -82,13 +85,16 @@ def quantize_block(
     results: list[LayerResult] = []
     for members in rounds:
         leaders = {step.linears[0]: plans[step.linears[0]].name for step in members}
-        moments = timer.measure("forward", collect_moments, block, leaders, batches, device)
+        moments = timer.measure("forward", collect_moments, block, leaders, batches, device, ranks)
         for step in members:
             moment = moments.pop(step.linears[0])
+            hessian_II, tokens = moment.hessian(), moment.tokens
+            del moment  # as large as the Hessian itself
             layers = [(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears]
             solved = timer.measure(
-                "solve", solve_together, layers, moment.hessian(), moment.tokens, recipe, scale_dtype, index
+                "solve", solve_together, layers, hessian_II, tokens, recipe, scale_dtype, index, ranks
             )
+            del hessian_II
             for result in solved:
                 set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
             results += solved
@@ -132,7 +138,11 @@ def quantize_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[An
 
 
 def propagate(
-    block: nn.Module, name: str, hidden: list[Tensor], arguments: Sequence[dict[str, Any]], device: torch.device
+    block: nn.Module,
+    name: str,
+    hidden: MutableSequence[Tensor],
+    arguments: Sequence[dict[str, Any]],
+    device: torch.device,
 ) -> None:
     """Replace the inputs of a block by its outputs, batch by batch, on the CPU.
 

@@ -31,6 +31,7 @@ from finescale.grid.integer_scale import (
     overflow_bound,
 )
 from finescale.pipeline.plan import LayerPlan
+from finescale.ranks import ALONE, Ranks
 from finescale.recipe import Recipe
 from finescale.solvers import Solution, relative_error
 
@@ -70,6 +71,7 @@ def solve_together(
     recipe: Recipe,
     scale_dtype: torch.dtype,
     block: int,
+    ranks: Ranks = ALONE,
 ) -> list[LayerResult]:
     """Solve layers that share one input.
 
@@ -82,6 +84,7 @@ def solve_together(
         recipe: solver and integer scales.
         scale_dtype: type in which scales are stored.
         block: number of the block, for the record.
+        ranks: processes that share the rows.
 
     Raises:
         NumericsError: NaN in a weight, or a fixed amplifier that could overflow int32; names the layer.
@@ -96,7 +99,7 @@ def solve_together(
     for members in _by_scheme(layers, recipe):
         for plan, _ in members:
             _check_weight(plan, members)
-        solutions = _solve_stacked(members, hessian_II, recipe, scale_dtype)
+        solutions = _solve_stacked(members, hessian_II, recipe, scale_dtype, ranks)
         for (plan, weight_OI), solution in zip(members, solutions, strict=True):
             final = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
             all_notes = notes + solution.notes
@@ -182,12 +185,15 @@ def _without_lowest_zero(grid: Grid) -> Grid:
 
 
 def _solve_stacked(
-    members: Sequence[tuple[LayerPlan, Tensor]], hessian_II: Tensor, recipe: Recipe, scale_dtype: torch.dtype
+    members: Sequence[tuple[LayerPlan, Tensor]],
+    hessian_II: Tensor,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    ranks: Ranks,
 ) -> list[Solution]:
     grids = [initial_grid(plan, weight_OI, recipe, scale_dtype) for plan, weight_OI in members]
-    entry, options = recipe.solver.entry(), recipe.solver.options()
     if len(members) == 1:
-        return [entry.solve(members[0][1], hessian_II, grids[0], options)]
+        return [_solve_rows(members[0][1], hessian_II, grids[0], recipe, ranks)]
     zeros = [grid.zero_OG for grid in grids if grid.zero_OG is not None]
     stacked = replace(
         grids[0],
@@ -195,7 +201,7 @@ def _solve_stacked(
         zero_OG=torch.cat(zeros) if zeros else None,
         amplifier=None,
     )
-    solution = entry.solve(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, options)
+    solution = _solve_rows(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, recipe, ranks)
     parts, start = [], 0
     for grid in grids:
         rows = slice(start, start + grid.rows)
@@ -203,6 +209,28 @@ def _solve_stacked(
         parts.append(replace(solution, weight=QuantizedWeight(solution.weight.codes_OI[rows].contiguous(), part)))
         start += grid.rows
     return parts
+
+
+def _solve_rows(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, recipe: Recipe, ranks: Ranks) -> Solution:
+    """Solve the rows that are this process's, and get the others'. Where outliers are counted over the whole layer, or
+    groups are fitted anew, rows are not apart: then every process solves all of them."""
+    entry, options = recipe.solver.entry(), recipe.solver.options()
+    pieces = ranks.pieces(weight_OI.shape[0])
+    if len(pieces) == 1 or options.keeps_outliers or not getattr(options, "static_groups", True):
+        return entry.solve(weight_OI, hessian_II, grid, options)
+    codes_OI = torch.zeros_like(weight_OI, dtype=torch.int8)
+    damping = torch.zeros(1, dtype=torch.float64)
+    notes: dict[str, None] = {}
+    for rows, mine in pieces:
+        if mine:
+            part = entry.solve(weight_OI[rows], hessian_II, grid.rows_slice(rows), options)
+            codes_OI[rows] = part.weight.codes_OI
+            damping[0] = part.damping
+            notes |= dict.fromkeys(part.notes)
+    ranks.sum_(codes_OI)
+    # Every process factorizes the same Hessian; one without a row of this layer learns the damping here.
+    used = ranks.largest(float(damping))
+    return Solution(QuantizedWeight(codes_OI, grid), used, tuple(ranks.tell(list(notes))))
 
 
 def _finish(

@@ -93,7 +93,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
         blocks[index][path] = LayerPlan(name, path, shape_OI, scheme, transposed, activations)
         if is_ragged(shape_OI[1], size):
             notes.append(f"the last group of {path} is ragged ({shape_OI[1]} inputs in groups of {size})")
-    plan = _count(skeleton, blocks, skipped, notes)
+    plan = _count(skeleton, blocks, skipped, notes, active_blocks(skeleton, recipe))
     if plan.share < LEAST_SHARE and not allow_partial:
         raise InputError(
             f"only {plan.share:.0%} of the block weights would be quantized (left out: {_few(skipped)}); "
@@ -108,12 +108,17 @@ def scattered_groups(recipe: Recipe) -> bool:
     return bool(getattr(options, "act_order", False)) and not getattr(options, "static_groups", True)
 
 
+def active_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
+    """How many of the first blocks are quantized at all."""
+    return min(recipe.blocks or skeleton.block_count, skeleton.block_count)
+
+
 def _drafts(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Any], list[str]]:
     drafts, skipped = [], []
     for index, block in enumerate(skeleton.blocks):
         for path, module in linear_modules(block).items():
             name = layer_name(skeleton, f"{skeleton.block_path(index)}.{path}")
-            part = recipe.weights_of(name)
+            part = recipe.weights_of(name) if index < active_blocks(skeleton, recipe) else None
             transposed = isinstance(module, Conv1D)
             weight: Any = module.weight
             rows, columns = reversed(weight.shape) if transposed else weight.shape
@@ -147,8 +152,10 @@ def _group_size(part: WeightsPart, columns: int, common: int | None) -> int:
     return -1 if part.group_size >= columns else part.group_size
 
 
-def _count(skeleton: Skeleton, blocks: list[dict[str, LayerPlan]], skipped: list[str], notes: list[str]) -> Plan:
-    block_parameters = sum(parameter.numel() for parameter in skeleton.blocks.parameters())
+def _count(
+    skeleton: Skeleton, blocks: list[dict[str, LayerPlan]], skipped: list[str], notes: list[str], active: int
+) -> Plan:
+    block_parameters = sum(parameter.numel() for block in skeleton.blocks[:active] for parameter in block.parameters())
     quantized = sum(layer.shape_OI[0] * layer.shape_OI[1] for block in blocks for layer in block.values())
     parameters = sum(torch.Size(skeleton.source.shape(key)).numel() for key in skeleton.source)
     counted = tuple(f"{note} (in {count} layers)" if count > 1 else note for note, count in Counter(notes).items())
@@ -197,8 +204,9 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     weights = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
     inputs = [layer.shape_OI[1] for layer in plan.blocks[0].values()]
     experts = sum(isinstance(module, Expert) for module in block.modules())
-    distinct = 2 * experts + 4 if experts else 4
-    hessians = distinct * max(inputs, default=0) ** 2 * 4
+    widest, narrowest = max(inputs, default=0), min(inputs, default=0)
+    # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes two in float64.
+    hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + 16 * widest**2
     hidden = skeleton.model.config.hidden_size * tokens * dtype.itemsize
     largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
     rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +19,9 @@ from torch import Tensor
 from finescale._version import __version__
 from finescale.calibration.capture import BlockInputs, capture_block_inputs
 from finescale.calibration.data import BUILTIN, CalibrationData, calibration_windows, encode, open_tokenizer, read_text
+from finescale.calibration.spill import Batches as SpilledBatches
+from finescale.calibration.spill import SpilledTensors
+from finescale.environment import launch
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import registry
 from finescale.formats.engines import engine_table
@@ -39,10 +39,12 @@ from finescale.pipeline.block import (
     quantize_inputs,
     rearrange_inputs,
 )
+from finescale.pipeline.facts import run_facts
 from finescale.pipeline.layers import LayerResult
 from finescale.pipeline.output import Output, input_scheme, is_plain, unpack_layer
 from finescale.pipeline.plan import (
     Plan,
+    active_blocks,
     check_disk,
     check_memory,
     check_tensor_parallel,
@@ -53,6 +55,7 @@ from finescale.pipeline.plan import (
 )
 from finescale.pipeline.transform import Transformed, Turned, install_changed, prepare_transforms, transform_block
 from finescale.pipeline.tune import FloatStream, tune_block, tuning_batch, windows_of
+from finescale.ranks import ALONE, Ranks, join
 from finescale.recipe import Recipe
 from finescale.runtime.load import usable_device
 
@@ -82,6 +85,8 @@ class Job:
     output_bytes: int
     notes: tuple[str, ...]
     turned: Turned | None = None
+    ranks: Ranks = ALONE
+    spill: bool = False
 
 
 def resolve_model(model: str | Path) -> SourceCheckpoint:
@@ -108,14 +113,23 @@ def prepare(
     tensor_parallel: int = 1,
     allow_partial: bool = False,
     allow_unknown_family: bool = False,
+    deterministic: bool = False,
+    spill: bool = False,
 ) -> Job:
     """Check everything that can be checked before the work.
+
+    Started by torchrun, the processes share it: each prepares and runs the same job.
 
     Raises:
         InputError, CheckpointError: what cannot work, with the remedy.
     """
     fmt = registry.get(recipe.format)
-    target = usable_device(device)
+    ranks, target = join(usable_device(device), deterministic)
+    if (ranks.count > 1 or spill) and (recipe.transforms or recipe.tuning):
+        raise InputError(
+            "several processes, and activations on disk, are for recipes without transforms and tuning; run this one "
+            "in one process without --spill."
+        )
     journals.check_free(out)
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
@@ -129,8 +143,8 @@ def prepare(
     compute_dtype = torch.float32 if target.type == "cpu" else scale_dtype
     size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
     check_disk(out, size)
-    memory = memory_bytes(skeleton, plan, data.tokens_BT.numel(), compute_dtype)
-    check_memory(memory)
+    memory = memory_bytes(skeleton, plan, 0 if spill else data.tokens_BT.numel() // ranks.count, compute_dtype)
+    check_memory(memory * launch().local_count)
     facts = {
         "finescale": __version__,
         "torch": torch.__version__,
@@ -139,10 +153,11 @@ def prepare(
         "calibration": data.facts(),
         "device": target.type,
         "compute_dtype": str(compute_dtype),
-    }
+    } | ({"deterministic": True} if deterministic else {})
     return Job(
         skeleton, recipe, fmt, plan, data, out, target, compute_dtype, scale_dtype,
-        journals.signature(facts), memory, size, plan.notes + notes + (turned.notes() if turned else ()), turned,
+        journals.signature(facts), memory, size, plan.notes + notes + (turned.notes() if turned else ()), turned, ranks,
+        spill,
     )  # fmt: skip
 
 
@@ -180,23 +195,32 @@ def run(job: Job, fresh: bool = False, on_progress: Progress | None = None) -> d
 
     A finished run with the same settings returns its report at once; an unfinished one goes on after its last block.
 
+    Of several processes only the first writes; the others return an empty report.
+
     Raises:
         InputError: the output folder belongs to another run.
         NumericsError: NaN or Inf, with the name of the layer.
     """
+    on_progress = on_progress or (lambda *_: None)
+    if not job.ranks.leads:
+        if job.ranks.tell(None):
+            _work(job, journals.Journal(job.out, job.signature), Output(job.skeleton, job.fmt, job.out), on_progress)
+        return {}
     journal = journals.Journal(job.out, job.signature)
     if not fresh and not journal.folder.exists():
         report = _finished(job)
         if report is not None:
+            job.ranks.tell(False)
             return report
     output = Output(job.skeleton, job.fmt, job.out)
     with journal.locked():
         if fresh:
             journals.clear_output(job.out)
         report = _finished(job)  # a run killed in its last moment, or one that ended while this one began
+        job.ranks.tell(report is None)
         if report is None:
             journal.begin(output.file_names())
-            report = _work(job, journal, output, on_progress or (lambda *_: None))
+            report = _work(job, journal, output, on_progress)
         journal.close()
     return report
 
@@ -219,12 +243,15 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
     with journals.full_disk_explained(job.out):
         on_progress("embedding the calibration text", 0, total)
         turned = job.turned
-        output.write_rest(None if turned is None else lambda: turned.tensors(job.skeleton))
-        size = job.recipe.calibration.batch_size
-        inputs = capture_block_inputs(
-            job.skeleton, job.calibration.batches(size), job.device, job.compute_dtype, tuning_batch(job.recipe)
-        )
+        if job.ranks.leads:
+            output.write_rest(None if turned is None else lambda: turned.tensors(job.skeleton))
+        inputs = _block_inputs(job, journal)
+        if turned is not None:
+            for number, x_BTI in enumerate(inputs.hidden):
+                inputs.hidden[number] = turned.rotation.apply(x_BTI)
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
+        if not job.ranks.leads:
+            return {}
         records = [record for entry in entries for record in entry["layers"]]
         on_progress("writing the index and the report", total, total)
         after, files = output.finish(
@@ -237,37 +264,60 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         report["transforms"] = [entry["transforms"] for entry in entries]
         outside = turned.names(job.skeleton) if turned else []
         report["changed_tensors"] = outside + [name for entry in entries for name in entry["changed"]]
-    journals.write_json(job.out / "run.json", _run_facts(job, entries, started, time.perf_counter() - clock, resumed))
+    journals.write_json(
+        job.out / "run.json", run_facts(job.device, entries, started, time.perf_counter() - clock, resumed)
+    )
     # The report carries the signature: written last, it marks the folder as complete.
     journals.write_json(job.out / journals.REPORT, report)
     return report
+
+
+def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
+    """Inputs of the first block for this process's batches, in memory or on disk."""
+    batches = job.calibration.batches(job.recipe.calibration.batch_size)
+    if len(batches) < job.ranks.count:
+        raise InputError(
+            f"{len(batches)} batches of text cannot be shared by {job.ranks.count} processes; use more --samples or a "
+            "smaller calibration.batch_size."
+        )
+    hidden = SpilledTensors(journal.folder / f"activations-{job.ranks.rank}") if job.spill else []
+    return capture_block_inputs(
+        job.skeleton, job.ranks.share(batches), job.device, job.compute_dtype, hidden, tuning_batch(job.recipe)
+    )
 
 
 def _blocks(
     job: Job, journal: journals.Journal, output: Output, inputs: BlockInputs, on_progress: Progress
 ) -> tuple[list[dict[str, Any]], int | None]:
     """All blocks in turn; finished ones are only replayed. Returns journal entries and where work was resumed."""
-    skeleton, total = job.skeleton, job.skeleton.block_count
-    hidden = list(inputs.hidden)
-    inputs.hidden.clear()  # or they would stay in memory to the end
+    skeleton, total, ranks = job.skeleton, job.skeleton.block_count, job.ranks
+    active, hidden = active_blocks(skeleton, job.recipe), inputs.hidden
+    sizes = [x_BTI.shape[0] for x_BTI in hidden]
     stream = FloatStream([], list(hidden)) if job.recipe.tuning else None
     rotation = job.turned.rotation if job.turned else None
     if rotation is not None:
-        hidden = [rotation.apply(x_BTI) for x_BTI in hidden]
+        for number, x_BTI in enumerate(hidden):
+            hidden[number] = rotation.apply(x_BTI)
     traced: dict[tuple[str, ...], tuple[Step, ...]] = {}
     entries: list[dict[str, Any]] = []
     resumed: int | None = None
     for index in range(total):
-        entry = journal.block_done(index)
+        if index >= active:  # it stays as it is
+            if ranks.leads:
+                output.write_block(index, [])
+            entries.append({"layers": [], "seconds": 0.0, "phases": {}})
+            continue
+        entry = journal.block_done(index) if ranks.leads else None
+        if entry is not None and not output.shard(index).is_file():
+            entry = None
+        entry = ranks.tell(entry)
         on_progress(f"{'replaying' if entry else 'quantizing'} block {index + 1} of {total}", index, total)
         timer = Timer()
         path = skeleton.block_path(index)
         block = timer.measure("load", fill_module, skeleton, path, job.device, job.compute_dtype)
-        arguments = [inputs.kwargs[x_BTI.shape[0]][index] for x_BTI in hidden]
+        arguments = [inputs.kwargs[size][index] for size in sizes]
         if stream is not None:
             timer.measure("forward", stream.advance, block, arguments, job.device)
-        if entry is not None and not output.shard(index).is_file():
-            entry = None
         if entry is not None:
             rules = _install(job, output, index, block, entry)
             rearranged = rearrange_inputs(block, rules)
@@ -276,7 +326,7 @@ def _blocks(
             names = tuple(linear_modules(block))
             if names not in traced:
                 traced[names] = trace_steps(block, hidden[0].to(job.device), arguments[0])
-            batches = list(zip(hidden, arguments, strict=True))
+            batches = SpilledBatches(hidden, arguments)
             changed = timer.measure(
                 "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
                 job.recipe.transforms, job.device, job.scale_dtype, rotation,
@@ -294,19 +344,21 @@ def _blocks(
             if job.recipe.transforms:
                 entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
             del batches  # or it would keep the block's inputs beside its outputs
-        if index + 1 < total:
+        if index + 1 < active:
             hooks = quantize_inputs(block, rules) if job.recipe.calibration.quantized_activations else []
             timer.measure("forward", propagate, block, path, hidden, arguments, job.device)
             for hook in hooks:
                 hook.remove()
-            _check_replay(entry, hidden, index)
+            if ranks.leads:
+                _check_replay(entry, hidden[0], index)
         for hook in rearranged:
             hook.remove()
         release_module(block)
         if "seconds" not in entry:
             phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in PHASES}
             entry |= {"seconds": round(sum(timer.seconds.values()), 3), "phases": phases}
-            journal.finish_block(index, entry)
+            if ranks.leads:
+                journal.finish_block(index, entry)
         entries.append(entry)
     return entries, resumed
 
@@ -330,7 +382,7 @@ def _quantize_and_write(
     """Solve a block, tune it if asked, put the weights in place and write its shard. Returns its journal entry."""
     plans = changed.plans
     results = quantize_block(
-        block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer
+        block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer, job.ranks
     )
     entry: dict[str, Any] = {}
     if tune is not None and results:
@@ -338,14 +390,15 @@ def _quantize_and_write(
     order = {path: number for number, path in enumerate(plans)}
     results.sort(key=lambda result: order[result.plan.path])
     solved = [(result.plan, result.weight) for result in results]
-    timer.measure("write", output.write_block, index, solved, changed.tensors, changed.rules)
+    if job.ranks.leads:
+        timer.measure("write", output.write_block, index, solved, changed.tensors, changed.rules)
     records = [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]
     return entry | {"layers": records}
 
 
-def _check_replay(entry: dict[str, Any], hidden: list[Tensor], index: int) -> None:
+def _check_replay(entry: dict[str, Any], first_BTI: Tensor, index: int) -> None:
     """Outputs of a replayed block must be those of the first run: else the rest would differ from an unbroken run."""
-    digest = hashlib.sha256(hidden[0].float().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(first_BTI.float().numpy().tobytes()).hexdigest()
     if entry.setdefault("outputs", digest) != digest:
         raise CheckpointError(
             f"block {index} puts out other numbers than before the interruption (another machine or number of "
@@ -417,36 +470,4 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
             job.recipe.solver.options().keeps_outliers,
             not all(map(is_plain, records)),
         ),
-    }
-
-
-def _run_facts(
-    job: Job, entries: list[dict[str, Any]], started: float, seconds: float, resumed: int | None
-) -> dict[str, Any]:
-    import safetensors
-    import transformers
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": seconds,
-        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if job.device.type == "cuda" else None,
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
-        },
-        "versions": {
-            "finescale": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "resumed_from_block": resumed,
-        "blocks": [
-            {"block": index, "seconds": entry["seconds"], **entry["phases"]} for index, entry in enumerate(entries)
-        ],
     }

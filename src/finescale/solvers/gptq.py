@@ -56,16 +56,19 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         NumericsError: even a damping of 10^4 times the mean diagonal does not make H positive definite.
     """
-    hessian_II = hessian_II.double()
-    dead_I = hessian_II.diagonal() == 0
-    mean = float(hessian_II.diagonal().mean()) or 1.0
+    diagonal_I = hessian_II.diagonal().double()
+    dead_I = diagonal_I == 0
+    mean = float(diagonal_I.mean()) or 1.0
     used = damping
     while used <= LARGEST_DAMPING:
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(used * mean + dead_I.double())
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        # One after the other, and each dropped as soon as it may be: these are the largest matrices of all.
+        matrix_II = hessian_II.to(torch.float64, copy=True)
+        matrix_II.diagonal().add_(used * mean + dead_I.double())
+        matrix_II, failed = torch.linalg.cholesky_ex(matrix_II)
         if not int(failed):
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_II), upper=True)
+            matrix_II = torch.cholesky_inverse(matrix_II)
+            upper_II, failed = torch.linalg.cholesky_ex(matrix_II, upper=True)
+            del matrix_II
             if not int(failed) and bool(torch.isfinite(upper_II).all()):
                 return upper_II, used
         used = max(used * 10, 1e-6)
@@ -92,7 +95,9 @@ def solve_gptq(
     order_I = column_order(hessian_II, options.act_order)
     if not options.static_groups:
         grid = regroup(grid, weight_OI, order_I)
-    upper_II, damping = inverse_factor(hessian_II[order_I][:, order_I], options.damping)
+    in_order_II = hessian_II[order_I][:, order_I] if options.act_order else hessian_II
+    upper_II, damping = inverse_factor(in_order_II, options.damping)
+    del in_order_II
     upper_II = upper_II.to(dtype)
     group_of_I = grid.group_of_I[order_I].tolist()
     refit = not options.static_groups and grid.scheme.group_size != -1

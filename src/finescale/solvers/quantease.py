@@ -138,10 +138,11 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
         grid = regroup(grid, range_OI, order_I)
     elif support_OI is not None:
         grid = fit_grid(range_OI, grid.scheme, grid.scale_dtype, grid.group_of_I)
+    # The start first: its factorization and the matrix of the sweeps are never in memory together.
+    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
     damped_II = hessian_II.to(dtype)[order_I][:, order_I] if options.act_order else hessian_II.to(dtype, copy=True)
     if options.damping:
         damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
-    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
     diagonal_I = damped_II.diagonal().clone()
     gradient_II = damped_II.clone() if count and options.support == "gradient" else None
     products = Products(normalize_columns_(damped_II), options.products == "3xtf32")

@@ -1,0 +1,151 @@
+"""Several processes at one model, started by torchrun on the CPU; activations on disk; part of the blocks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from finescale.calibration.spill import Batches, SpilledTensors
+from finescale.errors import InputError
+from finescale.pipeline.quantize import prepare, run
+from finescale.pipeline.verify import verify
+from finescale.ranks import ALONE, Ranks
+from finescale.recipe import Recipe
+from tests.helpers import (
+    assert_same_logits,
+    command,
+    hashes,
+    lasting_files,
+    make_model,
+    quantize,
+    read_json,
+    recipe,
+    save_model,
+)
+
+OPTIONS = ("--recipe", "quantease", "--samples", 6, "--length", 48, "--set", "calibration.batch_size=2", "--set",
+           "solver.sweeps=3")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tokenizer):
+    """A model whose gate and up projections make several pieces of rows."""
+    model = make_model("llama", intermediate_size=600, num_hidden_layers=2)
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("wide"))
+
+
+def start(processes, *arguments):
+    words, environment = command(*arguments)
+    if processes > 1:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *words[1:]]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_write_the_bytes_of_one(wide, text, tmp_path):
+    common = ("--calibration", text, *OPTIONS, "--deterministic")
+    settings = ("calibration.samples=6", "calibration.length=48", "calibration.batch_size=2", "solver.sweeps=3")
+    quantize(wide, tmp_path / "one", Recipe.load("quantease", settings), text, deterministic=True)
+    printed = start(2, "quantize", wide, "--out", tmp_path / "two", *common, "--spill")
+    assert printed.count("checkpoint:") == 1 and "2 processes" in printed
+    names = lasting_files(tmp_path / "one")
+    assert lasting_files(tmp_path / "two") == names
+    assert hashes(tmp_path / "one", names) == hashes(tmp_path / "two", names)
+    assert not (tmp_path / "two" / ".finescale").exists()
+    assert verify(tmp_path / "two", wide).packed_again == 14
+
+
+@pytest.mark.slow
+def test_two_processes_without_the_promise_are_as_good(wide, text, tmp_path):
+    common = ("--calibration", text, *OPTIONS)
+    start(1, "quantize", wide, "--out", tmp_path / "one", *common)
+    start(2, "quantize", wide, "--out", tmp_path / "two", *common, "--set", "solver.outliers=0")
+    errors = [
+        [layer["relative_error"] for layer in read_json(tmp_path / name / "report.json")["layers"]]
+        for name in ("one", "two")
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert_same_logits(wide, tmp_path / "two")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512, 1300])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_pieces_cover_all_rows_once(rows, deterministic):
+    for count in (1, 2, 5):
+        ranks = [Ranks(rank, count, deterministic) for rank in range(count)]
+        cuts = [[piece for piece, _ in each.pieces(rows)] for each in ranks]
+        assert all(cut == cuts[0] for cut in cuts)
+        assert [index for piece in cuts[0] for index in range(piece.start, piece.stop)] == list(range(rows))
+        owners = [[mine for _, mine in each.pieces(rows)] for each in ranks]
+        assert all(sum(column) == 1 for column in zip(*owners, strict=True))
+        assert sorted(item for each in ranks for item in each.share(range(rows))) == list(range(rows))
+    if deterministic:
+        assert [piece for piece, _ in Ranks(0, 1, True).pieces(rows)] == cuts[0], "pieces do not depend on the count"
+
+
+def test_one_process_exchanges_with_nobody():
+    value = torch.arange(3.0)
+    assert ALONE.leads and ALONE.largest(3) == 3 and ALONE.tell({"a": [1]}) == {"a": [1]}
+    assert ALONE.sum_(value) is value
+    ALONE.add_in_order_(value, torch.ones(3))
+    assert value.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spilled_tensors_are_a_list_on_disk(tmp_path, dtype):
+    spilled = SpilledTensors(tmp_path / "a")
+    tensors = [torch.randn(2, 3, 4 + n).to(dtype) for n in range(3)]
+    for tensor in tensors:
+        spilled.append(tensor)
+    assert len(spilled) == 3 and torch.equal(spilled[-1], tensors[-1])
+    spilled[1] = tensors[0]
+    assert all(
+        torch.equal(one, other) for one, other in zip(spilled, [tensors[0], tensors[0], tensors[2]], strict=True)
+    )
+    batches = Batches(spilled, [{"n": n} for n in range(3)])
+    assert [batch[1]["n"] for batch in batches] == [0, 1, 2] and len(batches) == 3
+    assert torch.equal(batches[2][0], tensors[2])
+    with pytest.raises(IndexError):
+        del spilled[0]
+    with pytest.raises(IndexError):
+        spilled[3]
+    with pytest.raises(IndexError):
+        spilled.insert(0, tensors[0])
+
+
+def test_spilled_activations_change_no_byte(tiny, text, tmp_path):
+    chosen = recipe("gptq")
+    quantize(tiny("llama"), tmp_path / "memory", chosen, text)
+    quantize(tiny("llama"), tmp_path / "disk", chosen, text, spill=True)
+    names = lasting_files(tmp_path / "memory")
+    assert hashes(tmp_path / "memory", names) == hashes(tmp_path / "disk", names)
+
+
+def test_only_the_first_blocks(tiny, text, tmp_path):
+    model = tiny("llama-tied")
+    report = quantize(model, tmp_path / "out", recipe("gptq", blocks=2), text)
+    assert {layer["block"] for layer in report["layers"]} == {0, 1}
+    assert report["model"]["quantized_share"] == pytest.approx(1, abs=0.02)
+    assert verify(tmp_path / "out", model).layers == 14
+    assert_same_logits(model, tmp_path / "out")
+    whole = quantize(model, tmp_path / "whole", recipe("gptq"), text)
+    assert [layer["sha256"] for layer in report["layers"]] == [layer["sha256"] for layer in whole["layers"][:14]]
+    with pytest.raises(InputError, match="transforms rewrite all blocks"):
+        recipe("gptq", blocks=1, transforms=[{"name": "smoothquant"}])
+
+
+def test_too_little_text_for_the_processes(tiny, text, tmp_path):
+    from dataclasses import replace
+
+    job = prepare(tiny("llama"), recipe("gptq"), tmp_path / "out", str(text))
+    with pytest.raises(InputError, match="cannot be shared by 9 processes"):
+        run(replace(job, ranks=_Silent(0, 9)))
+
+
+class _Silent(Ranks):
+    """Many processes of which no other one is there."""
+
+    def tell(self, value):
+        return value
