@@ -61,7 +61,7 @@ def tune(device: str) -> dict[str, Any]:
         print(
             f"kernel, {rows} rows:", *(f"slab {f['slab']} warps {f['warps']} {f['microseconds']:.1f} us;" for f in best)
         )
-    triton_sweep.ROWS, triton_sweep.WARPS = 16, 4
+    triton_sweep.ROWS, triton_sweep.WARPS = 4, 1
     for rows, columns in ((4096, 4096), (4096, 11008)):
         for width in (128, 256, 512, 1024, 2048):
             descent.GPU_BLOCK = width
@@ -69,7 +69,7 @@ def tune(device: str) -> dict[str, Any]:
             found["block"].append(row | {"block": width})
             print(f"block {width:>5}, {rows}x{columns}, 8 sweeps: float32 {row['quantease_seconds']:.4f} s,"
                   f" 3xtf32 {row['quantease_3xtf32_seconds']:.4f} s, gptq {row['gptq_seconds']:.4f} s")  # fmt: skip
-    descent.GPU_BLOCK = 512
+    descent.GPU_BLOCK = 1024
     return found
 
 

@@ -104,9 +104,10 @@ def test_spilled_tensors_are_a_list_on_disk(tmp_path, dtype):
     assert all(
         torch.equal(one, other) for one, other in zip(spilled, [tensors[0], tensors[0], tensors[2]], strict=True)
     )
+    assert [tensor.shape for tensor in spilled[1:]] == [tensors[0].shape, tensors[2].shape]
     batches = Batches(spilled, [{"n": n} for n in range(3)])
     assert [batch[1]["n"] for batch in batches] == [0, 1, 2] and len(batches) == 3
-    assert torch.equal(batches[2][0], tensors[2])
+    assert torch.equal(batches[2][0], tensors[2]) and torch.equal(batches[1:][1][0], tensors[2])
     with pytest.raises(IndexError):
         del spilled[0]
     with pytest.raises(IndexError):

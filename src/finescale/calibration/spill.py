@@ -38,6 +38,8 @@ class SpilledTensors(MutableSequence[Tensor]):
         self.dtypes.append(value.dtype)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
         data = np.fromfile(self._file(range(len(self))[index]), dtype=np.uint8)
         return torch.from_numpy(data).view(self.dtypes[index]).view(self.shapes[index])
 
@@ -65,6 +67,8 @@ class Batches(Sequence[tuple[Tensor, dict[str, Any]]]):
         return len(self.arguments)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Batches(self.hidden[index], self.arguments[index])
         return self.hidden[index], self.arguments[index]
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
