@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from finescale.solvers import descent, gptq, quantease
+from finescale.solvers import descent, gptq, quantease, triton_sweep
 from tests.solvers.examples import error_of, grid_of, layer, solve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +17,8 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture
 def on_chip(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_sweep, "ROWS", 16)  # the interpreter takes its time for each program
     monkeypatch.setattr(quantease, "descend", partial(descent.descend, on_chip=True))
     monkeypatch.setattr(gptq, "_solve_slab", partial(gptq._solve_slab, on_chip=True))
 
