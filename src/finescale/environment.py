@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 def wait_without_spinning() -> None:
@@ -31,3 +32,9 @@ def launch() -> Launch:
     """What torchrun announced."""
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     return Launch(*(int(os.environ.get(name, default)) for name, default in names))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``finescale`` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "finescale" / "kernels"

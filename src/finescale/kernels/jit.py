@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
+from finescale.environment import cache_folder
 from finescale.errors import FinescaleError
 
 
@@ -30,12 +31,6 @@ def source_text(name: str, settings: Mapping[str, int], generated: Mapping[str, 
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``finescale`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "finescale" / "kernels"
 
 
 def compile_source(text: str, architecture: str) -> bytes:

@@ -1,0 +1,85 @@
+// Sizes and arguments of the product in gemm.cu, and which block computes what.
+
+constexpr int STEPS = 4 / GROUPS;                      // wgmmas of 32 inputs in a scale group
+constexpr int SLAB_BYTES = 4096 + 128 * GROUPS;        // 64 channels by 128 inputs, and their scales
+constexpr int X_BYTES = TOKENS * 128;
+constexpr int W_BYTES = WARPGROUPS * SLAB_BYTES;
+constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;       // tokens a warp writes at a time
+constexpr int PITCH = 48;                              // bytes between tokens in the writing buffer, free of conflicts
+constexpr int PART_BYTES = 24;
+constexpr int META = (TOKENS + 127) / 128;             // token scales a thread fetches
+constexpr int BUFFER_BYTES = WARPGROUPS * (4 * CHUNK * PITCH + TOKENS * 8);
+
+// Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
+constexpr int THREADS = WARPGROUPS * 128 + 128;
+constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
+constexpr int COPY_REGISTERS = 40;
+constexpr int COMPUTE_REGISTERS =
+    WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
+
+#if FLOAT_SCALE
+typedef float Sum;
+#else
+typedef int Sum;
+#endif
+
+struct Arguments {
+    const u8* weight;
+    const u8* x;
+    const float* x_scale;
+    const int* x_sum;       // sums of the activations of each token, for FOLDED
+    const float* bias;      // or null
+    const float* channel_scale;   // or null
+    void* out;
+    int* workspace;         // zeros, left as zeros
+    int* counters;          // zeros, left as zeros
+    int tokens, channels, blocks, slabs;   // blocks of 128 inputs; slabs of 8 tokens
+    int token_tiles;
+    int whole_tiles, tiles; // of the tiles, the first `whole_tiles` are not split,
+    int splits;             // the others each into `splits` parts, a block a part
+    float factor;           // 1 / amplifier
+};
+
+struct Work {
+    int tile, begin, end;   // blocks of the tile
+};
+
+// What one block does: its part of a split tile first, so that nobody waits for the sum at the end.
+struct Schedule {
+    int part, next_tile, whole_tiles, blocks, splits;
+    bool has_part;
+
+    __device__ Schedule(const Arguments& a) {
+        part = next_tile = blockIdx.x;
+        whole_tiles = a.whole_tiles;
+        blocks = a.blocks;
+        splits = a.splits;
+        has_part = part < (a.tiles - whole_tiles) * splits;
+    }
+
+    __device__ int units() const {
+        int sum = next_tile < whole_tiles ? ((whole_tiles - 1 - next_tile) / static_cast<int>(gridDim.x) + 1) * blocks : 0;
+        return has_part ? sum + blocks * (part % splits + 1) / splits - blocks * (part % splits) / splits : sum;
+    }
+
+    __device__ bool next(Work& work) {
+        if (has_part) {
+            has_part = false;
+            work.tile = whole_tiles + part / splits;
+            work.begin = blocks * (part % splits) / splits;
+            work.end = blocks * (part % splits + 1) / splits;
+            return true;
+        }
+        if (next_tile >= whole_tiles) return false;
+        work = Work{next_tile, 0, blocks};
+        next_tile += gridDim.x;
+        return true;
+    }
+};
+
+__device__ __forceinline__ int token_tile(const Arguments& a, int tile) { return a.token_tiles == 1 ? 0 : tile % a.token_tiles; }
+
+// First slab of 64 channels of a tile.
+__device__ __forceinline__ int channel_slab(const Arguments& a, int tile) {
+    return (a.token_tiles == 1 ? tile : tile / a.token_tiles) * WARPGROUPS;
+}

@@ -1,0 +1,110 @@
+// A finished tile: from int32 sums in registers to rows of outputs.
+
+// Scales and sums of the tokens of a tile, fetched when the tile begins and used when it ends.
+struct TokenFacts {
+    float scale[META];
+    int sum[META];
+
+    __device__ void fetch(const Arguments& a, int tile, int thread) {
+        int token0 = token_tile(a, tile) * TOKENS;
+#pragma unroll
+        for (int i = 0; i < META; i++) {
+            int token = token0 + i * 128 + thread;
+            bool inside = i * 128 + thread < TOKENS && token < a.tokens;
+            scale[i] = inside ? __ldcg(a.x_scale + token) * a.factor : 0;
+            sum[i] = FOLDED && inside ? 128 * __ldcg(a.x_sum + token) : 0;
+        }
+    }
+};
+
+__device__ __forceinline__ u32 pack_out(float low, float high) {
+    return OUT == 0 ? pack_bf16(low, high) : pack_fp16(low, high);
+}
+
+__device__ __forceinline__ void write_tile(
+    const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, int tile, int channel0, int group,
+    int thread, u8* buffer) {
+    int token0 = token_tile(a, tile) * TOKENS;
+    int warp = thread / 32, lane = thread % 32;
+    float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 4 * CHUNK * PITCH) + group * TOKENS * 2;
+    int* sums = reinterpret_cast<int*>(scales + TOKENS);
+    named_barrier(1 + group, 128);
+#pragma unroll
+    for (int i = 0; i < META; i++)
+        if (i * 128 + thread < TOKENS) {
+            scales[i * 128 + thread] = facts.scale[i];
+            sums[i * 128 + thread] = facts.sum[i];
+        }
+    named_barrier(1 + group, 128);
+    channel0 += warp * 16;
+    int channel = channel0 + lane / 4;
+    float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
+    if (channel < a.channels) {
+        if (a.bias) bias0 = a.bias[channel];
+        if (a.channel_scale) own0 = a.channel_scale[channel];
+    }
+    if (channel + 8 < a.channels) {
+        if (a.bias) bias1 = a.bias[channel + 8];
+        if (a.channel_scale) own1 = a.channel_scale[channel + 8];
+    }
+    u32 mine = shared_address(buffer) + (group * 4 + warp) * (CHUNK * PITCH);
+#pragma unroll
+    for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
+        if (token0 + chunk * CHUNK >= a.tokens) break;
+        u32 packed[CHUNK / 4];
+#pragma unroll
+        for (int j = 0; j < CHUNK / 8; j++) {
+            int inner = chunk * CHUNK + j * 8 + lane % 4 * 2;
+            const Sum* sum = total + (chunk * CHUNK / 8 + j) * 4;
+            float2 scale = *reinterpret_cast<const float2*>(scales + inner);
+            int2 excess = FOLDED ? *reinterpret_cast<const int2*>(sums + inner) : make_int2(0, 0);
+            float value[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
+                value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
+                if (a.channel_scale) value[i] *= i < 2 ? own0 : own1;
+                if (a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
+#if OUT >= 2
+                int token = token0 + inner + i % 2, c = channel + i / 2 * 8;
+                if (token < a.tokens && c < a.channels) {
+                    long long place = static_cast<long long>(token) * a.channels + c;
+                    if (OUT == 2) static_cast<float*>(a.out)[place] = value[i];
+                    else static_cast<int*>(a.out)[place] = accumulator;
+                }
+#endif
+            }
+            packed[2 * j] = pack_out(value[0], value[1]);
+            packed[2 * j + 1] = pack_out(value[2], value[3]);
+        }
+#if OUT < 2
+        u32 row = mine + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+        if (CHUNK == 8) {
+            store_transposed2(row, packed[0], packed[1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < CHUNK / 8; j += 2)
+                store_transposed4(row + j * 8 * PITCH, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2], packed[2 * j + 3]);
+        }
+        __syncwarp();
+        unsigned short* out = static_cast<unsigned short*>(a.out);
+#pragma unroll
+        for (int i = 0; i < (CHUNK + 15) / 16; i++) {
+            int inner = i * 16 + lane / 2, token = token0 + chunk * CHUNK + inner, c = channel0 + lane % 2 * 8;
+            if (inner < CHUNK && token < a.tokens && c < a.channels) {
+                uint4 value = load_shared16(mine + inner * PITCH + lane % 2 * 16);
+                unsigned short* target = out + static_cast<long long>(token) * a.channels + c;
+                if (a.channels % 8 == 0) {
+                    *reinterpret_cast<uint4*>(target) = value;
+                } else {
+                    u32 words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+                    for (int e = 0; e < 8; e++)
+                        if (c + e < a.channels) target[e] = static_cast<unsigned short>(words[e / 2] >> (16 * (e % 2)));
+                }
+            }
+        }
+        __syncwarp();
+#endif
+    }
+}
