@@ -5,7 +5,7 @@ import torch
 
 from finescale.grid import ActivationScheme, WeightScheme
 from finescale.transforms import Target
-from finescale.transforms.qllm import QllmOptions, apply_qllm, search, sites, thresholds
+from finescale.transforms.qllm import QllmOptions, apply_qllm, search, sites, statistics, thresholds
 from finescale.transforms.reassembly import splits
 from tests.helpers import KINDS
 from tests.transforms.blocks import make_view
@@ -96,7 +96,8 @@ def test_no_reassembly_is_a_candidate_too():
 def test_more_candidates_are_never_worse():
     view = outlier_view("llama")
     site = sites(view, True)[0]
-    errors = [search(view, site, QllmOptions(candidates=n, sequences=1))[1]["error"] for n in (1, 0)]
+    seen = statistics(view, [site])[site.name]
+    errors = [search(view, site, seen, QllmOptions(candidates=n, sequences=1))[1]["error"] for n in (1, 0)]
     assert errors[1] <= errors[0]
 
 

@@ -22,13 +22,14 @@ from finescale.models.skeleton import checkpoint_key, layer_name, weight_OI_of
 from finescale.pipeline.block import Batches, rearrange_inputs
 from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import TransformPart
-from finescale.transforms import BlockView, Target
+from finescale.transforms import BlockView, Target, some_of
 from finescale.transforms.rotation import Outside, Rotation, outside_names, rotated_outside
 
 PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Largest relative change of a block's output that rounding in its type explains."""
+CHECKED_SEQUENCES = 2
 LOOSELY_KEPT = 0.5
-"""The same for a transform that trades exactness away, as merging channels does: more is a defect."""
+"""The largest change by a transform that trades exactness away, as merging channels does: more is a defect."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ def transform_block(
     limits: dict[str, Tensor] = {}
     facts = []
     for part in parts:
-        hidden_BTI, kwargs = batches[0]
-        x_BTI = hidden_BTI.to(device)
+        x_BTI, kwargs = some_of(batches[0], CHECKED_SEQUENCES, device)
         turns = rotation if part.entry().prepare is not None else None
         before_BTI = x_BTI if turns is None else turns.undo(x_BTI)
         expected_BTI = run_block(block, before_BTI, kwargs)

@@ -53,10 +53,13 @@ def apply_awq(view: BlockView, options: AwqOptions) -> Changes:
     """Search and apply scales, then search clipped ranges."""
     facts = {}
     links = view.links() if options.links else ()
+    norms = [edge.norm for edge in view.edges if any(path in view.targets for path in edge.consumers)]
+    leaders = [path for link in links for path in _first_wanted(view, link)]
+    ranges = view.ranges(norms, leaders)  # one scale leaves all other inputs as they are
     for edge in view.edges:
         wanted = [path for path in edge.consumers if path in view.targets]
         if wanted:
-            mean_I = view.ranges(norms=[edge.norm])[edge.norm].mean_abs_I
+            mean_I = ranges[edge.norm].mean_abs_I
             probe = make_probe(view, wanted, options.sequences)
             ratio, scale_I = best_scale(probe, view, wanted, mean_I, None, options.steps)
             consumers = [view.block.get_submodule(path) for path in edge.consumers]
@@ -65,7 +68,7 @@ def apply_awq(view: BlockView, options: AwqOptions) -> Changes:
     for link in links:
         wanted = [path for path in link.consumers if path in view.targets]
         if wanted:
-            mean_I = view.ranges(linears=[wanted[0]])[wanted[0]].mean_abs_I
+            mean_I = ranges[wanted[0]].mean_abs_I
             probe = make_probe(view, wanted, options.sequences)
             ratio, scale_I = best_scale(probe, view, wanted, mean_I, link, options.steps)
             scale_O = torch.ones(weight_OI_of(view.block.get_submodule(link.producer)).shape[0], dtype=scale_I.dtype)
@@ -76,6 +79,10 @@ def apply_awq(view: BlockView, options: AwqOptions) -> Changes:
                 set_weight_OI(module, weight_OI_of(module) * scale_I)
             facts[wanted[0]] = {"ratio": ratio}
     return Changes(facts, limits=_search_limits(view, options) if options.clip else {})
+
+
+def _first_wanted(view: BlockView, link: Link) -> list[str]:
+    return [path for path in link.consumers if path in view.targets][:1]
 
 
 def best_scale(

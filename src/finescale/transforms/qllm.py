@@ -8,7 +8,7 @@ Shape legend: O outputs, I channels, J channels in the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finescale.calibration.statistics import collect_moments
+from finescale.calibration.statistics import InputRange, Moments
 from finescale.grid import InputRule
 from finescale.models.skeleton import replace_weight_OI, weight_OI_of
 from finescale.transforms.probe import make_probe, rounded_weight
@@ -61,8 +61,10 @@ def apply_qllm(view: BlockView, options: QllmOptions) -> Changes:
     inputs: dict[str, InputRule] = {}
     # All are searched on the untouched block: a changed weight without its gather would spoil what comes after it.
     found = []
-    for site in sites(view, options.down):
-        chosen, facts[site.name] = search(view, site, options)
+    wanted = sites(view, options.down)
+    seen = statistics(view, wanted)
+    for site in wanted:
+        chosen, facts[site.name] = search(view, site, seen[site.name], options)
         if chosen is not None:
             found.append((site, chosen))
     for site, chosen in found:
@@ -72,6 +74,39 @@ def apply_qllm(view: BlockView, options: QllmOptions) -> Changes:
             replace_weight_OI(module, chosen.weight(weight_OI_of(module)))
             inputs[path] = rule
     return Changes(facts, inputs)
+
+
+@dataclass
+class Seen:
+    """Range and second moments of one input over the calibration text."""
+
+    range: InputRange
+    moments: Moments
+
+    def add(self, x_TI: Tensor) -> None:
+        self.range.add(x_TI)
+        self.moments.add(x_TI)
+
+
+def statistics(view: BlockView, wanted: Sequence[Site]) -> dict[str, Seen]:
+    """What the calibration text puts into each site, found in one pass."""
+    seen: dict[str, Seen] = {}
+    handles = []
+    for site in wanted:
+        module = view.block.get_submodule(site.name)
+        width = weight_OI_of(view.block.get_submodule(site.linears[0])).shape[1]
+        empty = Moments(torch.zeros(width, width, device=view.device))
+        note = seen[site.name] = Seen(InputRange.empty(width, view.device), empty)
+        if site.name == site.linears[0]:
+            handles.append(module.register_forward_pre_hook(lambda _, args, note=note: note.add(args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _, args, output, note=note: note.add(output)))
+    try:
+        view.run_all()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def sites(view: BlockView, down: bool) -> list[Site]:
@@ -90,16 +125,14 @@ def sites(view: BlockView, down: bool) -> list[Site]:
     return found
 
 
-def search(view: BlockView, site: Site, options: QllmOptions) -> tuple[Reassembly | None, dict[str, Any]]:
+def search(view: BlockView, site: Site, seen: Seen, options: QllmOptions) -> tuple[Reassembly | None, dict[str, Any]]:
     """The reassembly of one input with the least output error, and what was found; None for no reassembly."""
-    leader = site.linears[0]
-    ranges = view.ranges(norms=[site.name]) if site.name != leader else view.ranges(linears=[leader])
-    absmax_I = ranges[site.name].absmax_I
+    absmax_I = seen.range.absmax_I
     if float(absmax_I.max()) <= 0:
         return None, {"extra": 0, "reason": "no token came"}
     weights = {path: weight_OI_of(view.block.get_submodule(path)) for path in site.linears}
     stacked_OI = torch.cat(list(weights.values()))
-    hessian_II = _hessian(view, site).to(stacked_OI.dtype)
+    hessian_II = seen.moments.hessian().to(stacked_OI.dtype)
     score_II = merge_scores(hessian_II, stacked_OI, options.distance) if options.mode == "assembly" else None
 
     def build(theta: float) -> Reassembly:
@@ -151,27 +184,6 @@ def thresholds(absmax_I: Tensor, most: int) -> list[tuple[float, int]]:
         if extra > (found[-1][1] if found else 0):
             found.append((theta, extra))
     return found
-
-
-def _hessian(view: BlockView, site: Site) -> Tensor:
-    if site.name == site.linears[0]:
-        return collect_moments(view.block, {site.name: site.name}, view.batches, view.device)[site.name].hessian()
-    norm = view.block.get_submodule(site.name)
-    width = weight_OI_of(view.block.get_submodule(site.linears[0])).shape[1]
-    total_II, count = torch.zeros(width, width, device=view.device), 0
-
-    def take(_: object, args: object, output: Tensor) -> None:
-        nonlocal count
-        x_TI = output.reshape(-1, width).float()
-        total_II.addmm_(x_TI.T, x_TI)
-        count += x_TI.shape[0]
-
-    handle = norm.register_forward_hook(take)
-    try:
-        view.run_all()
-    finally:
-        handle.remove()
-    return total_II / max(count, 1)
 
 
 def _rounded(

@@ -95,19 +95,26 @@ class BlockView:
         return any("attention" in type(module).__name__.lower() for module in around)
 
     def some(self, sequences: int) -> tuple[Tensor, dict[str, Any]]:
-        """The first sequences of the first batch, float [B, T, I], and the block's other arguments.
-
-        What the model passes its blocks may be made for the whole batch: then it is all of the batch.
-        """
-        hidden_BTI, kwargs = self.batches[0]
-        batch = hidden_BTI.shape[0]
-        cut = all(_broadcasts(value, batch) for value in kwargs.values())
-        return hidden_BTI[: sequences if cut else batch].to(self.device), kwargs
+        """The first sequences of the first batch, see `some_of`."""
+        return some_of(self.batches[0], sequences, self.device)
 
     def run_some(self, sequences: int) -> Tensor:
         """The block's output on `some` of its inputs, float [B, T, I]."""
         hidden_BTI, kwargs = self.some(sequences)
         return run_block(self.block, hidden_BTI, kwargs)
+
+
+def some_of(
+    batch: tuple[Tensor, dict[str, Any]], sequences: int, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    """The first sequences of a batch, float [B, T, I], and the block's other arguments.
+
+    What the model passes its blocks may be made for the whole batch: then it is all of the batch.
+    """
+    hidden_BTI, kwargs = batch
+    count = hidden_BTI.shape[0]
+    cut = all(_broadcasts(value, count) for value in kwargs.values())
+    return hidden_BTI[: sequences if cut else count].to(device), kwargs
 
 
 def _broadcasts(value: Any, batch: int) -> bool:
