@@ -63,11 +63,12 @@ class ActivationsPart(_Part):
 
 class KvCachePart(_Part):
     """Keys (after the rotary embedding) and values, rounded per token and head, simulated; ``queries`` rounds the
-    queries the same way, as QLLM does."""
+    queries the same way, as QLLM does; ``rotate`` rotates queries and keys before, as QuaRot does."""
 
     bits: int = 8
     symmetric: bool = False
     queries: bool = False
+    rotate: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> KvCachePart:

@@ -193,6 +193,7 @@ class Output:
             "finescale": __version__,
             "recipe": recipe["name"],
             "activations": recipe["activations"],
+            "kv_cache": recipe["kv_cache"],
             "layers": layers,
         }
         if self.fmt.name.startswith("gptq"):

@@ -57,6 +57,7 @@ from finescale.pipeline.transform import Transformed, Turned, install_changed, p
 from finescale.pipeline.tune import FloatStream, tune_block, tuning_batch, windows_of
 from finescale.ranks import ALONE, Ranks, join
 from finescale.recipe import Recipe
+from finescale.runtime.attention import check_kv_cache, quantize_kv_cache
 from finescale.runtime.load import usable_device
 
 Progress = Callable[[str, int, int], None]
@@ -135,6 +136,8 @@ def prepare(
     skeleton = open_skeleton(source, allow_unknown_family)
     check_tensors(skeleton)
     turned = prepare_transforms(skeleton, recipe.transforms)
+    if recipe.kv_cache is not None:
+        check_kv_cache(skeleton.model)
     plan = make_plan(skeleton, recipe, fmt, allow_partial)
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
@@ -245,10 +248,9 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         turned = job.turned
         if job.ranks.leads:
             output.write_rest(None if turned is None else lambda: turned.tensors(job.skeleton))
+        if job.recipe.kv_cache is not None:
+            quantize_kv_cache(job.skeleton.model, job.recipe.kv_cache.model_dump())
         inputs = _block_inputs(job, journal)
-        if turned is not None:
-            for number, x_BTI in enumerate(inputs.hidden):
-                inputs.hidden[number] = turned.rotation.apply(x_BTI)
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
         if not job.ranks.leads:
             return {}

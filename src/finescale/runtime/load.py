@@ -17,6 +17,7 @@ from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.models import Skeleton, linear_modules, open_skeleton
 from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
+from finescale.runtime.attention import quantize_kv_cache
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
@@ -87,7 +88,9 @@ def install_quantized(
     cache: bool,
     rounding: Rounding,
 ) -> None:
-    """Replace every layer that the checkpoint holds in quantized form."""
+    """Replace every layer that the checkpoint holds in quantized form, and its attention where the cache is rounded."""
+    if quantized.metadata.get("kv_cache") and rounding == "finescale":
+        quantize_kv_cache(skeleton.model, quantized.metadata["kv_cache"])
     names = set(quantized.layer_names())
     full_range = rounding == "compressed-tensors"
     for index, block in enumerate(skeleton.blocks):
