@@ -208,7 +208,7 @@ def test_reassembly_must_come_last():
 @pytest.mark.parametrize("mode", ["before", "after"])
 def test_integer_scales_compose_with_every_transform(tiny, text, tmp_path, mode):
     """The exact integer path and the float path agree on every layer: both read the same gathered, rounded input."""
-    for name, options in (("smoothquant", {}), ("awq", {"steps": 3}), ("fptq", {}), ("qllm", {"expansion": 0.1})):
+    for name, options in (("awq", {"steps": 2}), ("fptq", {}), ("qllm", {"expansion": 0.1})):
         out = tmp_path / name
         chosen = recipe("gptq", 4, 32, weights={"symmetric": True}, activations={"bits": 8},
                         integer_scale={"mode": mode}, transforms=[{"name": name, "options": options}])  # fmt: skip
@@ -257,3 +257,27 @@ def test_a_model_that_cannot_be_rotated_is_refused_before_the_work(tiny, text, t
 def test_a_rotation_must_come_first():
     with pytest.raises(InputError, match="quarot must come first"):
         Recipe.from_dict({"transforms": ["smoothquant", "quarot"]})
+
+
+RECIPES = ("smoothquant-w8a8", "awq-w4-g128", "fptq-w4a8", "quarot-w4a4", "quarot-w4a8", "qllm-w4a4", "qllm-w6a6",
+           "qllm-w4a8", "llama3-w4a8-integer-scale", "mixtral-w4a8-integer-scale")  # fmt: skip
+FEW = ("calibration.samples=4", "calibration.length=32")
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "opt", "falcon", "bloom"))]
+)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_named_recipe_on_every_kind_of_block(tiny, text, tmp_path, name, kind):
+    chosen, out = Recipe.load(name, FEW), tmp_path / "out"
+    if kind == "bloom" and any(part.name == "quarot" for part in chosen.transforms):
+        with pytest.raises(InputError, match="quarot cannot rotate bloom"):
+            prepare(tiny(kind), chosen, out, str(text))
+        return
+    report = quantize(tiny(kind), out, chosen, text)
+    proof = verify(out, tiny(kind))
+    assert proof.layers == len(report["layers"])
+    assert proof.integer_layers == (proof.layers if chosen.integer_scale.mode != "off" else 0)
+    if kind == "llama" and name.startswith("llama3"):
+        assert {row["bits"] for row in report["layers"] if "down_proj" in row["name"]} == {8}
+    assert bool(torch.isfinite(logits_of(load(out), some_tokens())).all())

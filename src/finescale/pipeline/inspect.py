@@ -14,8 +14,8 @@ from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 
 
 def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
-    """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
-    ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report, else None),
+    """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``, ``inputs``
+    (rounding, gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report, else None),
     ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and ``kernel_why``.
 
     Raises:
@@ -50,6 +50,7 @@ def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any], 
         "group_size": grid.scheme.group_size,
         "symmetric": grid.scheme.symmetric,
         "amplifier": grid.amplifier,
+        "inputs": quantized.inputs_of(name).describe(),
         "overflow_use": use,
         "relative_error": record.get("relative_error"),
         "scale_min": float(scale_OG.min()),
