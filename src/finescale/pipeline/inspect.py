@@ -14,9 +14,10 @@ from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 
 
 def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
-    """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``, ``inputs``
-    (rounding, gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report, else None),
-    ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and ``kernel_why``.
+    """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
+    ``inputs`` (rounding, gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error``
+    (from the run's report, else None), ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and
+    ``kernel_why``.
 
     Raises:
         CheckpointError, NumericsError: damaged files, or a proof that does not hold.
