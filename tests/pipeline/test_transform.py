@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finescale.errors import InputError, NumericsError
+from finescale.pipeline.convert import convert
 from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
@@ -281,3 +282,30 @@ def test_every_named_recipe_on_every_kind_of_block(tiny, text, tmp_path, name, k
     if kind == "llama" and name.startswith("llama3"):
         assert {row["bits"] for row in report["layers"] if "down_proj" in row["name"]} == {8}
     assert bool(torch.isfinite(logits_of(load(out), some_tokens())).all())
+
+
+def test_conversion_to_integer_scales_keeps_what_happens_to_inputs(tiny, text, tmp_path):
+    overrides = [{"pattern": "*down_proj", "activations": {"granularity": "tensor", "dynamic": False}}]
+    chosen = recipe("rtn", 4, 32, weights={"symmetric": True}, activations={"bits": 8}, overrides=overrides,
+                    transforms=[{"name": "qllm", "options": {"expansion": 0.1, "down": False}}])  # fmt: skip
+    quantize(tiny("llama"), tmp_path / "float", chosen, text)
+    convert(tmp_path / "float", tmp_path / "integer")
+    before, after = (quantized_layers(load(tmp_path / name)) for name in ("float", "integer"))
+    for name, layer in after.items():
+        assert layer.amplifier is not None
+        assert layer.inputs.scheme == before[name].inputs.scheme and layer.inputs.fixed == before[name].inputs.fixed
+        assert (
+            (layer.inputs.gather is None)
+            == (before[name].inputs.gather is None)
+            == ("o_proj" in name or "down" in name)
+        )
+    expected, found = (logits_of(load(tmp_path / name), some_tokens()) for name in ("float", "integer"))
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    assert read_json(tmp_path / "integer" / "config.json")["quantization_config"]["quant_method"] == "finescale"
+
+
+def test_conversion_refuses_inputs_with_zero_points(tiny, text, tmp_path):
+    chosen = recipe("rtn", 4, 32, weights={"symmetric": True}, activations={"bits": 8, "symmetric": False})
+    quantize(tiny("llama"), tmp_path / "float", chosen, text)
+    with pytest.raises(InputError, match="symmetric activations"):
+        convert(tmp_path / "float", tmp_path / "integer")

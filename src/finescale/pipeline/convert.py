@@ -6,6 +6,7 @@ Shape legend: O outputs, I inputs, G groups.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from finescale._version import __version__
 from finescale.errors import InputError
 from finescale.formats import registry
 from finescale.formats.outliers import VALUES as OUTLIER_VALUES
+from finescale.formats.registry import OWN_METHOD
 from finescale.formats.source import INDEX_NAME, read_json
 from finescale.grid import (
     ActivationScheme,
+    InputRule,
     QuantizedWeight,
     WeightScheme,
     contiguous_groups,
@@ -150,25 +153,36 @@ def _write_shards(
     return records
 
 
-def _activations(quantized: QuantizedCheckpoint) -> ActivationScheme:
-    return quantized.activations or ActivationScheme(8)
+def _inputs_of(quantized: QuantizedCheckpoint, name: str) -> InputRule:
+    """What happens to the input of a layer; where nothing does, it will be rounded to 8 bits per token."""
+    rule = quantized.inputs_of(name)
+    return rule if rule.scheme is not None else replace(rule, scheme=ActivationScheme(8))
 
 
 def _config(
     quantized: QuantizedCheckpoint, schemes: dict[str, WeightScheme], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     facts = ("bits", "group_size", "symmetric", "amplifier", "bound")
-    activations = _activations(quantized)
+    rules = {name: _inputs_of(quantized, name) for name in schemes}
+    layers = {record["name"]: {key: record[key] for key in facts} for record in records}
+    for name, rule in rules.items():
+        if not rule.is_plain:
+            layers[name]["inputs"] = {key: rule.describe()[key] for key in ("gather", "rotation")}
+    common = Counter(rule.scheme for rule in rules.values()).most_common(1)[0][0]
     metadata = {
         "version": METADATA_VERSION,
         "finescale": __version__,
         "recipe": "convert",
-        "activations": {"bits": activations.bits},
-        "layers": {record["name"]: {key: record[key] for key in facts} for record in records},
+        "activations": {"bits": common.bits if common else 8},
+        "kv_cache": quantized.metadata.get("kv_cache"),
+        "layers": layers,
     }
-    return quantized.source.config | {
-        "quantization_config": _FORMAT.quantization_config(schemes, activations, _ignored(quantized), metadata)
-    }
+    activations = {name: rule.scheme for name, rule in rules.items()}
+    config = _FORMAT.quantization_config(schemes, activations, _ignored(quantized), metadata)
+    assert config is not None
+    if not all(rule.is_plain for rule in rules.values()):
+        config["quant_method"] = OWN_METHOD
+    return quantized.source.config | {"quantization_config": config}
 
 
 def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
@@ -179,6 +193,12 @@ def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
         if not scheme.symmetric:
             raise InputError(
                 f"{name} is asymmetric; integer scales need symmetric weights, quantize the original instead."
+            )
+        inputs = _inputs_of(quantized, name).scheme
+        if inputs is not None and not inputs.symmetric:
+            raise InputError(
+                f"{name} rounds its input with a zero point; integer scales need symmetric activations, quantize the "
+                "original instead."
             )
         if f"{name}.{OUTLIER_VALUES}" in quantized.source:
             raise InputError(f"{name} has outliers beside its grid; integer scales are for weights without them.")
@@ -221,12 +241,13 @@ def _convert_file(
         for key, home in quantized.source.files.items()
         if home == file and key not in owned
     }
-    activation_max = _activations(quantized).code_max
     for name in names:
         scale = "weight_scale" if f"{name}.weight_scale" in quantized.source else "scales"
         if quantized.source.files[f"{name}.{scale}"] != file:
             continue
-        weight, record = convert_layer(name, quantized.read(name), amplifier, round_again, activation_max)
+        weight, record = convert_layer(
+            name, quantized.read(name), amplifier, round_again, quantized.activation_max(name)
+        )
         records.append(record)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _FORMAT.pack(weight).items()}
     return tensors
