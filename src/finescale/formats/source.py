@@ -20,7 +20,8 @@ from finescale.errors import CheckpointError, InputError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ALLOWED_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
-_OPEN_FILES = 4
+_OPEN_FILES = 2
+"""Mapped at a time; what was read of a mapped file counts as memory of the process."""
 
 
 @dataclass

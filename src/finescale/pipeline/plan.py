@@ -212,7 +212,8 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(
         p.numel() for p in block.parameters()
     )
-    return int(weights + hessians + hidden * 1.2 + 8 * 4 * largest + rest * dtype.itemsize + 6e8)
+    solving = hessians + 5 * 4 * largest
+    return int(weights + max(solving, rest * dtype.itemsize) + hidden * 1.2 + 7e8)
 
 
 def check_memory(needed: int) -> None:

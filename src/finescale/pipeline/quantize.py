@@ -251,6 +251,7 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         if job.recipe.kv_cache is not None:
             quantize_kv_cache(job.skeleton.model, job.recipe.kv_cache.model_dump())
         inputs = _block_inputs(job, journal)
+        job.skeleton.source.close()
         entries, resumed = _blocks(job, journal, output, inputs, on_progress)
         if not job.ranks.leads:
             return {}
@@ -307,6 +308,7 @@ def _blocks(
         if index >= active:  # it stays as it is
             if ranks.leads:
                 output.write_block(index, [])
+            skeleton.source.close()
             entries.append({"layers": [], "seconds": 0.0, "phases": {}})
             continue
         entry = journal.block_done(index) if ranks.leads else None
@@ -356,6 +358,7 @@ def _blocks(
         for hook in rearranged:
             hook.remove()
         release_module(block)
+        skeleton.source.close()  # or the pages that were read stay mapped
         if "seconds" not in entry:
             phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in PHASES}
             entry |= {"seconds": round(sum(timer.seconds.values()), 3), "phases": phases}

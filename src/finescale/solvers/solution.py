@@ -16,6 +16,10 @@ from torch import Tensor
 from finescale.grid import Grid, QuantizedWeight, WeightScheme
 
 
+PIECE = 2048
+"""Rows and columns of what is computed in float64 at a time."""
+
+
 class SolverOptions(BaseModel):
     """Options of a solver: immutable, and an unknown key is an error."""
 
@@ -50,9 +54,16 @@ Solver = Callable[[Tensor, Tensor, Grid, Any], Solution]
 
 
 def squared_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T): the squared output error over the calibration tokens, accumulated in float64."""
-    difference_OI = weight_OI.double() - approximation_OI.double()
-    return float(((difference_OI @ hessian_II.double()) * difference_OI).sum())
+    """tr((W - Q) H (W - Q)^T): the squared output error over the calibration tokens, computed in float64, piece by piece:
+    the whole Hessian in float64 would be the largest matrix of a run."""
+    total = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+    for first in range(0, weight_OI.shape[0], PIECE):
+        rows = slice(first, first + PIECE)
+        difference_OI = weight_OI[rows].double() - approximation_OI[rows].double()
+        for start in range(0, hessian_II.shape[1], PIECE):
+            columns = slice(start, start + PIECE)
+            total += ((difference_OI @ hessian_II[:, columns].double()) * difference_OI[:, columns]).sum()
+    return float(total)
 
 
 def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
