@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -28,6 +28,10 @@ def solver(
         bool, typer.Option("--full-plain", help="Run all of the plain loop, not a part of it.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    models: Annotated[
+        bool, typer.Option("--models", help="Layer shapes of four large models beside Algorithm 2, for a GPU.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="With --models: seconds after which no shape is begun.")] = 120.0,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
     """Seconds of the solvers on one layer, beside the plain column-by-column loop."""
@@ -38,6 +42,9 @@ def solver(
         shapes = [(int(rows), int(columns)) for rows, _, columns in (s.partition("x") for s in shape or ["2048x2048"])]
     except ValueError as error:
         raise InputError("write --shape as OUTPUTSxINPUTS, for instance 2048x2048.") from error
+    if models:
+        write_json_file(json_, _large_models(device, sweeps, budget, shapes if shape else None))
+        return
     result = bench_solver(shapes, sweeps, bits, repeats, None if full_plain else 64, device)
     table = Table(
         "shape", "rtn s", "gptq s", "quantease s", "plain loop s", "quantease / plain", "error gptq", "error quantease"
@@ -104,3 +111,21 @@ def _explain(json_: Path | None) -> None:
         table.add_row(name, choice.kernel, choice.why)
     console.print(table)
     write_json_file(json_, {name: {"kernel": c.kernel, "why": c.why} for name, c in choices.items()})
+
+
+def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[int, int]] | None) -> dict[str, Any]:
+    from finescale.bench.gpu_solver import bench_gpu_solver
+
+    result = bench_gpu_solver(device, sweeps, budget, shapes)
+    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_gptq10_3xtf32")
+    table = Table("shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2")
+    for row in result["rows"]:
+        seconds = (f"{row[f'{key}_seconds']:.3g}" if f"{key}_seconds" in row else "" for key in keys)
+        speedup = f"{row['speedup_over_algorithm_2']:.1f}x" if "speedup_over_algorithm_2" in row else ""
+        table.add_row("x".join(map(str, row["shape"])), str(row["rows_timed"]), *seconds, speedup)
+    console.print(table)
+    different = sum(check["different"] for check in result["checks"])
+    console.print(f"{different} codes differ from the float64 solver's, in {len(result['checks'])} checks.")
+    for model, found in result["models"].items():
+        console.print(f"{model}: " + ", ".join(f"{key.replace('_', ' ')} {value:.0f}" for key, value in found.items()))
+    return result

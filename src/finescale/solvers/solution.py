@@ -15,7 +15,6 @@ from torch import Tensor
 
 from finescale.grid import Grid, QuantizedWeight, WeightScheme
 
-
 PIECE = 2048
 """Rows and columns of what is computed in float64 at a time."""
 
@@ -54,8 +53,10 @@ Solver = Callable[[Tensor, Tensor, Grid, Any], Solution]
 
 
 def squared_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T): the squared output error over the calibration tokens, computed in float64, piece by piece:
-    the whole Hessian in float64 would be the largest matrix of a run."""
+    """tr((W - Q) H (W - Q)^T): the squared output error over the calibration tokens, in float64.
+
+    Computed piece by piece: the whole Hessian in float64 would be the largest matrix of a run.
+    """
     total = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
     for first in range(0, weight_OI.shape[0], PIECE):
         rows = slice(first, first + PIECE)
