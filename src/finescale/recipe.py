@@ -16,7 +16,7 @@ from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.grid.integer_scale import Amplifier, check_amplifier
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
 from finescale.transforms import TransformEntry, TransformOptions, find_transform
-from finescale.tuning import TunerOptions, find_tuner
+from finescale.tuning import ReconstructionOptions, TunerEntry, find_tuner
 
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that engines have kernels for, best first."""
@@ -148,8 +148,11 @@ class TuningPart(_Part):
         self.options_model()
         return self
 
-    def options_model(self) -> TunerOptions:
-        return find_tuner(self.name).options(**self.options)
+    def entry(self) -> TunerEntry:
+        return find_tuner(self.name)
+
+    def options_model(self) -> ReconstructionOptions:
+        return self.entry().options(**self.options)
 
 
 class CalibrationPart(_Part):
@@ -203,11 +206,16 @@ class Recipe(_Part):
     integer_scale: IntegerScalePart = IntegerScalePart()
     solver: SolverPart = SolverPart()
     transforms: tuple[TransformPart, ...] = ()
-    tuning: TuningPart | None = None
+    tuning: tuple[TuningPart, ...] = ()
     calibration: CalibrationPart = CalibrationPart()
     overrides: tuple[Override, ...] = ()
     blocks: int | None = Field(default=None, ge=1)
     format: str = "compressed-tensors"
+
+    @field_validator("tuning", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return () if value is None else [value] if isinstance(value, str | dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -217,9 +225,12 @@ class Recipe(_Part):
         for part in self.transforms[1:]:
             if part.entry().prepare is not None:
                 raise ValueError(f"transforms: {part.name} must come first")
-        if self.tuning is not None and self.solver.options().keeps_outliers:
+        for tuner in self.tuning[:-1]:
+            if tuner.entry().after_solver:
+                raise ValueError(f"tuning: {tuner.name} must come last")
+        if self.tuning and self.solver.options().keeps_outliers:
             raise ValueError("tuning moves codes only; set solver.outliers 0")
-        if self.tuning is not None and not getattr(self.solver.options(), "static_groups", True):
+        if self.tuning and not getattr(self.solver.options(), "static_groups", True):
             raise ValueError("tuning needs groups of consecutive columns; set solver.static_groups true")
         if self.blocks is not None and self.transforms:
             raise ValueError("blocks: transforms rewrite all blocks, so that all must be quantized")
@@ -279,8 +290,9 @@ class Recipe(_Part):
         dump["transforms"] = [
             {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.transforms
         ]
-        if self.tuning is not None:
-            dump["tuning"] = {"name": self.tuning.name, "options": self.tuning.options_model().model_dump(mode="json")}
+        dump["tuning"] = [
+            {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.tuning
+        ]
         return dump
 
     @classmethod

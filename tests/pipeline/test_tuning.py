@@ -43,7 +43,7 @@ def test_every_family_comes_closer_to_the_original(kind, tiny, text, tmp_path):
     report = quantize(tiny(kind), tmp_path / "out", tuned(), text)
     assert len(report["tuning"]) == 2
     for block in report["tuning"]:
-        assert block["error_after"] < 0.95 * block["error_before"]
+        assert block[0]["error_after"] < 0.95 * block[0]["error_before"]
     verify(tmp_path / "out", tiny(kind))
     assert_same_logits(tiny(kind), tmp_path / "out")
 
@@ -55,9 +55,9 @@ def test_integer_scales_stay_integers_and_proved(mode, tiny, text, tmp_path):
     for layer in report["layers"]:
         assert layer["amplifier"] >= 1 and 0 < layer["overflow_use"] < 1
     for block in report["tuning"]:
-        assert block["error_after"] < block["error_before"]
+        assert block[0]["error_after"] < block[0]["error_before"]
     verify(tmp_path / "out", tiny("llama"))
-    plain = quantize(tiny("llama"), tmp_path / "plain", chosen.model_copy(update={"tuning": None}), text)
+    plain = quantize(tiny("llama"), tmp_path / "plain", chosen.model_copy(update={"tuning": ()}), text)
     before = {layer["name"]: layer for layer in plain["layers"]}
     assert any(layer["scale_max"] != before[layer["name"]]["scale_max"] for layer in report["layers"])
 
@@ -75,13 +75,13 @@ def test_other_inputs_and_targets_give_other_weights(options, tiny, text, tmp_pa
     other = quantize(tiny("llama"), tmp_path / "other", tuned(options=options), text)
     pairs = zip(usual["layers"], other["layers"], strict=True)
     assert any(a["sha256"] != b["sha256"] for a, b in pairs)
-    assert all(block["error_after"] < block["error_before"] for block in other["tuning"])
+    assert all(block[0]["error_after"] < block[0]["error_before"] for block in other["tuning"])
 
 
 def test_transformed_blocks_are_tuned_with_their_gathers(tiny, text, tmp_path):
     parts = {"transforms": ["qllm"], **W4A8}
     report = quantize(tiny("llama"), tmp_path / "out", tuned(bits=4, **parts), text)
-    assert all(block["error_after"] < block["error_before"] for block in report["tuning"])
+    assert all(block[0]["error_after"] < block[0]["error_before"] for block in report["tuning"])
     verify(tmp_path / "out", tiny("llama"))
 
 
@@ -151,6 +151,7 @@ def test_scales_move_only_if_asked(tiny, text, tmp_path):
         ({"tuning": "annealing"}, "rounding"),
         ({"tuning": {"name": "rounding", "options": {"steps": 3}}}, "steps"),
         ({"tuning": {"name": "rounding", "options": {"rate": 0}}}, "rate"),
+        ({"tuning": ["rounding", "low_rank"]}, "last"),
         ({"tuning": "rounding", "solver": {"name": "quantease", "outliers": 0.01}}, "outliers"),
         ({"tuning": "rounding", "solver": {"name": "gptq", "static_groups": False}}, "static_groups"),
     ],
@@ -162,15 +163,48 @@ def test_what_cannot_work_is_refused(values, word):
 
 
 def test_a_recipe_tells_all_its_options():
-    values = Recipe.from_dict({"tuning": "rounding"}).to_dict()["tuning"]
+    values = Recipe.from_dict({"tuning": "rounding"}).to_dict()["tuning"][0]
     assert values["name"] == "rounding" and values["options"]["iterations"] == 128
-    assert Recipe.from_dict({}).with_settings(("tuning.name=rounding", "tuning.options.rate=0.5")).tuning is not None
+    assert (
+        Recipe.from_dict({})
+        .with_settings(("tuning.name=rounding", "tuning.options.rate=0.5"))
+        .tuning[0]
+        .options["rate"]
+        == 0.5
+    )
 
 
 def test_rotated_models_are_tuned_towards_rotated_outputs(tiny, text, tmp_path):
     report = quantize(tiny("llama"), tmp_path / "out", tuned(transforms=["quarot"]), text)
     plain = quantize(tiny("llama"), tmp_path / "plain", tuned(), text)
     for turned, usual in zip(report["tuning"], plain["tuning"], strict=True):
-        assert turned["error_after"] < 0.95 * turned["error_before"]
-        assert turned["error_before"] < 2 * usual["error_before"]  # unrotated targets would be far away
+        assert turned[0]["error_after"] < 0.95 * turned[0]["error_before"]
+        assert turned[0]["error_before"] < 2 * usual[0]["error_before"]  # unrotated targets would be far away
     verify(tmp_path / "out", tiny("llama"))
+
+
+def test_low_rank_correction_before_the_solver_and_rounding_after_it(tiny, text, tmp_path):
+    correction = {"name": "low_rank", "options": {"iterations": 60, "rate": 5e-3, "batch_size": 2}}
+    activations = {"bits": 4}
+    plain = recipe("rtn", 4, 32, activations=activations)
+    both = recipe("rtn", 4, 32, activations=activations, tuning=[correction, part()])
+    before = quantize(tiny("llama"), tmp_path / "plain", plain, text)
+    report = quantize(tiny("llama"), tmp_path / "out", both, text)
+    for first, second in report["tuning"]:
+        assert first["error_after"] < first["error_before"]
+        assert second["error_after"] < second["error_before"]
+    pairs = zip(before["layers"], report["layers"], strict=True)
+    assert all(a["sha256"] != b["sha256"] for a, b in pairs)
+    verify(tmp_path / "out", tiny("llama"))
+
+
+def test_gradients_pass_through_a_rounded_cache():
+    from finescale.runtime.attention import round_cache
+
+    x_BHTD = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    facts = {"bits": 4, "symmetric": False, "queries": True, "rotate": False}
+    tuned_on = round_cache(*x_BHTD, facts)
+    for found, expected in zip(tuned_on, round_cache(*x_BHTD.detach(), facts), strict=True):
+        torch.testing.assert_close(found, expected)
+    sum(x.sum() for x in tuned_on).backward()
+    torch.testing.assert_close(x_BHTD.grad, torch.ones_like(x_BHTD))

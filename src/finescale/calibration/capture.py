@@ -6,7 +6,7 @@ Shape legend: B sequences of a batch, T tokens, I hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def capture_block_inputs(
     device: torch.device,
     dtype: torch.dtype,
     hidden: MutableSequence[Tensor] | None = None,
-    other_size: int | None = None,
+    other_sizes: Sequence[int] = (),
 ) -> BlockInputs:
     """Run the model's embedding over all batches and note what each block would be called with.
 
@@ -77,7 +77,7 @@ def capture_block_inputs(
         device: where to run.
         dtype: float type of the hidden states.
         hidden: where they go, empty; None for a new list.
-        other_size: note the other arguments for batches of so many sequences too.
+        other_sizes: note the other arguments for batches of so many sequences too.
     """
     hidden = [] if hidden is None else hidden
     fill_except_blocks(skeleton, device, dtype)
@@ -88,7 +88,7 @@ def capture_block_inputs(
     try:
         for index, block in enumerate(blocks):
             block.forward = recorder.forward_of(index)
-        extra = [torch.cat(batches)[:other_size]] if other_size is not None else []
+        extra = [torch.cat(batches)[:size] for size in other_sizes]
         for tokens_BT in [*batches, *extra]:
             recorder.kwargs = []
             with torch.no_grad():

@@ -105,7 +105,7 @@ def solve_together(
             all_notes = notes + solution.notes
             record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
             solved = None
-            if recipe.tuning is not None:
+            if recipe.tuning:
                 solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, all_notes)
             results.append(LayerResult(plan, final, record, solved))
     return results

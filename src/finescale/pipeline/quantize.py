@@ -40,7 +40,6 @@ from finescale.pipeline.block import (
     rearrange_inputs,
 )
 from finescale.pipeline.facts import run_facts
-from finescale.pipeline.layers import LayerResult
 from finescale.pipeline.output import Output, input_scheme, is_plain, unpack_layer
 from finescale.pipeline.plan import (
     Plan,
@@ -54,7 +53,7 @@ from finescale.pipeline.plan import (
     scattered_groups,
 )
 from finescale.pipeline.transform import Transformed, Turned, install_changed, prepare_transforms, transform_block
-from finescale.pipeline.tune import FloatStream, tune_block, tuning_batch, windows_of
+from finescale.pipeline.tune import FloatStream, Tuning, correct_block, tune_block, tuning_batches, windows_of
 from finescale.ranks import ALONE, Ranks, join
 from finescale.recipe import Recipe
 from finescale.runtime.attention import check_kv_cache, quantize_kv_cache
@@ -262,7 +261,7 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         )
     report = _report(job, records, after) | {"files": files}
     if job.recipe.tuning:
-        report["tuning"] = [entry.get("tuning") for entry in entries]
+        report["tuning"] = [entry.get("tuning", []) for entry in entries]
     if job.recipe.transforms:
         report["transforms"] = [entry["transforms"] for entry in entries]
         outside = turned.names(job.skeleton) if turned else []
@@ -285,7 +284,7 @@ def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
         )
     hidden = SpilledTensors(journal.folder / f"activations-{job.ranks.rank}") if job.spill else []
     return capture_block_inputs(
-        job.skeleton, job.ranks.share(batches), job.device, job.compute_dtype, hidden, tuning_batch(job.recipe)
+        job.skeleton, job.ranks.share(batches), job.device, job.compute_dtype, hidden, tuning_batches(job.recipe)
     )
 
 
@@ -336,15 +335,14 @@ def _blocks(
                 job.recipe.transforms, job.device, job.scale_dtype, rotation,
             )  # fmt: skip
             rules, rearranged = changed.rules, changed.hooks
-            tune = None
+            tuning = None
             if stream is not None:
-                tune = partial(
-                    tune_block, windows=windows_of(job.recipe, block, stream, rotation, batches, job.device),
-                    arguments_of=partial(_arguments, inputs, index), rules=rules, recipe=job.recipe, fmt=job.fmt,
-                    seed=job.calibration.seed + index, device=job.device,
-                )  # fmt: skip
-            entry = _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer, tune)
-            del tune
+                parts = windows_of(job.recipe, block, stream, rotation, batches, job.device)
+                seed = job.calibration.seed + index
+                tuning = Tuning(parts, partial(_arguments, inputs, index), rules, seed, job.device)
+                del parts
+            entry = _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer, tuning)
+            del tuning  # or it would keep the block's inputs
             if job.recipe.transforms:
                 entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
             del batches  # or it would keep the block's inputs beside its outputs
@@ -382,16 +380,19 @@ def _quantize_and_write(
     batches: Batches,
     changed: Transformed,
     timer: Timer,
-    tune: Callable[..., tuple[list[LayerResult], dict[str, float]]] | None,
+    tuning: Tuning | None,
 ) -> dict[str, Any]:
     """Solve a block, tune it if asked, put the weights in place and write its shard. Returns its journal entry."""
     plans = changed.plans
+    entry: dict[str, Any] = {}
+    if tuning is not None and plans:
+        entry["tuning"] = timer.measure("tune", correct_block, block, plans, tuning)
     results = quantize_block(
         block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer, job.ranks
     )
-    entry: dict[str, Any] = {}
-    if tune is not None and results:
-        results, entry["tuning"] = timer.measure("tune", tune, block, results)
+    if tuning is not None and results:
+        results, facts = timer.measure("tune", tune_block, block, results, tuning, job.recipe, job.fmt)
+        entry["tuning"] += facts
     order = {path: number for number, path in enumerate(plans)}
     results.sort(key=lambda result: order[result.plan.path])
     solved = [(result.plan, result.weight) for result in results]

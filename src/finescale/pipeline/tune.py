@@ -19,9 +19,18 @@ from finescale.models.skeleton import set_weight_OI
 from finescale.pipeline.block import Batches
 from finescale.pipeline.layers import LayerResult, with_tuned_weight
 from finescale.pipeline.output import stored_weight
+from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import Recipe
 from finescale.transforms.rotation import Rotation
-from finescale.tuning import RoundingOptions, TuningLayer, Windows, tune_rounding
+from finescale.tuning import (
+    LowRankOptions,
+    ReconstructionOptions,
+    RoundingOptions,
+    TuningLayer,
+    Windows,
+    correct_weights,
+    tune_rounding,
+)
 from finescale.tuning.moving import rounded_values
 
 
@@ -50,6 +59,30 @@ def _outputs(
     return [run_block(block, x_BTC.to(device), dict(kwargs)).cpu() for x_BTC, kwargs in batches]
 
 
+def tuning_batches(recipe: Recipe) -> tuple[int, ...]:
+    """Windows in a batch of each of the recipe's tuners."""
+    return tuple(min(part.options_model().batch_size, recipe.calibration.samples) for part in recipe.tuning)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tunes one block: each part of the recipe with its windows, and what they share.
+
+    Attributes:
+        parts: options and windows of each tuner, in order.
+        arguments_of: the block's other arguments for a number of windows.
+        rules: rounding of the layers' inputs, by path.
+        seed: of the order of the windows and of random starts.
+        device: where the block lives.
+    """
+
+    parts: tuple[tuple[ReconstructionOptions, Windows], ...]
+    arguments_of: Callable[[int], Mapping[str, Any]]
+    rules: Mapping[str, InputRule]
+    seed: int
+    device: torch.device
+
+
 def windows_of(
     recipe: Recipe,
     block: nn.Module,
@@ -57,8 +90,8 @@ def windows_of(
     rotation: Rotation | None,
     batches: Batches,
     device: torch.device,
-) -> Windows:
-    """What a block is tuned on.
+) -> tuple[tuple[ReconstructionOptions, Windows], ...]:
+    """What each tuner is told to come close to.
 
     Args:
         recipe: its ``tuning``.
@@ -68,68 +101,69 @@ def windows_of(
         batches: outputs of the quantized blocks before it, rotated, with the block's other arguments.
         device: where the block lives.
     """
-    options = _options(recipe)
 
     def turned(hidden: list[Tensor]) -> list[Tensor]:
         return hidden if rotation is None else [rotation.apply(x_BTC) for x_BTC in hidden]
 
-    inputs = [x_BTC for x_BTC, _ in batches] if options.inputs == "quantized" else turned(stream.inputs)
-    local = options.target == "quantized"
-    return Windows(inputs, _outputs(block, batches, device) if local else turned(stream.outputs))
+    parts = []
+    for part in recipe.tuning:
+        options = part.options_model()
+        inputs = [x_BTC for x_BTC, _ in batches] if options.inputs == "quantized" else turned(stream.inputs)
+        local = options.target == "quantized"
+        targets = _outputs(block, batches, device) if local else turned(stream.outputs)
+        parts.append((options, Windows(inputs, targets)))
+    return tuple(parts)
 
 
-def _options(recipe: Recipe) -> RoundingOptions:
-    assert recipe.tuning is not None
-    options = recipe.tuning.options_model()
-    assert isinstance(options, RoundingOptions)
-    return options
-
-
-def tuning_batch(recipe: Recipe) -> int | None:
-    """Windows in a batch of the recipe's tuning; None without tuning."""
-    if recipe.tuning is None:
-        return None
-    return min(_options(recipe).batch_size, recipe.calibration.samples)
+def correct_block(block: nn.Module, plans: Mapping[str, LayerPlan], tuning: Tuning) -> list[dict[str, float]]:
+    """Change a block's weights before they are solved; returns the block's error before and after each tuner."""
+    facts = []
+    for options, windows in tuning.parts:
+        if isinstance(options, LowRankOptions):
+            schemes = {path: plan.scheme for path, plan in plans.items()}
+            merged, fact = correct_weights(
+                block, schemes, windows, tuning.arguments_of, tuning.rules, options, tuning.seed, tuning.device
+            )
+            for path, weight_OI in merged.items():
+                set_weight_OI(block.get_submodule(path), weight_OI)
+            facts.append(fact)
+    return facts
 
 
 def tune_block(
-    block: nn.Module,
-    results: Sequence[LayerResult],
-    windows: Windows,
-    arguments_of: Callable[[int], Mapping[str, Any]],
-    rules: Mapping[str, InputRule],
-    recipe: Recipe,
-    fmt: Format,
-    seed: int,
-    device: torch.device,
-) -> tuple[list[LayerResult], dict[str, float]]:
+    block: nn.Module, results: list[LayerResult], tuning: Tuning, recipe: Recipe, fmt: Format
+) -> tuple[list[LayerResult], list[dict[str, float]]]:
     """Tune a block's solved layers and install the tuned weights.
 
     Args:
         block: filled, with the solved weights in place.
         results: its solved layers.
-        windows: see ``windows_of``.
-        arguments_of: the block's other arguments for a number of windows.
-        rules: rounding of the layers' inputs, by path.
-        recipe: its ``tuning``.
+        tuning: see there.
+        recipe: for the proof that int32 holds.
         fmt: the format to be written.
-        seed: of the order of the windows.
-        device: where the block lives.
 
     Returns:
         The results with tuned weights, and the block's error before and after.
     """
-    options = _options(recipe)
-    layers = []
-    for result in results:
-        solved = result.solved
-        assert solved is not None
-        target_OI = solved.weight_OI.float()
-        if options.start == "solver":
-            target_OI = rounded_values(target_OI, result.weight.dequantize(), solved.hessian_II)
-        layers.append(TuningLayer(result.plan.path, result.weight, target_OI))
-    weights, facts = tune_rounding(block, layers, windows, arguments_of, rules, options, seed, device)
-    tuned = [with_tuned_weight(result, weight, recipe) for result, weight in zip(results, weights, strict=True)]
-    for result in tuned:
-        set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
-    return tuned, facts
+    facts = []
+    for options, windows in tuning.parts:
+        if isinstance(options, RoundingOptions):
+            layers = [TuningLayer(r.plan.path, r.weight, _starting_values(r, options.start)) for r in results]
+            weights, fact = tune_rounding(
+                block, layers, windows, tuning.arguments_of, tuning.rules, options, tuning.seed, tuning.device
+            )
+            results = [
+                with_tuned_weight(result, weight, recipe) for result, weight in zip(results, weights, strict=True)
+            ]
+            for result in results:
+                set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
+            facts.append(fact)
+    return results, facts
+
+
+def _starting_values(result: LayerResult, start: str) -> Tensor:
+    assert result.solved is not None
+    weight_OI = result.solved.weight_OI.float()
+    if start == "weight":
+        return weight_OI
+    return rounded_values(weight_OI, result.weight.dequantize(), result.solved.hessian_II)

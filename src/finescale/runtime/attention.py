@@ -46,8 +46,15 @@ def round_cache(
         turn = largest_rotation(key_BHTD.shape[-1])
         query_BHTD, key_BHTD = rotate(query_BHTD, *turn), rotate(key_BHTD, *turn)
     if facts["queries"]:
-        query_BHTD = fake_quantize(query_BHTD, scheme)
-    return query_BHTD, fake_quantize(key_BHTD, scheme), fake_quantize(value_BHTD, scheme)
+        query_BHTD = _rounded(query_BHTD, scheme)
+    return query_BHTD, _rounded(key_BHTD, scheme), _rounded(value_BHTD, scheme)
+
+
+def _rounded(x_BHTD: Tensor, scheme: ActivationScheme) -> Tensor:
+    """Rounded; gradients, where tuning wants them, pass straight through."""
+    if not x_BHTD.requires_grad:
+        return fake_quantize(x_BHTD, scheme)
+    return x_BHTD + (fake_quantize(x_BHTD.detach(), scheme) - x_BHTD.detach())
 
 
 def quantize_kv_cache(model: PreTrainedModel, facts: dict[str, Any]) -> None:

@@ -5,20 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finescale.errors import InputError
-from finescale.tuning.options import TunerOptions
+from finescale.tuning.low_rank import LowRankOptions
+from finescale.tuning.reconstruction import ReconstructionOptions
 from finescale.tuning.rounding import RoundingOptions
 
 
 @dataclass(frozen=True)
 class TunerEntry:
-    """A tuner: the class of its options and one line for people."""
+    """A tuner.
 
-    options: type[TunerOptions]
+    Attributes:
+        options: the class of its options.
+        summary: one line for people.
+        after_solver: whether it goes on from the solver's codes; the others change the weights that are solved.
+    """
+
+    options: type[ReconstructionOptions]
     summary: str
+    after_solver: bool = False
 
 
 TUNERS: dict[str, TunerEntry] = {
-    "rounding": TunerEntry(RoundingOptions, "learned codes and scales (arXiv 2309.05516)"),
+    "low_rank": TunerEntry(LowRankOptions, "low-rank additions merged into the weights (arXiv 2310.08041)"),
+    "rounding": TunerEntry(RoundingOptions, "learned codes and scales (arXiv 2309.05516)", after_solver=True),
 }
 
 
