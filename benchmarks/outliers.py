@@ -45,7 +45,7 @@ SAME_SIZE = "unstructured of spqr's size"
 def run(model: Path, recipe: str, settings: tuple[str, ...], texts: dict[str, str], windows: int) -> dict[str, Any]:
     """Quantize and evaluate; perplexity, stored bits per weight and the layers' mean relative error."""
     with tempfile.TemporaryDirectory() as folder:
-        common = ("calibration.samples=64", "calibration.length=512", "calibration.true_sequential=true")
+        common = ("calibration.samples=48", "calibration.length=256")
         settings = (*settings, *common)
         report = quantize(model, recipe, out=Path(folder) / "q", calibration=texts["calibration"], settings=settings)
         found = evaluate(Path(folder) / "q", texts["evaluation"], windows=windows, length=512)
