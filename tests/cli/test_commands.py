@@ -376,3 +376,13 @@ def test_the_command_line_starts_without_torch():
     _, environment = command()
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert answer.stdout.split() == ["False", "False"], answer.stderr
+
+
+def test_serve_refuses_before_vllm_starts(cli, result, tmp_path):
+    folder = shutil.copytree(result, tmp_path / "served")
+    config = read_json(folder / "config.json")
+    name = next(iter(config["quantization_config"]["finescale"]["layers"]))
+    config["quantization_config"]["finescale"]["layers"][name]["outliers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(cli("serve", folder), "has outliers")
+    refused(cli("serve", tmp_path / "nowhere"), "nowhere")

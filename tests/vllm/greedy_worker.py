@@ -3,7 +3,8 @@
     PYTHON_WITH_VLLM greedy_worker.py REQUEST.json ANSWER.json
 
 REQUEST: {"checkpoints": [folder, ...], "prompts": [[token id, ...], ...], "tokens": 16, "dtype": "float32",
-          "max_model_len": 128, "top": 5, "seconds": 300}
+          "max_model_len": 128, "top": 5, "seconds": 300,
+          "plugins": "" (names of the vLLM plugins to load, with commas; none by default)}
 ANSWER: one entry per checkpoint: {"checkpoint", "tokens": [[id, ...], ...],
           "logprobs": [[{id: logprob, ...}, ...], ...], "prompt_logprobs": [[logprob of each prompt token but the
           first], ...], "kernels": [kernels that vLLM says it uses], "seconds"}
@@ -81,7 +82,7 @@ def run_alone(request: dict, checkpoint: str, folder: Path) -> dict:
                 command,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | {"VLLM_PLUGINS": request.get("plugins", "")},
                 timeout=request.get("seconds", 300),
                 check=False,
             ).returncode

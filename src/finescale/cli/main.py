@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finescale._version import __version__
-from finescale.cli import bench, convert, demo, evaluate, inspect, quantize, recipes, verify
+from finescale.cli import bench, convert, demo, evaluate, inspect, quantize, recipes, serve, verify
 from finescale.cli.common import stderr
 from finescale.environment import wait_without_spinning
 from finescale.errors import FinescaleError
@@ -24,6 +24,7 @@ app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("recipes")(recipes.recipes)
 app.command("demo")(demo.demo)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.add_typer(bench.app, name="bench", help="Benchmarks against baselines in the same run.")
 
 

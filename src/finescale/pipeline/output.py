@@ -188,6 +188,9 @@ class Output:
         own = {record["name"]: record["inputs"] for record in layer_records if not is_plain(record)}
         for name, inputs in own.items():
             layers[name]["inputs"] = {key: inputs[key] for key in ("gather", "rotation")}
+        for record in layer_records:
+            if record.get("outliers"):
+                layers[record["name"]]["outliers"] = record["outliers"]
         metadata = {
             "version": METADATA_VERSION,
             "finescale": __version__,
