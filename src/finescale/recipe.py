@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from finescale.errors import InputError
 from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
+from finescale.grid.folded import FOLDED_BITS
 from finescale.grid.integer_scale import Amplifier, check_amplifier
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
 from finescale.transforms import TransformEntry, TransformOptions, find_transform
@@ -78,9 +79,11 @@ class KvCachePart(_Part):
 
 
 class IntegerScalePart(_Part):
-    """``before``: scales are integers when the solver runs; ``after``: they are rounded after it, as in the paper."""
+    """``before``: scales are integers when the solver runs; ``after``: they are rounded after it, as in the paper;
+    ``folded``: before the solver, integers from 1 to 15 times one float factor per output, which a kernel multiplies
+    into the weights (no amplifier)."""
 
-    mode: Literal["off", "before", "after"] = "off"
+    mode: Literal["off", "before", "after", "folded"] = "off"
     amplifier: Amplifier = "auto"
 
     @field_validator("amplifier")
@@ -89,6 +92,12 @@ class IntegerScalePart(_Part):
         if isinstance(value, int):
             check_amplifier(value)
         return value
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> IntegerScalePart:
+        if self.mode == "folded" and self.amplifier != "auto":
+            raise ValueError("integer_scale.mode folded has no amplifier; leave integer_scale.amplifier out")
+        return self
 
 
 class SolverPart(BaseModel):
@@ -243,7 +252,10 @@ class Recipe(_Part):
                 raise ValueError("integer_scale has no outliers; set solver.outliers 0")
             if not self.activations.symmetric:
                 raise ValueError("integer_scale needs activations.symmetric true")
+            if self.integer_scale.mode == "folded" and not getattr(self.solver.options(), "static_groups", True):
+                raise ValueError("integer_scale.mode folded needs solver.static_groups true")
         self._check_solver(self.weights)
+        self._check_folded(self.weights)
         for override in self.overrides:
             self.activations_for_override(override)
             weights = self.weights_for_override(override)
@@ -251,7 +263,12 @@ class Recipe(_Part):
                 raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
             if not override.skip:
                 self._check_solver(weights)
+                self._check_folded(weights, f", also in the override of {override.pattern}")
         return self
+
+    def _check_folded(self, weights: WeightsPart, where: str = "") -> None:
+        if self.integer_scale.mode == "folded" and weights.bits > FOLDED_BITS:
+            raise ValueError(f"integer_scale.mode folded needs weights of at most {FOLDED_BITS} bits{where}")
 
     def _check_solver(self, weights: WeightsPart) -> None:
         if weights.group_size != "auto":

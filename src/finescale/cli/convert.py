@@ -17,6 +17,9 @@ def convert(
     round_again: Annotated[
         bool, typer.Option("--round-again", help="Round weights anew on the integer scales.")
     ] = False,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="Integers up to 15 and one factor per output, in place of an amplifier.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace an earlier result.")] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
 ) -> None:
@@ -29,13 +32,14 @@ def convert(
         raise InputError(f"--amplifier is {amplifier}; use auto, heuristic or a power of two such as 1024.")
     value = int(amplifier) if amplifier.isdigit() else amplifier
     with progress_bar("files") as update:
-        report = run_conversion(folder, out, value, round_again, fresh, update)  # type: ignore[arg-type]
+        report = run_conversion(folder, out, value, round_again, fresh, update, folded)  # type: ignore[arg-type]
     layers = report["layers"]
     errors = sorted(record["relative_error"] for record in layers)
     uses = [record["overflow_use"] for record in layers]
     amplifiers = sorted({record["amplifier"] for record in layers})
+    scales = "folded scales" if folded else f"amplifiers {', '.join(map(str, amplifiers))}"
     console.print(
-        f"{len(layers)} layers, amplifiers {', '.join(map(str, amplifiers))}; the conversion changed the weights by "
+        f"{len(layers)} layers, {scales}; the conversion changed the weights by "
         f"{errors[len(errors) // 2]:.2e} of their squared norm in the median, {errors[-1]:.2e} at most; "
         f"the int32 bound is used to {max(uses):.1%} at most."
     )

@@ -31,6 +31,11 @@ def verify(
         console.print(
             f"[green]ok[/] {result.integer_layers} layers: int32 cannot overflow; equal to int64 up to the bound itself"
         )
+    if result.folded_layers:
+        console.print(
+            f"[green]ok[/] {result.folded_layers} layers: scales are 1 to 15 times one factor per output; codes times "
+            "these fit int8"
+        )
     if result.copied is not None:
         console.print(f"[green]ok[/] {result.copied} other tensors equal the original byte for byte")
     if result.worst_relative is not None:

@@ -9,6 +9,7 @@ from finescale.grid.activation import (
     static_range,
 )
 from finescale.grid.fit import fit_grid, fit_group, integerized, with_integer_scales
+from finescale.grid.folded import with_folded_scales
 from finescale.grid.inputs import Gather, InputRule, input_rule
 from finescale.grid.outliers import Outliers
 from finescale.grid.scheme import (
@@ -44,5 +45,6 @@ __all__ = [
     "quantize_to_grid",
     "quantize_tokens",
     "static_range",
+    "with_folded_scales",
     "with_integer_scales",
 ]

@@ -81,11 +81,11 @@ def fit_group(weight_OI: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype)
     if scheme.clip == "minmax":
         return _range_to_grid(low_O, high_O, scheme, scale_dtype)
     best_scale_O, best_zero_O = _range_to_grid(low_O, high_O, scheme, scale_dtype)
-    best_error_O = _rounding_error(weight_OI, best_scale_O, best_zero_O, scheme)
+    best_error_O = rounding_error(weight_OI, best_scale_O, best_zero_O, scheme)
     for candidate in range(1, CLIP_CANDIDATES):
         shrink = 1.0 - candidate * CLIP_STEP
         scale_O, zero_O = _range_to_grid(low_O * shrink, high_O * shrink, scheme, scale_dtype)
-        error_O = _rounding_error(weight_OI, scale_O, zero_O, scheme)
+        error_O = rounding_error(weight_OI, scale_O, zero_O, scheme)
         better_O = error_O < best_error_O
         best_error_O = torch.where(better_O, error_O, best_error_O)
         best_scale_O = torch.where(better_O, scale_O, best_scale_O)
@@ -116,7 +116,8 @@ def _stored(scale_O: Tensor, scale_dtype: torch.dtype) -> Tensor:
     return stored_O
 
 
-def _rounding_error(weight_OI: Tensor, scale_O: Tensor, zero_O: Tensor | None, scheme: WeightScheme) -> Tensor:
+def rounding_error(weight_OI: Tensor, scale_O: Tensor, zero_O: Tensor | None, scheme: WeightScheme) -> Tensor:
+    """Squared error [O] of the nearest codes of one group, ``weight_OI`` [O, columns of the group]."""
     value_OI = weight_OI / scale_O[:, None]
     zero_O1 = 0.0 if zero_O is None else zero_O.float()[:, None]
     rounded_OI = (value_OI + zero_O1).round_().clamp_(scheme.code_min, scheme.code_max).sub_(zero_O1)
@@ -148,12 +149,15 @@ def with_integer_scales(grid: Grid, weight_OI: Tensor, amplifier: Amplifier, act
 def integerized(grid: Grid, amplifier: int) -> Grid:
     """``grid`` with its scales replaced by round(scale * amplifier) / amplifier."""
     integer_OG = integer_scales(grid.scale_OG, amplifier, grid.scale_dtype)
-    return replace(grid, scale_OG=(integer_OG.double() / amplifier).float(), amplifier=amplifier)
+    return replace(grid, scale_OG=(integer_OG.double() / amplifier).float(), amplifier=amplifier, folded=False)
 
 
 def refit_group(grid: Grid, weight_OI: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scale and zero of one group fitted to ``weight_OI`` [O, columns of the group], under the rules of ``grid``:
-    its scheme, its stored type and, when it has one, its amplifier."""
+    its scheme, its stored type and, when it has one, its amplifier. Folded scales depend on each other and are never
+    fitted one by one."""
+    if grid.folded:
+        raise NumericsError("folded scales cannot be fitted group by group; set solver.static_groups true.")
     scale_O, zero_O = fit_group(weight_OI, grid.scheme, grid.scale_dtype)
     if grid.amplifier is not None:
         integer_O1 = integer_scales(scale_O[:, None], grid.amplifier, grid.scale_dtype)

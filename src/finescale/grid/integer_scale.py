@@ -4,6 +4,9 @@ With S = round(amplifier * scale) the whole sum over the inputs stays in int32:
 
     y_TO = x_scale_T / amplifier * sum_G S_OG * (sum over the inputs k of group G of x_Tk * code_Ok)
 
+Folded scales have S of at most 15 and one float factor c per output instead of the amplifier: scale_OG = c_O * S_OG.
+A 4-bit code times S then fits int8, so that a kernel can multiply S into the weights and needs no second accumulator.
+
 Shape legend: O outputs, I inputs, G groups, T tokens.
 """
 
@@ -22,6 +25,12 @@ PAPER_AMPLIFIER = 1024
 LARGEST_AMPLIFIER = 2**24
 LARGEST_INTEGER_SCALE = 2**15 - 1
 """Kernels hold S in 16 bits."""
+LARGEST_FOLDED_SCALE = 15
+"""4-bit codes, -8 to 7, times S lie in -120 to 105: int8."""
+
+_NOT_FOLDED = (
+    f"the scales of an output are not integers up to {LARGEST_FOLDED_SCALE} times one factor; quantize the model again."
+)
 
 Amplifier = int | Literal["heuristic", "auto"]
 
@@ -73,6 +82,32 @@ def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype) -
     if bool((integer_OG >= INT32_LIMIT).any()):
         raise NumericsError(f"an amplifier of {amplifier} lifts a scale over 2^31; use a smaller amplifier or auto.")
     return integer_OG.to(torch.int32)
+
+
+def common_factor(scale_OG: Tensor) -> Tensor:
+    """The greatest c_O such that scale_OG = c_O * S_OG with integers S, float32 [O]; exact.
+
+    Floats are integers times a power of two, so that their greatest common divisor always exists. Folded scales are
+    stored as they are, and their factor is found again by this.
+
+    Raises:
+        NumericsError: in some row S exceeds 15, or a scale is not a positive number: these scales are not folded.
+    """
+    if not bool((scale_OG > 0).all()) or not bool(torch.isfinite(scale_OG).all()):
+        raise NumericsError("folded scales must be positive and finite; quantize the model again.")
+    _, exponent_OG = torch.frexp(scale_OG.double())
+    # Every scale of a row is a whole number of the last bits of its smallest one.
+    least_O1 = exponent_OG.amin(1, keepdim=True) - 24
+    whole_OG = scale_OG.double() * torch.pow(2.0, -least_O1.double())
+    if bool((whole_OG.amax(1) > LARGEST_FOLDED_SCALE * whole_OG.amin(1)).any()):
+        raise NumericsError(_NOT_FOLDED)
+    whole_OG = whole_OG.to(torch.int64)
+    divisor_O = whole_OG[:, 0]
+    for whole_O in whole_OG.unbind(1)[1:]:
+        divisor_O = torch.gcd(divisor_O, whole_O)
+    if bool((whole_OG > LARGEST_FOLDED_SCALE * divisor_O[:, None]).any()):
+        raise NumericsError(_NOT_FOLDED)
+    return (divisor_O.double() * torch.pow(2.0, least_O1[:, 0].double())).float()
 
 
 def group_absolute_sums(codes_OI: Tensor, group_of_I: Tensor, groups: int) -> Tensor:

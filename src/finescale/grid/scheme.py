@@ -9,7 +9,7 @@ Codes are signed everywhere: a code and a zero point lie in ``[-2**(bits-1), 2**
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finescale.errors import InputError, NumericsError
 from finescale.grid.bilevel import Bilevel
+from finescale.grid.integer_scale import common_factor
 from finescale.grid.outliers import Outliers
 
 WEIGHT_BITS = (2, 3, 4, 6, 8)
@@ -116,7 +117,9 @@ class Grid:
         zero_OG: int8 [O, G] on the code range, or None when symmetric.
         group_of_I: int64 [I], the group of each input column.
         scale_dtype: the type in which a file stores the scales.
-        amplifier: None for float scales; else a power of two such that ``scale * amplifier`` is an integer.
+        amplifier: None for float scales; else a power of two such that ``scale * amplifier`` is an integer; 1 for
+            folded scales.
+        folded: every scale of an output is ``channel_scale_O`` times an integer from 1 to 15.
         bilevel: how the scales are quantized themselves, None when they are stored as they are; ``scale_OG`` then
             follows from it and may need more bits than ``scale_dtype`` has.
     """
@@ -128,6 +131,7 @@ class Grid:
     scale_dtype: torch.dtype = torch.float32
     amplifier: int | None = None
     bilevel: Bilevel | None = None
+    folded: bool = False
 
     @property
     def rows(self) -> int:
@@ -142,14 +146,29 @@ class Grid:
         expected = contiguous_groups(self.columns, self.scheme.group_size, self.group_of_I.device)
         return torch.equal(self.group_of_I, expected)
 
-    def integer_scale_OG(self) -> Tensor:
-        """The integer scales S = scale * amplifier, int32 [O, G].
+    @property
+    def channel_scale_O(self) -> Tensor | None:
+        """The factor of each output, float32 [O], None unless the scales are folded; computed anew in each call.
 
         Raises:
-            NumericsError: the grid has float scales, or a stored scale is not an integer over the amplifier.
+            NumericsError: the scales are not folded though the grid says so.
+        """
+        return common_factor(self.scale_OG) if self.folded else None
+
+    def integer_scale_OG(self) -> Tensor:
+        """The integer scales S, int32 [O, G]: scale * amplifier, or scale / channel_scale where they are folded.
+
+        Raises:
+            NumericsError: the grid has float scales, or a stored scale is not an integer over the amplifier, or not one
+                up to 15 times the factor of its output.
         """
         if self.amplifier is None:
-            raise NumericsError("this layer has float scales; quantize with integer_scale.mode before or after.")
+            raise NumericsError(
+                "this layer has float scales; quantize with integer_scale.mode before, after or folded."
+            )
+        channel_scale_O = self.channel_scale_O
+        if channel_scale_O is not None:
+            return (self.scale_OG.double() / channel_scale_O.double()[:, None]).to(torch.int32)
         exact_OG = self.scale_OG.double() * self.amplifier
         integer_OG = exact_OG.round()
         if not torch.equal(exact_OG, integer_OG) or bool((integer_OG < 1).any()) or bool((integer_OG >= 2**31).any()):
@@ -164,7 +183,7 @@ class Grid:
         if self.bilevel is not None:
             raise NumericsError("rows of a layer with quantized scales cannot be cut apart.")
         zero_OG = None if self.zero_OG is None else self.zero_OG[rows]
-        return Grid(self.scheme, self.scale_OG[rows], zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
+        return replace(self, scale_OG=self.scale_OG[rows], zero_OG=zero_OG)
 
 
 @dataclass(frozen=True)

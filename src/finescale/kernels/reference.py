@@ -2,6 +2,8 @@
 
     y_TO = x_scale_T / amplifier * sum_G S_OG * (sum over the inputs k of group G of x_Tk * code_Ok)
 
+and, where scales are folded (`finescale.grid.folded`), times the factor of each output.
+
 Everything up to the one conversion at the end is int32 (Integer Scale, arXiv 2405.14597).
 Shape legend: T tokens, I inputs, O outputs, G groups.
 """
@@ -37,7 +39,13 @@ def grouped_int32_product(x_TI: Tensor, codes_OI: Tensor, integer_scale_OG: Tens
 
 @torch.library.custom_op("finescale::integer_scale_linear", mutates_args=())
 def integer_scale_linear(
-    x_TI: Tensor, x_scale_T1: Tensor, codes_OI: Tensor, integer_scale_OG: Tensor, group_size: int, amplifier: int
+    x_TI: Tensor,
+    x_scale_T1: Tensor,
+    codes_OI: Tensor,
+    integer_scale_OG: Tensor,
+    group_size: int,
+    amplifier: int,
+    channel_scale_O: Tensor | None = None,
 ) -> Tensor:
     """The quantized product, float32 [T, O].
 
@@ -48,25 +56,39 @@ def integer_scale_linear(
         integer_scale_OG: int32 [O, G] scales times the amplifier.
         group_size: inputs of a group, -1 for all; the last group may be ragged.
         amplifier: the power of two the scales were multiplied by.
+        channel_scale_O: float32 [O], multiplies each output, or None.
 
     Raises:
         InputError: shapes or types that do not fit together.
     """
-    _check(x_TI, x_scale_T1, codes_OI, integer_scale_OG, group_size, amplifier)
+    _check(x_TI, x_scale_T1, codes_OI, integer_scale_OG, group_size, amplifier, channel_scale_O)
     total_TO = grouped_int32_product(x_TI, codes_OI, integer_scale_OG, group_size)
     # A power of two divides without rounding; one conversion and one product are all the floating point there is.
-    return total_TO.to(torch.float32) * (x_scale_T1 / amplifier)
+    out_TO = total_TO.to(torch.float32) * (x_scale_T1 / amplifier)
+    return out_TO if channel_scale_O is None else out_TO * channel_scale_O
 
 
 @integer_scale_linear.register_fake
 def _(
-    x_TI: Tensor, x_scale_T1: Tensor, codes_OI: Tensor, integer_scale_OG: Tensor, group_size: int, amplifier: int
+    x_TI: Tensor,
+    x_scale_T1: Tensor,
+    codes_OI: Tensor,
+    integer_scale_OG: Tensor,
+    group_size: int,
+    amplifier: int,
+    channel_scale_O: Tensor | None = None,
 ) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], codes_OI.shape[0], dtype=torch.float32)
 
 
 def _check(
-    x_TI: Tensor, x_scale_T1: Tensor, codes_OI: Tensor, integer_scale_OG: Tensor, group_size: int, amplifier: int
+    x_TI: Tensor,
+    x_scale_T1: Tensor,
+    codes_OI: Tensor,
+    integer_scale_OG: Tensor,
+    group_size: int,
+    amplifier: int,
+    channel_scale_O: Tensor | None,
 ) -> None:
     if x_TI.dim() != 2 or codes_OI.dim() != 2 or x_TI.shape[1] != codes_OI.shape[1]:
         raise InputError(
@@ -89,3 +111,7 @@ def _check(
         )
     if amplifier < 1 or amplifier & (amplifier - 1):
         raise InputError(f"the amplifier {amplifier} must be a power of two.")
+    if channel_scale_O is not None and (
+        tuple(channel_scale_O.shape) != (codes_OI.shape[0],) or channel_scale_O.dtype != torch.float32
+    ):
+        raise InputError(f"channel scales {tuple(channel_scale_O.shape)} must be float32 [{codes_OI.shape[0]}].")

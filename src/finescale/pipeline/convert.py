@@ -29,8 +29,10 @@ from finescale.grid import (
     contiguous_groups,
     integerized,
     quantize_to_grid,
+    with_folded_scales,
 )
 from finescale.grid.fit import smallest_scale
+from finescale.grid.folded import FOLDED_BITS
 from finescale.grid.integer_scale import (
     INT32_LIMIT,
     Amplifier,
@@ -52,7 +54,7 @@ from finescale.pipeline.journal import (
     write_json,
     write_shard,
 )
-from finescale.pipeline.output import small_files
+from finescale.pipeline.output import small_files, stored_facts
 from finescale.pipeline.plan import check_disk
 from finescale.runtime.checkpoint import METADATA_VERSION, QuantizedCheckpoint, open_quantized
 
@@ -67,6 +69,7 @@ def convert(
     round_again: bool = False,
     fresh: bool = False,
     on_progress: Progress | None = None,
+    folded: bool = False,
 ) -> dict[str, Any]:
     """Write a W4A8 checkpoint with integer scales from a checkpoint with float scales.
 
@@ -78,6 +81,8 @@ def convert(
             the paper.
         fresh: replace what an earlier run wrote to ``out``.
         on_progress: called after each file.
+        folded: scales become integers from 1 to 15 times one factor per output (`finescale.grid.folded`), without an
+            amplifier.
 
     Returns:
         The report: one record per layer with amplifier, bound, weight error caused by the conversion.
@@ -88,14 +93,18 @@ def convert(
     """
     if isinstance(amplifier, int):
         check_amplifier(amplifier)
+    if folded and amplifier != "auto":
+        raise InputError("folded scales have no amplifier; leave --amplifier out.")
     quantized = open_quantized(path)
-    schemes = _checked_schemes(quantized)
+    schemes = _checked_schemes(quantized, folded)
     facts = {
         "finescale": __version__,
         "source": quantized.source.fingerprint(),
         "amplifier": amplifier,
         "round_again": round_again,
     }
+    if folded:
+        facts["folded"] = True
     journal = Journal(out, signature(facts))
     check_free(out)
     if not fresh and (done := finished_signature(out)) is not None:
@@ -110,7 +119,7 @@ def convert(
             clear_output(out)
         files = [*shards, INDEX_NAME, "config.json", *(path.name for path in copies)]
         journal.begin(files)
-        records = _write_shards(quantized, schemes, out, amplifier, round_again, on_progress)
+        records = _write_shards(quantized, schemes, out, amplifier, round_again, folded, on_progress)
         for copy in copies:
             with full_disk_explained(out):
                 shutil.copyfile(copy, out / copy.name)
@@ -121,6 +130,7 @@ def convert(
             "converted_from": Path(path).name,
             "amplifier": amplifier,
             "round_again": round_again,
+            "folded": folded,
             "layers": records,
             "files": {name: file_sha256(out / name) for name in files},
         }
@@ -135,6 +145,7 @@ def _write_shards(
     out: Path,
     amplifier: Amplifier,
     round_again: bool,
+    folded: bool,
     on_progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """All tensors, in files of the source's names, and their index. Returns the layers' records."""
@@ -145,7 +156,7 @@ def _write_shards(
     for number, file in enumerate(files):
         if on_progress:
             on_progress(f"converting {file}", number, len(files))
-        tensors = _convert_file(quantized, file, list(schemes), amplifier, round_again, records)
+        tensors = _convert_file(quantized, file, list(schemes), amplifier, round_again, folded, records)
         write_shard(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += (out / file).stat().st_size
@@ -162,9 +173,8 @@ def _inputs_of(quantized: QuantizedCheckpoint, name: str) -> InputRule:
 def _config(
     quantized: QuantizedCheckpoint, schemes: dict[str, WeightScheme], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    facts = ("bits", "group_size", "symmetric", "amplifier", "bound")
     rules = {name: _inputs_of(quantized, name) for name in schemes}
-    layers = {record["name"]: {key: record[key] for key in facts} for record in records}
+    layers = {record["name"]: stored_facts(record) for record in records}
     for name, rule in rules.items():
         if not rule.is_plain:
             layers[name]["inputs"] = {key: rule.describe()[key] for key in ("gather", "rotation")}
@@ -185,7 +195,7 @@ def _config(
     return quantized.source.config | {"quantization_config": config}
 
 
-def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
+def _checked_schemes(quantized: QuantizedCheckpoint, folded: bool) -> dict[str, WeightScheme]:
     schemes: dict[str, WeightScheme] = {}
     for name in quantized.layer_names():
         scheme = quantized.fmt.layer_scheme(quantized.config, name)
@@ -200,6 +210,8 @@ def _checked_schemes(quantized: QuantizedCheckpoint) -> dict[str, WeightScheme]:
                 f"{name} rounds its input with a zero point; integer scales need symmetric activations, quantize the "
                 "original instead."
             )
+        if folded and scheme.bits > FOLDED_BITS:
+            raise InputError(f"{name} has {scheme.bits} bits; folded scales are for at most {FOLDED_BITS}.")
         if f"{name}.{OUTLIER_VALUES}" in quantized.source:
             raise InputError(f"{name} has outliers beside its grid; integer scales are for weights without them.")
         for suffix in ("g_idx", "weight_g_idx"):
@@ -232,6 +244,7 @@ def _convert_file(
     names: list[str],
     amplifier: Amplifier,
     round_again: bool,
+    folded: bool,
     records: list[dict[str, Any]],
 ) -> dict[str, Tensor]:
     """The tensors of one output file: layers whose scales lie in the source file, and its other tensors as they are."""
@@ -245,16 +258,20 @@ def _convert_file(
         scale = "weight_scale" if f"{name}.weight_scale" in quantized.source else "scales"
         if quantized.source.files[f"{name}.{scale}"] != file:
             continue
-        weight, record = convert_layer(
-            name, quantized.read(name), amplifier, round_again, quantized.activation_max(name)
-        )
+        activation_max = quantized.activation_max(name)
+        weight, record = convert_layer(name, quantized.read(name), amplifier, round_again, activation_max, folded)
         records.append(record)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _FORMAT.pack(weight).items()}
     return tensors
 
 
 def convert_layer(
-    name: str, weight: QuantizedWeight, amplifier: Amplifier, round_again: bool, activation_max: int = 127
+    name: str,
+    weight: QuantizedWeight,
+    amplifier: Amplifier,
+    round_again: bool,
+    activation_max: int = 127,
+    folded: bool = False,
 ) -> tuple[QuantizedWeight, dict[str, Any]]:
     """One layer with integer scales and its record.
 
@@ -263,9 +280,12 @@ def convert_layer(
     """
     before_OI = weight.dequantize()
     weight, notes = _positive_scales(weight)
-    chosen = _choose(weight, amplifier, activation_max)
+    chosen = 1 if folded else _choose(weight, amplifier, activation_max)
     while True:
-        grid = integerized(weight.grid, chosen)
+        if folded:
+            grid = with_folded_scales(weight.grid, before_OI, None if round_again else weight.codes_OI)
+        else:
+            grid = integerized(weight.grid, chosen)
         codes_OI = quantize_to_grid(before_OI, grid) if round_again else weight.codes_OI
         converted = QuantizedWeight(codes_OI, grid)
         integer_OG = grid.integer_scale_OG()
@@ -285,6 +305,7 @@ def convert_layer(
         "group_size": scheme.group_size,
         "symmetric": True,
         "amplifier": chosen,
+        "folded": folded,
         "bound": bound,
         "overflow_use": bound / INT32_LIMIT,
         "scale_min": float(integer_OG.min()),

@@ -15,9 +15,9 @@ from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 
 def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
     """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
-    ``inputs`` (rounding, gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error``
-    (from the run's report, else None), ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and
-    ``kernel_why``.
+    ``folded`` (scales are integers up to 15 times one factor per output, the amplifier is 1), ``inputs`` (rounding,
+    gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report,
+    else None), ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and ``kernel_why``.
 
     Raises:
         CheckpointError, NumericsError: damaged files, or a proof that does not hold.
@@ -51,6 +51,7 @@ def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any], 
         "group_size": grid.scheme.group_size,
         "symmetric": grid.scheme.symmetric,
         "amplifier": grid.amplifier,
+        "folded": grid.folded,
         "inputs": quantized.inputs_of(name).describe(),
         "overflow_use": use,
         "relative_error": record.get("relative_error"),

@@ -20,6 +20,7 @@ from finescale.grid import (
     fit_grid,
     integerized,
     quantize_to_grid,
+    with_folded_scales,
     with_integer_scales,
 )
 from finescale.grid.integer_scale import (
@@ -154,11 +155,15 @@ def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> li
 
 def fit_layer_grid(plan: LayerPlan, weight_OI: Tensor, scale_dtype: torch.dtype) -> Grid:
     """The float-scale grid of a layer; ranges stop at the limits that a transform found."""
-    if plan.limit_OG is not None:
-        group_of_I = contiguous_groups(weight_OI.shape[1], plan.scheme.group_size, weight_OI.device)
-        limit_OI = plan.limit_OG.to(weight_OI)[:, group_of_I]
-        weight_OI = weight_OI.clamp(-limit_OI, limit_OI)
-    return fit_grid(weight_OI, plan.scheme, scale_dtype)
+    return fit_grid(_limited(plan, weight_OI), plan.scheme, scale_dtype)
+
+
+def _limited(plan: LayerPlan, weight_OI: Tensor) -> Tensor:
+    if plan.limit_OG is None:
+        return weight_OI
+    group_of_I = contiguous_groups(weight_OI.shape[1], plan.scheme.group_size, weight_OI.device)
+    limit_OI = plan.limit_OG.to(weight_OI)[:, group_of_I]
+    return weight_OI.clamp(-limit_OI, limit_OI)
 
 
 def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
@@ -166,6 +171,8 @@ def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype
     grid = fit_layer_grid(plan, weight_OI, scale_dtype)
     if recipe.integer_scale.mode == "before":
         return with_integer_scales(grid, weight_OI, recipe.integer_scale.amplifier, activation_max(plan))
+    if recipe.integer_scale.mode == "folded":
+        return with_folded_scales(grid, _limited(plan, weight_OI))
     return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
 
 
@@ -254,6 +261,10 @@ def _finish(
         weight = QuantizedWeight(weight.codes_OI, integerized(weight.grid, _amplifier_after(plan, weight, recipe)))
     while _bound(plan, weight) >= INT32_LIMIT:
         amplifier = weight.grid.amplifier
+        if weight.grid.folded:
+            raise NumericsError(
+                f"{plan.name}: folded scales could overflow int32 with so many inputs; set integer_scale.mode before."
+            )
         if recipe.integer_scale.amplifier != "auto" or amplifier is None or amplifier == 1:
             raise NumericsError(
                 f"{plan.name}: an amplifier of {amplifier} could overflow int32 (bound "
@@ -311,12 +322,13 @@ def _record(
         "relative_error": relative_error(weight_OI, value_OI, hessian_II),
         "weight_mse": float((value_OI - weight_OI.float()).double().square().mean()),
         "amplifier": grid.amplifier,
+        "folded": grid.folded,
         "bound": bound,
         "overflow_use": None if bound is None else bound / INT32_LIMIT,
         "scale_min": float(scale_OG.min()),
         "scale_max": float(scale_OG.max()),
         "scale_histogram": _histogram(scale_OG),
-        "amplifier_curve": None if grid.amplifier is None else _curve(plan, weight_OI),
+        "amplifier_curve": None if grid.amplifier is None or grid.folded else _curve(plan, weight_OI),
         "sha256": weight.sha256(),
         "tokens": tokens,
         "outliers": None if weight.outliers is None else weight.outliers.count,

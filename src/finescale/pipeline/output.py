@@ -181,10 +181,7 @@ class Output:
         activations = by_layer if any(by_layer.values()) else None
         schemes = {layer.name: layer.scheme for layer in plan.layers}
         ignore = [*plan.skipped, *self._other_linears()]
-        layers = {
-            record["name"]: {key: record[key] for key in ("bits", "group_size", "symmetric", "amplifier", "bound")}
-            for record in layer_records
-        }
+        layers = {record["name"]: stored_facts(record) for record in layer_records}
         own = {record["name"]: record["inputs"] for record in layer_records if not is_plain(record)}
         for name, inputs in own.items():
             layers[name]["inputs"] = {key: inputs[key] for key in ("gather", "rotation")}
@@ -222,6 +219,12 @@ class Output:
                 key = checkpoint_key(self.skeleton, name + ".weight")
                 others.append(key.removesuffix(".weight") if key else name)
         return others
+
+
+def stored_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of a layer under the ``finescale`` key: what its scales are, and their proof."""
+    facts = {key: record[key] for key in ("bits", "group_size", "symmetric", "amplifier", "bound")}
+    return facts | {"folded": True} if record["folded"] else facts
 
 
 def input_scheme(record: Mapping[str, Any]) -> ActivationScheme | None:

@@ -33,6 +33,8 @@ class Verification:
     Attributes:
         layers: quantized layers read back.
         integer_layers: of these, layers whose int32 path was proved free of overflow and equal to int64.
+        folded_layers: of these, layers whose scales were proved to be integers from 1 to 15 times one factor per
+            output, and whose codes times scales fit int8.
         packed_again: layers whose tensors, packed again, are the file's bytes (none in a dense checkpoint).
         shards: files whose SHA-256 is the one in the report.
         copied: tensors found equal, byte for byte, to the original's (None: no original given).
@@ -41,6 +43,7 @@ class Verification:
 
     layers: int
     integer_layers: int
+    folded_layers: int
     packed_again: int
     shards: int
     copied: int | None
@@ -69,7 +72,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     if not source.config.get("quantization_config") and report:
         return _verify_dense(source, facts, report, against)
     quantized = open_quantized(path)
-    integer = packed = 0
+    integer = folded = packed = 0
     worst: float | None = None
     original = _Original(against) if against is not None else None
     names = quantized.layer_names()
@@ -85,6 +88,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         if weight.grid.amplifier is not None:
             _check_integer_path(name, weight, quantized.activation_max(name))
             integer += 1
+            folded += weight.grid.folded
         if original is not None and not facts.get("transforms"):
             worst = max(worst or 0.0, original.relative_error(name, weight.dequantize()))
     copied = None
@@ -92,7 +96,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
         owned = {f"{name}.{suffix}" for name in names for suffix in (*quantized.fmt.suffixes, *INPUT_SUFFIXES)}
         owned |= set(facts.get("changed_tensors", ()))
         copied = original.count_equal(quantized.source, set(names), owned)
-    return Verification(len(names), integer, packed, _check_files(source.path, facts), copied, worst)
+    return Verification(len(names), integer, folded, packed, _check_files(source.path, facts), copied, worst)
 
 
 def _verify_dense(
@@ -109,7 +113,7 @@ def _verify_dense(
             worst = max(worst or 0.0, original.relative_error(name, weight_OI))
     owned = {f"{name}.weight" for name in report} | set(facts.get("changed_tensors", ()))
     copied = None if original is None else original.count_equal(source, set(report), owned)
-    return Verification(len(report), 0, 0, _check_files(source.path, facts), copied, worst)
+    return Verification(len(report), 0, 0, 0, _check_files(source.path, facts), copied, worst)
 
 
 def _check_on_a_grid(name: str, weight_OI: Tensor, record: dict[str, Any]) -> None:
@@ -193,6 +197,10 @@ def _check_record(name: str, weight: QuantizedWeight, record: dict[str, Any]) ->
         raise CheckpointError(
             f"{name}: the file holds {found} where the report says {promised}; the folder was changed."
         )
+    if weight.grid.folded != bool(record.get("folded")):
+        raise CheckpointError(
+            f"{name}: config and report disagree whether its scales are folded; the folder was changed."
+        )
     if "sha256" in record and record["sha256"] != weight.sha256():
         raise CheckpointError(f"{name}: codes or scales are not those that were computed; the file was changed.")
 
@@ -221,6 +229,16 @@ def _check_integer_path(name: str, weight: QuantizedWeight, activation_max: int)
     exact_TO = x_TI.to(torch.int64) @ wide_OI.T
     if not torch.equal(fast_TO.to(torch.int64), exact_TO):
         raise NumericsError(f"{name}: the int32 product differs from int64; the overflow proof does not hold.")
+    if grid.channel_scale_O is not None:
+        _check_folded(name, weight, wide_OI, grid.channel_scale_O)
+
+
+def _check_folded(name: str, weight: QuantizedWeight, wide_OI: Tensor, channel_scale_O: Tensor) -> None:
+    """code * S fits int8, and times the factor of the output it is the weight that any other reader gets."""
+    if int(wide_OI.min()) < -128 or int(wide_OI.max()) > 127:
+        raise NumericsError(f"{name}: codes times folded scales do not fit int8; quantize again.")
+    if not torch.equal((wide_OI.double() * channel_scale_O.double()[:, None]).float(), weight.dequantize()):
+        raise NumericsError(f"{name}: folded scales do not give the weights of the file; quantize again.")
 
 
 class _Original:

@@ -71,6 +71,7 @@ class Layer:
     relative_error: float | None
     weight_mse: float | None
     amplifier: int | None
+    folded: bool
     overflow_use: float | None
     scale_min: float | None
     scale_max: float | None
@@ -148,6 +149,7 @@ def _layer(item: Mapping[str, object]) -> Layer:
         relative_error=units.number(item.get("relative_error")),
         weight_mse=units.number(item.get("weight_mse")),
         amplifier=amplifier if amplifier is not None and amplifier > 0 else None,
+        folded=item.get("folded") is True,
         overflow_use=units.number(item.get("overflow_use")),
         scale_min=units.number(item.get("scale_min")),
         scale_max=units.number(item.get("scale_max")),

@@ -43,10 +43,18 @@ def integer_scales(layers: Sequence[Layer]) -> Figure | Omitted:
     left, right = svg.Box(56, 44, 552, 300), svg.Box(650, 44, svg.WIDTH - 8, 300)
     parts = [_value_bars(left, histograms, stop), _bit_bars(right, histograms, total, known)]
     amplifiers = sorted({layer.amplifier for layer in known if layer.amplifier is not None})
+    folded = all(layer.folded for layer in known)
     which = (
-        f"amplifier {amplifiers[0]:,}"
+        "folded"
+        if folded
+        else f"amplifier {amplifiers[0]:,}"
         if len(amplifiers) == 1
         else f"amplifiers {amplifiers[0]:,} to {amplifiers[-1]:,}"
+    )
+    meaning = (
+        "A folded scale is S times one factor per output, S one per group of weights."
+        if folded
+        else "An integer scale is S = round(amplifier × scale), one per group of weights."
     )
     about = "" if share[1] else "About "
     takeaway = (
@@ -55,8 +63,7 @@ def integer_scales(layers: Sequence[Layer]) -> Figure | Omitted:
     )
     beyond = total - float(_below(histograms, [stop])[0])
     caption = (
-        "An integer scale is S = round(amplifier × scale), one per group of weights. Left: how often each value "
-        "occurs"
+        f"{meaning} Left: how often each value occurs"
         + (f" (beyond the axis: {units.count(beyond)}, up to S = {units.count(largest)})" if beyond >= 0.5 else "")
         + ". Right: the bits needed to store S, as a share of all scales. Very small S round coarsely, very large ones "
         "use up the int32 accumulator. Compare figure 4 of Integer Scale (arXiv 2405.14597)."
@@ -154,7 +161,7 @@ def float_scales(layers: Sequence[Layer]) -> Figure | Omitted:
     key, title = "fig-float-scales", "Float scales"
     floats = [layer for layer in layers if layer.amplifier is None]
     if not floats:
-        return Omitted(key, title, "every scale of this model is an integer divided by its layer's amplifier.")
+        return Omitted(key, title, "every scale of this model is an integer over an amplifier, or folded.")
     histograms = [layer.histogram for layer in floats if layer.histogram is not None and layer.histogram.edges[-1] > 0]
     if not histograms:
         return Omitted(key, title, "the report holds no histogram of the float scales.")
@@ -201,6 +208,8 @@ def amplifier_figure(layers: Sequence[Layer]) -> Figure | Omitted:
     key, title = "fig-amplifier", "Choice of the amplifier"
     if all(layer.amplifier is None for layer in layers):
         return Omitted(key, title, "the scales of this model are floats, so no amplifier was chosen.")
+    if all(layer.folded for layer in layers):
+        return Omitted(key, title, "the scales are folded: each output has a factor in place of an amplifier.")
     curves = [layer.curve for layer in layers if layer.curve]
     if not curves:
         return Omitted(key, title, "the report holds no amplifier curve (the amplifier was given, not searched).")
@@ -340,6 +349,8 @@ def _layer_dots(box: svg.Box, x: svg.Axis, rows: Quantiles, layers: Sequence[Lay
 
 def typical_amplifier(layers: Sequence[Layer]) -> str:
     """The amplifiers in words: `1,024`, or the range with the median."""
+    if layers and all(layer.folded for layer in layers):
+        return "folded"
     values = [layer.amplifier for layer in layers if layer.amplifier is not None]
     if not values:
         return units.MISSING

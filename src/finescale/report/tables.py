@@ -88,17 +88,18 @@ def inspect_table(layers: Sequence[Mapping[str, object]]) -> Table:
     for key in used:
         table.add_column(key.replace("_size", "").replace("_", " "), justify="left" if key == "kernel" else "right")
     for layer in layers:
-        table.add_row(Text(units.clean(layer.get("name"))), *(_inspected(key, layer.get(key)) for key in used))
+        table.add_row(Text(units.clean(layer.get("name"))), *(_inspected(key, layer) for key in used))
     return table
 
 
-def _inspected(key: str, value: object) -> Text:
+def _inspected(key: str, layer: Mapping[str, object]) -> Text:
+    value = layer.get(key)
     if key == "kernel":
         return Text(units.clean(value))
     if key == "group_size":
         return Text(units.group(units.integer(value)))
     if key == "amplifier":
-        return Text(units.count(units.number(value)))
+        return Text("folded" if layer.get("folded") else units.count(units.number(value)))
     known = units.number(value)
     over = key == "overflow_use" and known is not None and known >= LIMIT
     return Text(units.sig(known), style="bold red" if over else "")

@@ -66,7 +66,8 @@ class QuantizedCheckpoint:
 
         Raises:
             CheckpointError: missing or damaged tensors.
-            NumericsError: scales that are not integers over the stored amplifier, or a bound that does not hold.
+            NumericsError: scales that are not integers over the stored amplifier, or not folded as promised, or a bound
+                that does not hold.
         """
         scheme = self.fmt.layer_scheme(self.config, name)
         if scheme is None:
@@ -75,14 +76,19 @@ class QuantizedCheckpoint:
         # weight_g_idx: files of old versions of compressed-tensors, which finescale reads and never writes.
         suffixes = [suffix for suffix in (*self.fmt.suffixes, "weight_g_idx") if prefix + suffix in self.source]
         tensors = {suffix: self.source.read(prefix + suffix) for suffix in suffixes if suffix != "bias"}
-        amplifier = self.metadata.get("layers", {}).get(name, {}).get("amplifier")
+        facts = self.metadata.get("layers", {}).get(name, {})
+        amplifier = facts.get("amplifier")
         weight = self.fmt.unpack(tensors, scheme, amplifier)
+        if facts.get("folded"):
+            if amplifier != 1:
+                raise CheckpointError(f"{name}: folded scales have no amplifier; config.json was changed.")
+            weight = replace(weight, grid=replace(weight.grid, folded=True))
         if amplifier is not None:
             try:
                 bound = self._bound(name, weight)
             except NumericsError as error:
                 raise NumericsError(f"{name}: {error}") from error
-            stored = self.metadata["layers"][name].get("bound")
+            stored = facts.get("bound")
             if stored != bound:
                 raise NumericsError(
                     f"{name}: the stored overflow bound {stored} is not the {bound} of its tensors; "

@@ -33,6 +33,8 @@ class QuantizedLinear(nn.Module):
     zero_OG: Tensor | None
     group_of_I: Tensor
     bias: Tensor | None
+    integer_scale_OG: Tensor | None
+    channel_scale_O: Tensor | None
     dense_OI: Tensor | None
     outlier_value: Tensor | None
     outlier_column: Tensor | None
@@ -49,7 +51,8 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         grid = weight.grid
-        self.scheme, self.amplifier, self.scale_dtype = grid.scheme, grid.amplifier, grid.scale_dtype
+        self.scheme, self.scale_dtype = grid.scheme, grid.scale_dtype
+        self.amplifier, self.folded = grid.amplifier, grid.folded
         self.inputs = inputs if isinstance(inputs, InputRule) else InputRule(inputs)
         self.path: Path = path
         self.full_range = full_range
@@ -61,11 +64,17 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         for name in ("value", "column", "row_start_R"):
             self.register_buffer(f"outlier_{name}", getattr(weight.outliers, name, None), persistent=False)
+        integer = path == "integer"
+        self.register_buffer("integer_scale_OG", grid.integer_scale_OG() if integer else None, persistent=False)
+        self.register_buffer("channel_scale_O", grid.channel_scale_O if integer else None, persistent=False)
         self.register_buffer("dense_OI", weight.dequantize() if cache else None, persistent=False)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, grid and outliers again."""
-        grid = Grid(self.scheme, self.scale_OG, self.zero_OG, self.group_of_I, self.scale_dtype, self.amplifier)
+        grid = Grid(
+            self.scheme, self.scale_OG, self.zero_OG, self.group_of_I, self.scale_dtype, self.amplifier,
+            folded=self.folded,
+        )  # fmt: skip
         return QuantizedWeight(self.codes_OI, grid, self.outliers())
 
     def outliers(self) -> Outliers | None:
@@ -86,12 +95,13 @@ class QuantizedLinear(nn.Module):
 
     def _integer(self, x_TI: Tensor) -> Tensor:
         scheme = self.inputs.scheme
-        assert scheme is not None and scheme.symmetric and self.amplifier is not None
+        assert scheme is not None and scheme.symmetric
+        assert self.amplifier is not None and self.integer_scale_OG is not None
         codes_TI, scale_T1, _ = quantize_activations(x_TI.reshape(-1, x_TI.shape[-1]), scheme, self.inputs.fixed)
-        integer_scale_OG = self.quantized_weight().grid.integer_scale_OG()
         out_TO = integer_scale_linear(
-            codes_TI, scale_T1, self.codes_OI, integer_scale_OG, self.scheme.group_size, self.amplifier
-        )
+            codes_TI, scale_T1, self.codes_OI, self.integer_scale_OG, self.scheme.group_size, self.amplifier,
+            self.channel_scale_O,
+        )  # fmt: skip
         if self.bias is not None:
             out_TO = out_TO + self.bias.float()
         return out_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], self.out_features)
@@ -99,4 +109,5 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         groups = "per channel" if self.scheme.group_size == -1 else f"groups of {self.scheme.group_size}"
         scales = "float scales" if self.amplifier is None else f"integer scales over {self.amplifier}"
+        scales = "folded scales" if self.folded else scales
         return f"{self.in_features} -> {self.out_features}, {self.scheme.bits} bits, {groups}, {scales}, {self.path}"

@@ -77,6 +77,8 @@ def regroup(grid: Grid, weight_OI: Tensor, order_I: Tensor) -> Grid:
         return grid
     position_I = torch.empty_like(order_I)
     position_I[order_I] = torch.arange(order_I.shape[0], device=order_I.device)
+    if grid.folded:
+        raise NumericsError("folded scales need groups of consecutive columns; set solver.static_groups true.")
     fitted = fit_grid(weight_OI, grid.scheme, grid.scale_dtype, group_of_I=position_I // size)
     assert number_of_groups(grid.columns, size) == grid.scale_OG.shape[1]
     return fitted if grid.amplifier is None else integerized(fitted, grid.amplifier)

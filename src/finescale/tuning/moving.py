@@ -95,6 +95,8 @@ def _grouped(value_OI: Tensor, groups: int, width: int) -> Tensor:
 
 def stored_scales(grid: Grid, factor_OG: Tensor) -> Tensor:
     """The scales ``grid.scale_OG * factor_OG`` as a file will hold them, float32."""
+    if grid.folded:  # steps so coarse, and tied to each other, that small moves mean nothing: they stay
+        return grid.scale_OG
     scale_OG = grid.scale_OG * factor_OG
     if grid.amplifier is not None:
         return (integer_scales(scale_OG, grid.amplifier, grid.scale_dtype).double() / grid.amplifier).float()
