@@ -25,7 +25,7 @@ def refused(*settings, recipe=BASE):
 
 def test_the_recipes_that_users_expect_exist():
     expected = {"rtn", "gptq", "quantease", "gptq-quantease", "w4a8-integer-scale", "w4a8-float-scale", "w8a8",
-                "w4a8-integer-scale-published", "quantease-published"}  # fmt: skip
+                "w4a8-integer-scale-published", "quantease-published", "w4a8-folded"}  # fmt: skip
     assert expected <= set(recipe_names())
     assert recipe_names() == sorted(recipe_names())
 
@@ -65,6 +65,9 @@ def test_published_settings():
     floating = Recipe.named("w4a8-float-scale").to_dict()
     differing = {key for key, value in INTEGER.to_dict().items() if floating[key] != value}
     assert differing == {"name", "description", "integer_scale"}
+    folded = Recipe.named("w4a8-folded").to_dict()
+    assert {key for key, value in INTEGER.to_dict().items() if folded[key] != value} == differing
+    assert folded["integer_scale"] == {"mode": "folded", "amplifier": "auto"}
 
 
 def test_unknown_names_list_the_choices():
@@ -274,3 +277,17 @@ def test_auto_is_the_largest_standard_group_that_divides_all(columns, size):
 
 def test_ragged():
     assert [is_ragged(*case) for case in ((100, 32), (96, 32), (100, -1), (10, 32))] == [True, False, False, True]
+
+
+def test_what_folded_scales_need():
+    folded = Recipe.named("w4a8-folded")
+    assert INTEGER.with_settings(("integer_scale.mode=folded",)).integer_scale == folded.integer_scale
+    for amplifier in (1024, "heuristic"):
+        assert "no amplifier" in refused(f"integer_scale.amplifier={amplifier}", recipe=folded)
+    assert "at most 4 bits" in refused("weights.bits=8", recipe=folded)
+    assert "static_groups" in refused("solver.static_groups=false", recipe=folded)
+    assert "symmetric" in refused("weights.symmetric=false", recipe=folded)
+    override = "overrides=[{pattern: '*down_proj', weights: {bits: 6}}]"
+    assert "at most 4 bits, also in the override of *down_proj" in refused(override, recipe=folded)
+    for allowed in ("weights.bits=3", "overrides=[{pattern: '*down_proj', weights: {bits: 8}, skip: true}]"):
+        assert folded.with_settings((allowed,)).integer_scale.mode == "folded"

@@ -238,6 +238,11 @@ def test_convert(cli, tiny, text, tmp_path):
     again = cli("convert", tmp_path / "model", "--out", tmp_path / "again", "--amplifier", "1024", "--round-again")
     assert again[0] == 0 and "amplifiers 1024;" in again[1]
     options = ("--out", tmp_path / "third")
+    code, stdout, _ = cli("convert", tmp_path / "model", "--out", tmp_path / "folded", "--folded")
+    assert code == 0 and "folded scales" in stdout
+    assert "scales are 1 to 15 times one factor per output" in cli("verify", tmp_path / "folded")[1]
+    assert "folded" in cli("inspect", tmp_path / "folded")[1]
+    refused(cli("convert", tmp_path / "model", *options, "--folded", "--amplifier", "64"), "--amplifier")
     refused(cli("convert", tmp_path / "model", *options, "--amplifier", "much"), "power of two")
     refused(cli("convert", tmp_path / "model", *options, "--amplifier", "1000"), "power of two")
     refused(cli("convert", tmp_path / "model", *options, "--amplifier", "-4"), "power of two")

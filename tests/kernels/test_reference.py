@@ -19,6 +19,7 @@ from finescale.grid import (
     number_of_groups,
     quantize_to_grid,
     quantize_tokens,
+    with_folded_scales,
     with_integer_scales,
 )
 from finescale.grid.integer_scale import overflow_bound
@@ -118,6 +119,38 @@ def test_any_engine_that_reads_the_float_scales_gets_the_same_numbers(scale_dtyp
     assert torch.allclose(out_TO.double(), float_TO * scale_T1.double(), rtol=2.5e-7, atol=0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.sampled_from([-1, 8, 13]),
+    st.sampled_from([2, 3, 4]),
+)
+def test_folded_weights_give_the_same_sums_in_one_int8_product(seed, rows, columns, group_size, bits):
+    """What a kernel does: codes times scales first, in int8, then one product without groups."""
+    weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    grid = fit_grid(weight_OI, WeightScheme(bits, group_size, True, "mse"), torch.float16)
+    grid = with_folded_scales(grid, weight_OI)
+    codes_OI, integer_OG = quantize_to_grid(weight_OI, grid), grid.integer_scale_OG()
+    x_TI = torch.randint(-127, 128, (3, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    x_TI = torch.cat([x_TI, 127 * codes_OI.sign(), -127 * codes_OI.sign()])
+    wide_OI = codes_OI.int() * integer_OG[:, grid.group_of_I]
+    narrow_OI = wide_OI.to(torch.int8)
+    assert torch.equal(narrow_OI.int(), wide_OI)
+    total_TO = x_TI.long() @ narrow_OI.long().T
+    bound = int(overflow_bound(codes_OI, integer_OG, grid.group_of_I).max())
+    assert int(total_TO.abs().max()) == bound < 2**31
+    assert torch.equal(grouped_int32_product(x_TI, codes_OI, integer_OG, group_size).long(), total_TO)
+    x_scale_T1 = torch.rand(x_TI.shape[0], 1)
+    out_TO = integer_scale_linear(x_TI, x_scale_T1, codes_OI, integer_OG, group_size, 1, grid.channel_scale_O)
+    assert torch.equal(out_TO, total_TO.float() * x_scale_T1 * grid.channel_scale_O)
+    exact_TO = (
+        x_TI.double() @ (codes_OI.double() * grid.scale_OG.double()[:, grid.group_of_I]).T
+    ) * x_scale_T1.double()
+    torch.testing.assert_close(out_TO.double(), exact_TO, rtol=3e-7, atol=0)
+
+
 def test_no_tokens():
     x_TI, codes_OI, integer_OG = random_layer(0, 4, 40, 8)
     assert integer_scale_linear(x_TI, torch.empty(0, 1), codes_OI, integer_OG, 8, 1024).shape == (0, 4)
@@ -133,6 +166,7 @@ def arguments():
 
 def test_opcheck():
     torch.library.opcheck(integer_scale_linear, arguments())
+    torch.library.opcheck(integer_scale_linear, (*arguments(), torch.rand(5)))
     assert torch.ops.finescale.integer_scale_linear.default is not None
 
 
@@ -183,3 +217,9 @@ def test_what_does_not_fit_is_refused(changes, words):
         values[position] = value
     with pytest.raises(InputError, match=words):
         integer_scale_linear(*values)
+
+
+@pytest.mark.parametrize("channel_scale_O", [torch.rand(4), torch.rand(5, 1), torch.rand(5).double()])
+def test_factors_that_do_not_fit_are_refused(channel_scale_O):
+    with pytest.raises(InputError, match="channel scales"):
+        integer_scale_linear(*arguments(), channel_scale_O)

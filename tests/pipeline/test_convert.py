@@ -274,3 +274,34 @@ def test_a_conversion_that_was_stopped_starts_again(source, tmp_path):
     convert(path, tmp_path / "whole")
     convert(path, out)
     assert hashes(out, lasting_files(out)) == hashes(tmp_path / "whole", lasting_files(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("round_again", [False, True])
+@pytest.mark.parametrize("name", SOURCES)
+def test_folded(source, tiny, tmp_path, name, round_again):
+    path, out = source(name), tmp_path / "out"
+    report = convert(path, out, round_again=round_again, folded=True)
+    result = verify(out, tiny("qwen2", torch.float16))
+    assert result.folded_layers == result.integer_layers == result.layers == len(report["layers"]) == 14
+    before, after = open_quantized(path), open_quantized(out)
+    for record in report["layers"]:
+        old, new = before.read(record["name"]), after.read(record["name"])
+        assert record["folded"] and record["amplifier"] == 1 and record["scale_max"] <= 15
+        assert record["relative_error"] < 0.01
+        assert round_again or torch.equal(old.codes_OI, new.codes_OI)
+    logits = logits_of(load(out, path="integer"), some_tokens())
+    torch.testing.assert_close(logits, logits_of(load(out), some_tokens()), rtol=0, atol=0.2)
+    # Folded scales become integers over an amplifier again, and the other way round.
+    convert(out, tmp_path / "back", 2**16)
+    assert verify(tmp_path / "back").folded_layers == 0
+
+
+def test_folded_scales_have_no_amplifier_and_few_bits(source, tiny, text, tmp_path):
+    with pytest.raises(InputError, match="--amplifier") as caught:
+        convert(source("gptq"), tmp_path / "out", 1024, folded=True)
+    assert_sentence(str(caught.value))
+    quantize(tiny("llama"), tmp_path / "wide", recipe("rtn", 8, 32, weights={"symmetric": True}), text)
+    with pytest.raises(InputError, match=r"layers\.0\.\S+ has 8 bits") as caught:
+        convert(tmp_path / "wide", tmp_path / "out", folded=True)
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out").exists()

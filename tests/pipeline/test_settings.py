@@ -94,6 +94,33 @@ def test_integer_scales(tiny, text, tmp_path, mode, amplifier, solver):
             assert record["scale_min"] >= 1 and (chosen == 1 or float(weight.grid.scale_OG.min()) * chosen < 2.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
+def test_folded_scales(tiny, text, tmp_path, solver, dtype):
+    path, out = tiny("llama", dtype), tmp_path / "out"
+    parts = W4A8 | {"weights": {"symmetric": True, "clip": "mse"}}
+    chosen = recipe(solver, 4, 16, integer_scale={"mode": "folded"}, **parts)
+    report = quantize(path, out, chosen, text)
+    assert verify(out, path).folded_layers == len(report["layers"])
+    quantized, tensors = open_quantized(out), read_tensors(out)
+    for record in report["layers"]:
+        name = record["name"]
+        assert record["folded"] and record["amplifier"] == 1 and record["amplifier_curve"] is None
+        assert record["scale_min"] >= 1 and 8 <= record["scale_max"] <= 15
+        assert quantized.metadata["layers"][name]["folded"] is True
+        weight = quantized.read(name)
+        assert weight.sha256() == record["sha256"]
+        integer_OG, factor_O = weight.grid.integer_scale_OG(), weight.grid.channel_scale_O
+        stored_OG = tensors[f"{name}.weight_scale"]
+        assert stored_OG.dtype == dtype and torch.equal(stored_OG.double(), integer_OG * factor_O.double()[:, None])
+        scale_OI = integer_OG.long()[:, weight.grid.group_of_I]
+        assert record["bound"] == int((127 * scale_OI * weight.codes_OI.long().abs()).sum(1).max()) < INT32
+    # Another engine multiplies the stored scales: the same numbers, but for the order of float sums.
+    assert_same_logits(path, out) if dtype == torch.float32 else None
+    floats, integers = (logits_of(load(out, path=way), some_tokens()) for way in ("float", "integer"))
+    assert float((floats - integers).abs().amax(-1).median()) < 1e-4
+
+
 def test_before_is_at_least_as_good_as_after_at_a_coarse_amplifier(tiny, text, tmp_path):
     """The claim of the method: the solver absorbs the rounding of the scales."""
     total = {}

@@ -21,7 +21,8 @@ from tests.helpers import (
 )
 
 LAYER = "model.layers.1.mlp.gate_proj"
-KINDS = ("integer", "float", "asymmetric", "gptq", "awq", "dense", "converted")
+KINDS = ("integer", "float", "asymmetric", "gptq", "awq", "dense", "converted", "folded", "converted-folded")
+INTEGER = {"integer", "converted", "folded", "converted-folded"}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def results(tiny, text, tmp_path_factory):
     integer = {"mode": "before", "amplifier": "auto"}
     recipes = {
         "integer": recipe("rtn", 4, 32, integer_scale=integer, **W4A8),
+        "folded": recipe("rtn", 4, 16, integer_scale={"mode": "folded"}, **W4A8),
         "float": recipe("rtn", 4, 32, weights={"symmetric": True}),
         "asymmetric": recipe("rtn", 3, 40),
         "gptq": recipe("rtn", 4, 32, format="gptq", weights={"symmetric": True}),
@@ -42,6 +44,7 @@ def results(tiny, text, tmp_path_factory):
     for name, chosen in recipes.items():
         quantize(tiny("llama", torch.float16), folder / name, chosen, text)
     convert(folder / "float", folder / "converted")
+    convert(folder / "float", folder / "converted-folded", folded=True)
     return folder
 
 
@@ -63,7 +66,8 @@ def test_untouched_results_pass(results, tiny, kind):
         result = verify(results / kind, against)
         assert result.layers == 14 and result.shards > 0
         assert result.packed_again == (0 if kind == "dense" else 14)
-        assert result.integer_layers == (14 if kind in ("integer", "converted") else 0)
+        assert result.integer_layers == (14 if kind in INTEGER else 0)
+        assert result.folded_layers == (14 if "folded" in kind else 0)
         assert result.copied == (None if against is None else 7)
         assert result.worst_relative is None or 0.01 < result.worst_relative < 0.5
 
@@ -109,8 +113,27 @@ def test_an_edited_scale(damaged, kind, change):
     found(folder, match=LAYER.replace(".", r"\."))
 
 
+@pytest.mark.parametrize("kind", ["folded", "converted-folded"])
+@pytest.mark.parametrize("factor", [1 / 4, 31 / 32, 33 / 32, 17, 1024])
+def test_an_edited_folded_scale_without_a_report(damaged, kind, factor):
+    """A stranger's file: only the scales themselves and the bound tell."""
+    folder = damaged(kind)
+    (folder / "report.json").unlink()
+    quantized = open_quantized(folder)
+    grid = quantized.read(LAYER).grid
+    worst = int(quantized.read(LAYER).codes_OI.int().abs().sum(1).argmax())
+    assert grid.folded and int(grid.integer_scale_OG().max()) <= 15
+
+    def edit(tensor):
+        tensor[worst, 1] *= factor
+        return tensor
+
+    change_tensor(folder, f"{LAYER}.weight_scale", edit)
+    found(folder, error=NumericsError, match=LAYER.replace(".", r"\."))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
-@pytest.mark.parametrize("kind", ["integer", "float", "gptq"])
+@pytest.mark.parametrize("kind", ["integer", "float", "gptq", "folded"])
 def test_an_impossible_scale(damaged, kind, value):
     folder = damaged(kind)
     change_tensor(folder, f"{LAYER}.{scale_suffix(kind)}", lambda tensor: tensor.fill_(value))
@@ -148,6 +171,35 @@ def test_an_edited_amplifier_or_bound(damaged, kind, change):
     folder = damaged(kind)
     edit_metadata(folder, lambda layers: layers[LAYER].update(change(layers[LAYER])))
     found(folder, match=LAYER.replace(".", r"\."))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("folded", {"folded": False}),
+        ("folded", {"amplifier": 2}),
+        ("folded", {"amplifier": None}),
+        ("folded", {"bound": 5}),
+        ("integer", {"folded": True}),
+        ("integer", {"folded": True, "amplifier": 1}),
+        ("float", {"folded": True, "amplifier": 1}),
+    ],
+)
+def test_an_edited_claim_of_folded_scales(damaged, kind, change):
+    folder = damaged(kind)
+    edit_metadata(folder, lambda layers: layers[LAYER].update(change))
+    found(folder, match=LAYER.replace(".", r"\."))
+
+
+def test_codes_times_folded_scales_are_compared_with_the_weights(results, monkeypatch):
+    """A factor that is not the one of the scales does not pass."""
+    from finescale.grid import Grid
+
+    factor = Grid.channel_scale_O.fget
+    monkeypatch.setattr(
+        Grid, "channel_scale_O", property(lambda grid: factor(grid) if factor(grid) is None else factor(grid) / 2)
+    )
+    found(results / "folded", error=FinescaleError)
 
 
 def test_the_proof_is_made_again_without_the_report(damaged):

@@ -182,6 +182,19 @@ def test_float_scales(make_report: Any, run: dict) -> None:
     assert "Columns left out because no row has a value: amplifier, overflow use." in page.text
 
 
+def test_folded_scales(report: dict, run: dict) -> None:
+    for layer in report["layers"]:
+        histogram = {"edges": [0.0, 5.0, 10.0, 15.0], "counts": [3, 40, 57]}
+        layer |= {"amplifier": 1, "folded": True, "amplifier_curve": None, "scale_min": 2.0, "scale_max": 15.0}
+        layer["scale_histogram"] = histogram
+    page = Page(render_html(report, run))
+    assert {"fig-float-scales", "fig-amplifier"} <= page.omitted() and "fig-scales" in page.figures
+    assert "each output has a factor in place of an amplifier" in page.text
+    assert "A folded scale is S times one factor per output" in page.text
+    assert "the largest is 15 (folded)" in page.text
+    assert "amplifier 1" not in page.text
+
+
 @pytest.mark.parametrize("gone", [None, math.nan, "text", [], {}, -1, True])
 def test_fields_without_a_usable_value(make_report: Any, make_run: Any, gone: object) -> None:
     report, run = make_report(4), make_run(4)

@@ -57,9 +57,10 @@ def test_comparison(comparisons: list) -> None:
 
 def test_inspect(report: dict) -> None:
     rows = [dict(layer, kernel="cpu int8 [amx]") for layer in report["layers"][:3]]
+    rows.append(rows[0] | {"name": "folded_proj", "amplifier": 1, "folded": True})
     rows.append({"name": "lm_head", "bits": None, "group_size": -1, "overflow_use": 1.5})
     text = shown(inspect_table(rows))
-    for wanted in ("cpu int8 [amx]", "per channel", "1,024", "1.50", "lm_head"):
+    for wanted in ("cpu int8 [amx]", "per channel", "1,024", "1.50", "lm_head", "folded "):
         assert wanted in text
     assert "kernel" not in shown(inspect_table(report["layers"][:3]))
     assert "layer" in shown(inspect_table([]))

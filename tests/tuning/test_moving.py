@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finescale.errors import InputError
-from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid, with_integer_scales
+from finescale.grid import (
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    quantize_to_grid,
+    with_folded_scales,
+    with_integer_scales,
+)
 from finescale.tuning import moving
 from finescale.tuning.moving import EDGE, finish, render, rounded_values, start_from, step, stored_scales
 from tests.solvers.examples import layer, solve
@@ -172,3 +179,17 @@ def test_a_dead_input_keeps_its_weight():
     hessian_II[:, 3] = 0
     values_OI = rounded_values(weight_OI, weight_OI + 0.1, hessian_II)
     assert torch.equal(values_OI[:, 3], weight_OI[:, 3]) and bool(torch.isfinite(values_OI).all())
+
+
+def test_folded_scales_stay_and_codes_move():
+    weight_OI, weight = solved(4, 5, True, dtype=torch.float16)
+    folded = with_folded_scales(weight.grid, weight_OI)
+    weight = QuantizedWeight(quantize_to_grid(weight_OI, folded), folded)
+    state = start_from(weight, weight_OI)
+    assert torch.equal(shown(state), weight.dequantize())
+    for _ in range(20):
+        step(state, torch.randn(6, 21, generator=torch.Generator().manual_seed(5)), 0.05, 0.05, 1.0)
+    tuned = finish(state)
+    assert tuned.grid.folded and torch.equal(tuned.grid.scale_OG, folded.scale_OG)
+    assert not torch.equal(tuned.codes_OI, weight.codes_OI)
+    assert torch.equal(shown(state), tuned.dequantize())

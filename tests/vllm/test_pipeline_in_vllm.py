@@ -24,6 +24,7 @@ RUNS = {
     "w4a16": ("quantease", ("weights.symmetric=true", "weights.group_size=64", "solver.sweeps=4")),
     "w4a16-asymmetric": ("gptq", ("weights.group_size=64",)),
     "w4a8-integer-scale": ("w4a8-integer-scale", ("solver.sweeps=4",)),
+    "w4a8-folded": ("w4a8-folded", ("solver.sweeps=4",)),
     "gptq": ("gptq", ("weights.symmetric=true", "weights.group_size=64", "format=gptq")),
     "gptq-v2": ("gptq", ("weights.symmetric=true", "weights.group_size=128", "format=gptq_v2")),
     "awq": ("gptq", ("weights.group_size=64", "format=awq")),
