@@ -27,6 +27,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class Runner:
         self.original = load(setting["model"])
         self.original_perplexity: float | None = None
         self.tokens = 0
+        self.evaluations: dict[str, Evaluation] = {}
 
     def quality(self, folder: str | Path) -> dict[str, Any]:
         """Perplexity, and the mean KL divergence from the original in nats per token."""
@@ -121,11 +123,14 @@ class Runner:
                 on_progress=lambda done, total: update(f"evaluating {Path(folder).name}", done, total),
             )
         self.original_perplexity, self.tokens = result.reference_perplexity, result.tokens
+        self.evaluations[Path(folder).name] = result
         return {"perplexity": result.perplexity, "kl": result.kl}
 
     def long_perplexity(self, folder: Path) -> Evaluation:
-        """Perplexity on ``scale_windows`` windows, without the original."""
+        """Perplexity on ``scale_windows`` windows; anew only if these are not those of ``quality``."""
         setting = self.setting
+        if setting["scale_windows"] == setting["windows"]:
+            return self.evaluations[folder.name]
         windows, length = setting["scale_windows"], setting["window_length"]
         with progress_bar("windows") as update:
             return evaluate(
@@ -210,27 +215,31 @@ CONVERSIONS: dict[str, tuple[Amplifier, bool, bool]] = {
 """Amplifier, whether codes are rounded again, whether scales are folded."""
 
 
-def compare_scales(runner: Runner) -> dict[str, dict[str, Any]]:
-    """Float scales, integer scales before the solver, and conversions of the former; ``long`` is on more windows."""
+def compare_scales(runner: Runner, keep: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+    """Float scales, integer scales before the solver, and conversions of the former; ``long`` is on more windows.
+
+    ``keep`` is called with the rows so far, after each."""
     rows: dict[str, dict[str, Any]] = {}
-    folders: list[Path] = []
-    for number, (label, (recipe, settings)) in enumerate(SCALES.items()):
-        rows[label] = runner.quantized(f"scales-{number}", recipe, (GROUP, *settings))
-        folders.append(runner.work / f"scales-{number}")
-    source = folders[0]
-    for number, (label, (amplifier, again, folded)) in enumerate(CONVERSIONS.items()):
-        folders.append(runner.work / f"converted-{number}")
-        report = convert(source, folders[-1], amplifier, round_again=again, fresh=True, folded=folded)
-        verify(folders[-1])
-        use = max(layer["overflow_use"] for layer in report["layers"])
-        rows[label] = {**runner.quality(folders[-1]), "overflow_use": use}
     base: tuple[float, ...] = ()
-    for row, folder in zip(rows.values(), folders, strict=True):
+
+    def finish(label: str, folder: Path, row: dict[str, Any]) -> None:
+        nonlocal base
         long = runner.long_perplexity(folder)
         base = base or long.window_losses
         changes = [loss - other for loss, other in zip(long.window_losses, base, strict=True)]
         row["long"] = {"perplexity": long.perplexity, "windows": long.windows, "log_change": mean_and_error(changes)}
-    return rows
+        rows[label] = row
+        keep(rows)
+
+    for number, (label, (recipe, settings)) in enumerate(SCALES.items()):
+        row = runner.quantized(f"scales-{number}", recipe, (GROUP, *settings))
+        finish(label, runner.work / f"scales-{number}", row)
+    for number, (label, (amplifier, again, folded)) in enumerate(CONVERSIONS.items()):
+        out = runner.work / f"converted-{number}"
+        report = convert(runner.work / "scales-0", out, amplifier, round_again=again, fresh=True, folded=folded)
+        verify(out)
+        use = max(layer["overflow_use"] for layer in report["layers"])
+        finish(label, out, {**runner.quality(out), "overflow_use": use})
 
 
 def _cell(summary: dict[str, dict[str, float | None]]) -> str:
@@ -310,8 +319,12 @@ def measure(
             save()
         print_solvers(console, name, entry["original_perplexity"], len(setting["seeds"]), entry["solvers"])
     if "scales" in parts:
-        entry["scales"] = compare_scales(runner)
-        save()
+
+        def keep(rows: dict[str, dict[str, Any]]) -> None:
+            entry["scales"] = rows
+            save()
+
+        compare_scales(runner, keep)
         print_scales(console, name, entry["scales"])
     console.print(f"written to {path}")
 

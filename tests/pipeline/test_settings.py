@@ -116,7 +116,9 @@ def test_folded_scales(tiny, text, tmp_path, solver, dtype):
         scale_OI = integer_OG.long()[:, weight.grid.group_of_I]
         assert record["bound"] == int((127 * scale_OI * weight.codes_OI.long().abs()).sum(1).max()) < INT32
     # Another engine multiplies the stored scales: the same numbers, but for the order of float sums.
-    assert_same_logits(path, out) if dtype == torch.float32 else None
+    if dtype == torch.float32:
+        expected = logits_of(reference_model(path, out), some_tokens())
+        torch.testing.assert_close(logits_of(load(out, rounding="none"), some_tokens()), expected, rtol=1e-4, atol=1e-4)
     floats, integers = (logits_of(load(out, path=way), some_tokens()) for way in ("float", "integer"))
     assert float((floats - integers).abs().amax(-1).median()) < 1e-4
 
