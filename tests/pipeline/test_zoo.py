@@ -90,7 +90,7 @@ def test_all_solvers_on_every_family(monkeypatch, shared, zoo, tmp_path, name, b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["before", "after"])
+@pytest.mark.parametrize("mode", ["before", "after", "folded"])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "stories260k"])
 def test_integer_scales_cost_nothing(monkeypatch, shared, zoo, tmp_path, name, mode):
     results = {}

@@ -224,7 +224,7 @@ class Output:
 def stored_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of a layer under the ``finescale`` key: what its scales are, and their proof."""
     facts = {key: record[key] for key in ("bits", "group_size", "symmetric", "amplifier", "bound")}
-    return facts | {"folded": True} if record["folded"] else facts
+    return facts | {"folded": True} if record.get("folded") else facts
 
 
 def input_scheme(record: Mapping[str, Any]) -> ActivationScheme | None:
