@@ -20,7 +20,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]  # runs from a checkout, installed or not
 
-from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid, integerized, with_integer_scales  # noqa: E402
+from finescale.grid import (  # noqa: E402
+    Grid,
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    integerized,
+    with_folded_scales,
+    with_integer_scales,
+)
 from finescale.grid.integer_scale import auto_amplifier, group_absolute_sums  # noqa: E402
 from finescale.solvers import find_solver  # noqa: E402
 
@@ -48,7 +56,7 @@ SOLVERS = {
     "spqr": ("spqr", {"scale_rows": 4}),
     "quantease-act-order": ("quantease", {"act_order": True, "static_groups": False}),
 }
-INTEGER_SCALES = ("off", "before-auto", "before-1024", "before-heuristic", "after-1024", "after-auto")
+INTEGER_SCALES = ("off", "before-auto", "before-1024", "before-heuristic", "after-1024", "after-auto", "folded")
 
 
 def noise(count: int, seed: int) -> list[int]:
@@ -80,6 +88,8 @@ def quantize(solver: str, scheme: str, mode: str, disturbance: float = 0.0) -> Q
     choice = int(amplifier) if amplifier.isdigit() else amplifier
     if when == "before":
         grid = with_integer_scales(grid, weight_OI, choice)
+    elif when == "folded":
+        grid = with_folded_scales(grid, weight_OI)
     name, options = SOLVERS[solver]
     entry = find_solver(name)
     weight = entry.solve(weight_OI, hessian_II, grid, entry.options(**options)).weight
@@ -113,8 +123,10 @@ def cases() -> list[tuple[str, str, str]]:
 
 
 def _go_together(solver: str, scheme: str, mode: str) -> bool:
-    """Outliers go with float scales only, and SpQR with asymmetric groups."""
+    """Outliers go with float scales only, SpQR with asymmetric groups, folded scales with 4 bits and static groups."""
     name, options = SOLVERS[solver]
+    if mode == "folded" and (SCHEMES[scheme].bits > 4 or not options.get("static_groups", True)):
+        return False
     if not find_solver(name).options(**options).keeps_outliers:
         return True
     return mode == "off" and (name != "spqr" or scheme == "w2-group16-asymmetric-mse")
