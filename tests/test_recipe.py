@@ -209,6 +209,11 @@ def test_another_solver_leaves_the_options_of_the_first_behind():
     assert BASE.with_settings(("solver=gptq", "solver.name=rtn")).solver.name == "rtn"
 
 
+def test_options_of_a_tuner_given_by_its_name():
+    recipe = BASE.with_settings(("tuning=rounding", "tuning.options.iterations=64"))
+    assert recipe.tuning.name == "rounding" and recipe.tuning.options_model().iterations == 64
+
+
 def test_a_part_can_be_taken_away():
     assert Recipe.named("w8a8").with_settings(("activations=null",)).activations is None
 

@@ -374,6 +374,8 @@ def _set(values: dict[str, Any], path: list[str], value: Any, setting: str) -> N
         inner = values.get(part)
         if inner is None:
             inner = values[part] = {}
+        elif part == "tuning" and isinstance(inner, str):
+            inner = values[part] = {"name": inner}  # its short form
         if not isinstance(inner, dict):
             raise InputError(f"--set {setting}: {part} has no parts.")
         values = inner

@@ -1,8 +1,10 @@
-"""The solvers there are. A new one is a file beside this one and a line here."""
+"""The solvers there are. A new one is a file beside this one and a line here; or, outside of finescale, a
+``SolverEntry`` in any module, called ``module:NAME`` in the recipe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 from finescale.errors import InputError
 from finescale.solvers.gptq import GptqOptions, solve_gptq
@@ -31,7 +33,28 @@ SOLVERS: dict[str, SolverEntry] = {
 
 
 def find_solver(name: str) -> SolverEntry:
-    """The solver called ``name``; InputError names the choices."""
+    """The solver called ``name``, or the ``SolverEntry`` that ``module:NAME`` names in an importable module.
+
+    Raises:
+        InputError: there is none; the sentence names the choices.
+    """
+    if ":" in name:
+        return _imported(name)
     if name not in SOLVERS:
-        raise InputError(f"solver.name is {name!r}; choose one of {', '.join(sorted(SOLVERS))}.")
+        raise InputError(
+            f"solver.name is {name!r}; choose one of {', '.join(sorted(SOLVERS))}, or module:NAME for your own."
+        )
     return SOLVERS[name]
+
+
+def _imported(name: str) -> SolverEntry:
+    module, _, attribute = name.partition(":")
+    try:
+        entry = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"solver.name is {name!r}, which cannot be imported ({error}); put the folder of the module on PYTHONPATH."
+        ) from error
+    if not isinstance(entry, SolverEntry):
+        raise InputError(f"solver.name is {name!r}, which is no SolverEntry; see docs/adding.md for an example.")
+    return entry
