@@ -1,0 +1,173 @@
+"""Tables of what lies in benchmarks/results, for the documentation: no number comes from anywhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Some significant digits; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table; bars and line ends inside cells are escaped."""
+    cells = [header, ("---",) * len(header), *rows]
+    return "".join("| " + " | ".join(_cell(value) for value in row) + " |\n" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The machine of a result, in words."""
+    processor = machine.get("gpu") or f"{machine.get('processor', 'CPU')}, {machine.get('threads', '?')} threads"
+    return f"{processor}; torch {machine.get('torch', '?')}, finescale {machine.get('finescale', '?')}"
+
+
+def layer_errors(facts: dict[str, Any]) -> str:
+    """QuantEase's layer errors over GPTQ's on the same statistics and grid."""
+    rows = []
+    for bits, summary in facts["summary"].items():
+        errors = facts["errors"][bits]
+        ratios = [errors["quantease"][name] / errors["gptq"][name] for name in errors["gptq"]]
+        rows.append(
+            (
+                bits,
+                summary["layers"],
+                f"{summary['below_gptq']:.1%}",
+                number(summary["median_ratio"]),
+                number(min(ratios)),
+                number(max(ratios)),
+            )
+        )
+    calibration = facts["calibration"]
+    return (
+        f"Layer errors of QuantEase over GPTQ's, model {facts['model']}, {calibration['samples']} x "
+        f"{calibration['length']} tokens of {calibration['source']}, same statistics and grid.\n\n"
+        + table(("bits", "layers", "QuantEase below GPTQ", "median ratio", "smallest", "largest"), rows)
+    )
+
+
+def accuracy(facts: dict[str, Any]) -> str:
+    """Whole runs: perplexity and KL of the solvers by bits, and of kinds of group scales."""
+    setting = facts["setting"]
+    parts = [
+        f"Whole runs, model {setting['model']}, calibration {setting['samples']} x {setting['length']} tokens of "
+        f"{setting['calibration']}, evaluated on {setting['windows']} windows of {setting['window_length']} tokens of "
+        f"{setting['text']}. The original has perplexity {number(facts['original_perplexity'], 4)}. "
+        f"{facts.get('note', '')}\n"
+    ]
+    rows = [
+        (bits, name, number(s["perplexity"]["mean"], 4), number(s["kl"]["mean"]))
+        for bits, group in facts.get("solvers", {}).items()
+        for name, s in group["summary"].items()
+    ]
+    if rows:
+        parts.append(table(("bits, per channel", "solver", "perplexity", "KL to the original"), rows))
+    rows = [
+        (
+            name,
+            number(s["perplexity"], 4),
+            number(s["kl"]),
+            f"{s['overflow_use']:.1%}" if s.get("overflow_use") else "–",
+        )
+        for name, s in facts.get("scales", {}).items()
+        if isinstance(s, dict) and "perplexity" in s
+    ]
+    if rows:
+        parts.append("W4A8 in groups, by kind of scale:\n")
+        parts.append(table(("scales", "perplexity", "KL to the original", "int32 used"), rows))
+    return "\n".join(parts)
+
+
+def solver_time(facts: dict[str, Any]) -> str:
+    """Seconds of one layer, beside the plain loop over columns."""
+    rows = [
+        (
+            "x".join(map(str, row["shape"])), row["bits"], row["sweeps"], number(row["rtn_seconds"]),
+            number(row["gptq_seconds"]), number(row["quantease_seconds"]), number(row["plain_seconds"]),
+            f"{number(row['speedup_over_plain'])} x",
+        )
+        for row in facts["rows"]
+    ]  # fmt: skip
+    header = ("outputs x inputs", "bits", "sweeps", "rtn s", "gptq s", "quantease s", "plain loop s", "faster")
+    note = (
+        " The plain loop was timed on a part of the columns and extrapolated."
+        if any(row.get("plain_extrapolated") for row in facts["rows"])
+        else ""
+    )
+    return f"Seconds of one solve. {facts.get('note', '')}{note}\n\n" + table(header, rows)
+
+
+def solver_gpu(facts: dict[str, Any]) -> str:
+    """Seconds of one layer and of whole models on a GPU."""
+    keys = ("gptq_seconds", "quantease_seconds", "quantease_3xtf32_seconds", "quantease_gptq10_3xtf32_seconds")
+    names = ("gptq", "quantease, 30 sweeps", "the same, 3xTF32", "GPTQ and 10 sweeps, 3xTF32")
+    rows: list[tuple[Any, ...]] = [
+        ("x".join(map(str, row["shape"])), *(number(row.get(key)) for key in keys),
+         number(row.get("algorithm_2_seconds")), f"{number(row.get('speedup_over_algorithm_2'))} x")
+        for row in facts["rows"]
+    ]  # fmt: skip
+    header = ("outputs x inputs", *names, "the paper's Algorithm 2", "30 sweeps faster by")
+    models: list[tuple[Any, ...]] = [
+        (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
+    ]
+    remark = facts.get("settings", {}).get("remark", "")
+    return (
+        f"Seconds per layer ({remark}). Algorithm 2 is timed on a part of the columns.\n\n"
+        + table(header, rows)
+        + "\nSeconds of the solver for all layers of a model, put together from the layers above:\n\n"
+        + table(("model", *names), models)
+    )
+
+
+def gemm(facts: dict[str, Any]) -> str:
+    """Speed-up of the W4A8 product over bfloat16: the fastest variant of each form."""
+    rows = []
+    for row in facts["rows"]:
+        best = {
+            folded: min(
+                (time for time, shape, equal, _ in row["ours"] if equal and bool(shape[3]) == folded), default=None
+            )
+            for folded in (False, True)
+        }
+        ratios = [number(None if time is None else row["bf16"] / time) for time in best.values()]
+        rows.append((f"{row['K']}, {row['N']}", row["M"], number(row["bf16"]), *ratios))
+    header = ("inputs, outputs", "tokens", "bfloat16, microseconds", "integer scales", "folded scales")
+    return (
+        "Speed-up of the W4A8 product over cuBLAS bfloat16; the fastest variant of each form, every one equal to the "
+        f"exact product. {facts.get('note', '')}\n\n" + table(header, rows)
+    )
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("accuracy-smollm2.json", "Accuracy of whole runs", accuracy),
+    ("layer-errors-smollm2.json", "Layer errors, SmolLM2", layer_errors),
+    ("layer-errors-zoo-llama.json", "Layer errors, a small Llama", layer_errors),
+    ("solver-cpu.json", "Time of the solvers on a CPU", solver_time),
+    ("solver-gpu.json", "Time of the solvers on a GPU", solver_gpu),
+    ("gemm-variants-h100.json", "The W4A8 kernel", gemm),
+)
+
+
+def benchmark_tables(folder: Path) -> str:
+    """A section for each known result, and a list of all files."""
+    parts = []
+    for name, title, render in SECTIONS:
+        path = folder / name
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            source = f"`benchmarks/results/{name}`; {where(facts['machine'])}."
+            parts.append(f"## {title}\n\n{source}\n\n{render(facts)}")
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        machine = facts.get("machine") if isinstance(facts, dict) else None
+        rows.append((f"`{path.name}`", where(machine) if isinstance(machine, dict) else "–"))
+    parts.append("## All files\n\n" + table(("file", "machine"), rows))
+    return "\n".join(parts)
