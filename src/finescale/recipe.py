@@ -374,12 +374,19 @@ def _set(values: dict[str, Any], path: list[str], value: Any, setting: str) -> N
         inner = values.get(part)
         if inner is None:
             inner = values[part] = {}
-        elif part == "tuning" and isinstance(inner, str):
-            inner = values[part] = {"name": inner}  # its short form
+        elif part == "tuning":
+            inner = values[part] = _only_tuner(inner)
         if not isinstance(inner, dict):
             raise InputError(f"--set {setting}: {part} has no parts.")
         values = inner
     values[path[-1]] = value
+
+
+def _only_tuner(value: Any) -> Any:
+    """A single tuner's name and options, however it was written; several stay a list."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
