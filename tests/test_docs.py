@@ -155,7 +155,7 @@ def test_a_page_that_is_not_named_goes_to_methods(tmp_path):
 def test_the_worked_example(tmp_path, monkeypatch):
     """The code of docs/adding.md, as it stands there."""
     page = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r'^```python title="(.+)"\n((?:.*\n)*?)```', page, re.M))
+    blocks = dict(re.findall(r'^```[{ .]*python title="(.+)"[ }]*\n((?:.*\n)*?)```', page, re.M))
     assert set(blocks) == {"custom_solver.py", "test_custom_solver.py"}
     included = re.sub(r'--8<-- "(.+)"', lambda match: (ROOT / match[1]).read_text(), blocks["custom_solver.py"])
     (tmp_path / "custom_solver.py").write_text(included)
