@@ -5,9 +5,9 @@
 
 Weights of all linears in the blocks, symmetric, groups of 64. Calibration: 64 windows of 512 tokens from the start of
 the text. Rows: round to nearest, GPTQ, QuantEase; learned rounding from round to nearest; from QuantEase; AutoRound
-with 50 iterations (without ``--autoround`` that row is left out). W4A8 rows have inputs rounded to int8 per token, float and
-integer scales; AutoRound's are its 4-bit weights with the same rounding of the inputs. Columns: perplexity, KL to the
-original, processor seconds of one thread. Rows already in the JSON file are kept, so that a run can go on.
+with 50 iterations (without ``--autoround`` that row is left out). W4A8 rows have inputs rounded to int8 per token,
+float and integer scales; AutoRound's are its 4-bit weights with the same rounding of the inputs. Columns: perplexity,
+KL to the original, processor seconds of one thread. Rows already in the JSON file are kept, so that a run can go on.
 """
 
 from __future__ import annotations

@@ -73,9 +73,13 @@ def test_a_changed_scale_is_refused(checkpoints, vllm_python, tmp_path):
 
     folder = tmp_path / "changed"
     subprocess.run(["cp", "-r", str(checkpoints / "llama"), str(folder)], check=True)
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    name = next(key for key in tensors if key.endswith("weight_scale"))
+    file, tensors, name = next(
+        (file, tensors, key)
+        for file in sorted(folder.glob("*.safetensors"))
+        for tensors in (load_file(file),)
+        for key in tensors
+        if key.endswith("weight_scale")
+    )
     tensors[name][0, 0] *= 1.37
     save_file(tensors, file, metadata={"format": "pt"})
     request = {"checkpoints": [str(folder)], "prompts": PROMPTS, "dtype": "float32", "plugins": "finescale"}

@@ -33,4 +33,5 @@ def serve(
     if importlib.util.find_spec("vllm") is None:
         raise InputError("serving needs vLLM; install finescale[serve] in an environment of its own.")
     # vLLM takes this process's place: signals, exit code and output are its own.
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *context.args])
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    os.execv(sys.executable, [*server, *context.args])

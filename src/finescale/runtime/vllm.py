@@ -163,12 +163,11 @@ class FinescaleLinearMethod(LinearMethodBase):
             "weight_shape": torch.tensor([rows, columns]),
         }
         weight = compressed_tensors.unpack(tensors, self.scheme)
-        amplifier_O1 = torch.cat(
-            [
-                torch.full((size, 1), float(a))
-                for size, a in zip(layer.finescale_partitions, self.amplifiers, strict=True)
-            ]
-        ).to(device)
+        partitions = layer.finescale_partitions
+        # One layer in the file may be several parts of vLLM's (Falcon's query_key_value).
+        amplifiers = self.amplifiers * len(partitions) if len(self.amplifiers) == 1 else self.amplifiers
+        parts = [torch.full((size, 1), float(a)) for size, a in zip(partitions, amplifiers, strict=True)]
+        amplifier_O1 = torch.cat(parts).to(device)
         exact_OG = weight.grid.scale_OG * amplifier_O1
         scale_OG = exact_OG.round().to(torch.int32)
         if not torch.equal(scale_OG.float(), exact_OG):
