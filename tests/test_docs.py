@@ -7,10 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 import yaml
 
 from finescale.cli.main import app
+from finescale.pipeline.quantize import prepare
 from finescale.recipe import Recipe
 from tools.docs_nav import named, with_the_rest
 
@@ -57,12 +59,26 @@ def parse(command, words):
     return context
 
 
+def dry_run(values, model, text, folder):
+    """What ``finescale quantize --dry-run`` does with the recipe and settings of a command."""
+    recipe = values["recipe"]
+    if recipe.endswith(".yaml"):
+        (block,) = re.findall(r"^```yaml\n((?:.*\n)*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.M)
+        recipe = folder / recipe
+        recipe.write_text(block)
+    formats = [f"format={values['format_']}"] if values["format_"] else []
+    chosen = Recipe.load(recipe, (*(values["set_"] or ()), *formats))
+    job = prepare(model, chosen, folder / "out", str(text), spill=values["spill"])
+    assert job.plan.layers
+
+
 def test_commands_are_found():
     assert len(FINESCALE) > 30 and len(all_commands("make")) > 5
 
 
 @pytest.mark.parametrize("line", FINESCALE)
-def test_a_finescale_command_parses(line, monkeypatch):
+def test_a_finescale_command_parses(line, tiny, text, tmp_path, monkeypatch):
+    """And one that quantizes is checked with a tiny model in the place of the page's, as by --dry-run."""
     words, whole = FINESCALE[line]
     words = [word.strip("[]") if word.startswith("[") else word for word in words if word != "..."]
     try:
@@ -71,10 +87,9 @@ def test_a_finescale_command_parses(line, monkeypatch):
         # A mention in a sentence may leave arguments out.
         assert not whole and type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError"), f"{line}: {error}"
         return
-    values = context.params
-    if context.info_name == "quantize" and not values["recipe"].endswith(".yaml") and values["recipe"] != "NAME":
+    if context.info_name == "quantize" and context.params["recipe"] != "NAME":
         monkeypatch.syspath_prepend(EXAMPLES)
-        Recipe.load(values["recipe"], tuple(values["set_"] or ()))
+        dry_run(context.params, tiny("llama", torch.float16), text, tmp_path)
 
 
 def test_commands_that_are_wrong_do_not_parse():

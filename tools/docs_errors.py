@@ -109,6 +109,9 @@ TOPICS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Anything else", ("",), "These are rare; each sentence says what to do."),
 )
 
+# Sentences that belong to a topic wherever they are said.
+BY_WORD = {"NaN or Inf": "A number that must not be", "could overflow int32": "Integer scales"}
+
 
 def sentences(expression: ast.expr, tree: ast.AST) -> list[str]:
     """What an expression can say: constants as they are, everything that is computed as an ellipsis."""
@@ -137,7 +140,7 @@ def raised(source: str) -> Iterator[tuple[str, str]]:
     for call in sorted(found, key=lambda node: node.lineno):
         kind = ast.unparse(call.func).rpartition(".")[2]
         if kind in KINDS and call.args:
-            yield from ((kind, sentence) for sentence in sentences(call.args[0], tree) if sentence.strip("… ."))
+            yield from ((kind, sentence) for sentence in sentences(call.args[0], tree) if sentence.strip("… .:;()"))
 
 
 def errors_by_topic(package: Path) -> dict[str, list[tuple[str, str]]]:
@@ -147,8 +150,9 @@ def errors_by_topic(package: Path) -> dict[str, list[tuple[str, str]]]:
         name = file.relative_to(package).as_posix()
         topic = next(topic for topic, starts, _ in TOPICS if name.startswith(starts))
         for _, sentence in raised(file.read_text(encoding="utf-8")):
-            if (name, sentence) not in found[topic]:
-                found[topic].append((name, sentence))
+            place = found[next((better for word, better in BY_WORD.items() if word in sentence), topic)]
+            if (name, sentence) not in place:
+                place.append((name, sentence))
     return found
 
 

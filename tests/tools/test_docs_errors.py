@@ -34,4 +34,6 @@ def test_every_topic_has_sentences_and_known_ones_are_there():
     said = {sentence for sentences in found.values() for _, sentence in sentences}
     assert "--set …: write it as key=value, for instance weights.bits=3." in said
     assert "another run is writing to …; wait for it or choose another --out." in said
-    assert len(said) > 150
+    assert len(said) > 150 and not any(sentence.strip("… .:") == "" for sentence in said)
+    nan = [sentence for sentences in found.values() for _, sentence in sentences if "NaN or Inf" in sentence]
+    assert nan and {sentence for _, sentence in found["A number that must not be"]} >= set(nan)
