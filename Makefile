@@ -57,7 +57,7 @@ bench: $(VENV)/.installed ## the accuracy tables (over an hour) and the solver t
 docs: $(VENV)/.installed $(VENV_DOCS)/.installed ## the documentation site, in site/, its links checked
 	$(VENV)/bin/python -m tools.docs_tables
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict $(ARGS)
-	@echo "open site/index.html"
+	@echo "open site/index.html, or, to search too, run: python3 -m http.server --directory site"
 
 clean: ## remove all environments, caches and build output
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS) docs/generated site build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
