@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def accuracy(facts: dict[str, Any]) -> str:
     parts = [
         f"Whole runs, model {setting['model']}, calibration {setting['samples']} x {setting['length']} tokens of "
         f"{setting['calibration']}, evaluated on {setting['windows']} windows of {setting['window_length']} tokens of "
-        f"{setting['text']}. The original has perplexity {number(facts['original_perplexity'], 4)}. "
+        f"{setting['text']}. The original has perplexity {number(facts.get('original_perplexity'), 4)}. "
         f"{facts.get('note', '')}\n"
     ]
     rows = [
@@ -145,29 +145,58 @@ def gemm(facts: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
-    ("accuracy-smollm2.json", "Accuracy of whole runs", accuracy),
-    ("layer-errors-smollm2.json", "Layer errors, SmolLM2", layer_errors),
-    ("layer-errors-zoo-llama.json", "Layer errors, a small Llama", layer_errors),
-    ("solver-cpu.json", "Time of the solvers on a CPU", solver_time),
-    ("solver-gpu.json", "Time of the solvers on a GPU", solver_gpu),
-    ("gemm-variants-h100.json", "The W4A8 kernel", gemm),
-)
+def runs(facts: dict[str, Any]) -> str:
+    """Every table of runs in a result: a dictionary whose values are runs, each with its perplexity."""
+    return "\n".join(_runs(facts.get("models", {}), ()))
+
+
+def _runs(values: Any, path: tuple[str, ...]) -> Iterator[str]:
+    if not isinstance(values, dict) or not values:
+        return
+    inner = list(values.values())
+    if all(isinstance(run, dict) and "perplexity" in run for run in inner):
+        keys = dict.fromkeys(key for run in inner for key, value in run.items() if isinstance(value, int | float))
+        rows = [(name, *(number(run.get(key), 4) for key in keys)) for name, run in values.items()]
+        yield f"{', '.join(path)}:\n\n" + table(("run", *(key.replace("_", " ") for key in keys)), rows)
+        return
+    if isinstance(values.get("setting"), dict):
+        setting = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values["setting"].items())
+        original = values.get("original_perplexity")
+        end = f"; original perplexity {number(original, 4)}" if original else ""
+        yield f"{', '.join(path)}: {setting}{end}.\n"
+    for key, value in values.items():
+        yield from _runs(value, path if key == "rows" else (*path, key))
+
+
+KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "accuracy": ("Accuracy of whole runs", accuracy),
+    "layer_errors": ("Layer errors", layer_errors),
+    "tuning": ("Learned rounding", runs),
+    "activations": ("Activations of few bits", runs),
+    "outliers": ("Outliers", runs),
+    "solver": ("Time of the solvers on a CPU", solver_time),
+    "solver_gpu": ("Time of the solvers on a GPU", solver_gpu),
+    "gemm_variants": ("The W4A8 kernel", gemm),
+}
 
 
 def benchmark_tables(folder: Path) -> str:
-    """A section for each known result, and a list of all files."""
-    parts = []
-    for name, title, render in SECTIONS:
-        path = folder / name
-        if path.is_file():
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            source = f"`benchmarks/results/{name}`; {where(facts['machine'])}."
-            parts.append(f"## {title}\n\n{source}\n\n{render(facts)}")
-    rows = []
-    for path in sorted(folder.glob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    """A section for each result of a known kind, and a list of all files."""
+    parts, rows = [], []
+    results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    for kind, (title, render) in KINDS.items():
+        for name, facts in results.items():
+            if _kind(name, facts) == kind:
+                source = f"`benchmarks/results/{name}`; {where(facts['machine'])}."
+                parts.append(f"## {title}: {name.removesuffix('.json')}\n\n{source}\n\n{render(facts)}")
+    for name, facts in results.items():
         machine = facts.get("machine") if isinstance(facts, dict) else None
-        rows.append((f"`{path.name}`", where(machine) if isinstance(machine, dict) else "–"))
+        rows.append((f"`{name}`", where(machine) if isinstance(machine, dict) else "–"))
     parts.append("## All files\n\n" + table(("file", "machine"), rows))
     return "\n".join(parts)
+
+
+def _kind(name: str, facts: Any) -> str:
+    if not isinstance(facts, dict) or not isinstance(facts.get("machine"), dict):
+        return ""
+    return str(facts.get("benchmark") or ("gemm_variants" if name.startswith("gemm-variants") else ""))
