@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
     bias_O: Tensor | None
+    channel_scale_O: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, inputs: InputRule, device: torch.device) -> None:
         super().__init__()
@@ -45,6 +46,9 @@ class PackedLinear(nn.Module):
         self.folded = int(integer_scale_OG.abs().max()) <= LARGEST_FOLDED_SCALE
         packed = pack_weight(weight.codes_OI.to(device), integer_scale_OG, self.scheme.group_size)
         self.register_buffer("packed", packed, persistent=False)
+        own_O = weight.grid.channel_scale_O
+        own_O = None if own_O is None else own_O.to(device, torch.float32)
+        self.register_buffer("channel_scale_O", own_O, persistent=False)
         self.register_buffer("bias_O", None if bias is None else bias.to(device, torch.float32), persistent=False)
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -53,9 +57,17 @@ class PackedLinear(nn.Module):
         flat_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
         codes, scale_T, sum_T = torch.ops.finescale.quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
         out_TO = torch.ops.finescale.w4a8_product(
-            codes, scale_T, sum_T, self.packed, self.bias_O, None, self.out_features, self.amplifier, self.folded,
+            codes,
+            scale_T,
+            sum_T,
+            self.packed,
+            self.bias_O,
+            self.channel_scale_O,
+            self.out_features,
+            self.amplifier,
+            self.folded,
             x_TI.dtype,
-        )  # fmt: skip
+        )
         return out_TO.reshape(*x_TI.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import (
 from finescale.errors import InputError
 from finescale.formats import compressed_tensors
 from finescale.grid import ActivationScheme, WeightScheme, contiguous_groups, number_of_groups, quantize_tokens
-from finescale.grid.integer_scale import prove_no_overflow
+from finescale.grid.integer_scale import common_factor, prove_no_overflow
 from finescale.kernels import integer_scale_linear
 from finescale.kernels.dispatch import LayerFacts, choose_kernel
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
@@ -79,7 +79,8 @@ class FinescaleVllmConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             if None in schemes or len(schemes) > 1:
                 raise InputError(f"{prefix}: its parts {', '.join(names)} are quantized differently; vLLM fuses them.")
-            return FinescaleLinearMethod(schemes.pop(), [self._amplifier(name) for name in names], prefix)  # type: ignore[arg-type]
+            facts = [self._facts(name) for name in names]
+            return FinescaleLinearMethod(schemes.pop(), facts, prefix)  # type: ignore[arg-type]
         if "FusedMoE" in {base.__name__ for base in type(layer).__mro__}:
             raise InputError("finescale's vLLM plugin does not serve mixtures of experts yet; use finescale.load.")
         return None
@@ -90,15 +91,13 @@ class FinescaleVllmConfig(QuantizationConfig):
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{parent}.{part}" if parent else part for part in parts]
 
-    def _amplifier(self, name: str) -> int:
-        facts = self.config["finescale"]["layers"]
+    def _facts(self, name: str) -> dict[str, Any]:
+        layers: dict[str, dict[str, Any]] = self.config["finescale"]["layers"]
         # Models may be nested one deeper in vLLM, or one less, than in the file.
-        found = next(
-            (facts[key] for key in facts if key == name or key.endswith("." + name) or name.endswith("." + key)), None
-        )
-        if found is None:
-            raise InputError(f"{name} has no amplifier in the checkpoint; quantize again.")
-        return int(found["amplifier"])
+        for key, facts in layers.items():
+            if key == name or key.endswith("." + name) or name.endswith("." + key):
+                return facts
+        raise InputError(f"{name} has no amplifier in the checkpoint; quantize again.")
 
 
 class FinescaleLinearMethod(LinearMethodBase):
@@ -106,12 +105,12 @@ class FinescaleLinearMethod(LinearMethodBase):
 
     Args:
         scheme: bits and groups.
-        amplifiers: of the fused parts, in their order.
+        facts: what the checkpoint says of each of the fused parts, in their order: amplifier and proved bound.
         name: for messages.
     """
 
-    def __init__(self, scheme: WeightScheme, amplifiers: list[int], name: str) -> None:
-        self.scheme, self.amplifiers, self.name = scheme, amplifiers, name
+    def __init__(self, scheme: WeightScheme, facts: list[dict[str, Any]], name: str) -> None:
+        self.scheme, self.facts, self.name = scheme, facts, name
 
     def create_weights(
         self,
@@ -152,6 +151,7 @@ class FinescaleLinearMethod(LinearMethodBase):
         layer.register_parameter("weight_shape", BasevLLMParameter(data=shape, weight_loader=loader))
         layer.finescale_partitions = output_partition_sizes
         layer.finescale_inputs = columns
+        layer.finescale_whole = not cut and rows == output_size
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Recover the integers, prove again that int32 cannot overflow, and pack for the device's kernel."""
@@ -164,29 +164,55 @@ class FinescaleLinearMethod(LinearMethodBase):
         }
         weight = compressed_tensors.unpack(tensors, self.scheme)
         partitions = layer.finescale_partitions
-        # One layer in the file may be several parts of vLLM's (Falcon's query_key_value).
-        amplifiers = self.amplifiers * len(partitions) if len(self.amplifiers) == 1 else self.amplifiers
-        parts = [torch.full((size, 1), float(a)) for size, a in zip(partitions, amplifiers, strict=True)]
-        amplifier_O1 = torch.cat(parts).to(device)
-        exact_OG = weight.grid.scale_OG * amplifier_O1
+        factor_O1 = self._factors(weight.grid.scale_OG, partitions)
+        exact_OG = weight.grid.scale_OG.double() / factor_O1.double()
         scale_OG = exact_OG.round().to(torch.int32)
-        if not torch.equal(scale_OG.float(), exact_OG):
+        if not torch.equal(scale_OG.double(), exact_OG):
             raise InputError(f"{self.name}: scales are not integers over the stored amplifier; the file was changed.")
         group_of_I = contiguous_groups(columns, self.scheme.group_size, device)
-        prove_no_overflow(self.name, weight.codes_OI, scale_OG, group_of_I)
+        self._prove(weight.codes_OI, scale_OG, group_of_I, partitions, layer.finescale_whole)
         for name in ("weight_packed", "weight_scale", "weight_shape"):
             delattr(layer, name)
         largest = int(scale_OG.abs().max())
         facts = LayerFacts(self.scheme.bits, self.scheme.group_size, True, True, largest, 8, True, False)
         fused = choose_kernel(facts, device).kernel in ("hopper", "hopper-folded")
         layer.finescale_folded = largest <= LARGEST_FOLDED_SCALE
-        layer.register_buffer("channel_scale_O", (1 / amplifier_O1[:, 0]).contiguous(), persistent=False)
+        layer.register_buffer("channel_scale_O", factor_O1[:, 0].contiguous(), persistent=False)
         if fused:
             packed = pack_weight(weight.codes_OI, scale_OG, self.scheme.group_size)
             layer.register_buffer("packed", packed, persistent=False)
         else:
             layer.register_buffer("codes_OI", weight.codes_OI.contiguous(), persistent=False)
             layer.register_buffer("integer_scale_OG", scale_OG, persistent=False)
+
+    def _factors(self, scale_OG: Tensor, partitions: list[int]) -> Tensor:
+        """What each output's scales are integers times, float32 [O, 1]: one over the amplifier, or its own (folded)."""
+        # One layer in the file may be several parts of vLLM's (Falcon's query_key_value).
+        facts = self.facts * len(partitions) if len(self.facts) == 1 else self.facts
+        parts = [
+            common_factor(rows)[:, None]
+            if part.get("folded")
+            else torch.full_like(rows[:, :1], 1 / int(part["amplifier"]))
+            for rows, part in zip(scale_OG.split(partitions), facts, strict=True)
+        ]
+        return torch.cat(parts).float()
+
+    def _prove(
+        self, codes_OI: Tensor, scale_OG: Tensor, group_of_I: Tensor, partitions: list[int], whole: bool
+    ) -> None:
+        """The bound of each part is below 2^31 and what the checkpoint says; a rank's share may have a lower one.
+
+        Raises:
+            NumericsError, InputError: it is not.
+        """
+        sizes = [sum(partitions)] if len(self.facts) == 1 else partitions
+        start = 0
+        for size, facts in zip(sizes, self.facts, strict=True):
+            rows = slice(start, start + size)
+            bound = prove_no_overflow(self.name, codes_OI[rows], scale_OG[rows], group_of_I)
+            if bound > int(facts["bound"]) or (whole and bound != int(facts["bound"])):
+                raise InputError(f"{self.name}: its overflow bound is not the stored one; the file was changed.")
+            start += size
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """float [..., I] -> [..., O]."""
