@@ -118,8 +118,8 @@ class SolverPart(BaseModel):
         return self.entry().options(**(self.model_extra or {}))
 
 
-class TransformPart(_Part):
-    """One rewrite of each block before it is solved: ``{name: smoothquant, options: {alpha: 0.5}}``, or its name."""
+class _NamedPart(_Part):
+    """A method with its options, or its name alone."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -128,6 +128,10 @@ class TransformPart(_Part):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+
+class TransformPart(_NamedPart):
+    """One rewrite of each block before it is solved: ``{name: smoothquant, options: {alpha: 0.5}}``, or its name."""
 
     @model_validator(mode="after")
     def _check(self) -> TransformPart:
@@ -141,16 +145,8 @@ class TransformPart(_Part):
         return self.entry().options(**self.options)
 
 
-class TuningPart(_Part):
+class TuningPart(_NamedPart):
     """One correction of each block by gradients: ``{name: rounding, options: {iterations: 128}}``, or its name."""
-
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> TuningPart:

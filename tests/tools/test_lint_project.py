@@ -62,7 +62,7 @@ def test_clean_tree_passes(root: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("import os\nx = os.environ['A']\n", 2, "os.environ"),
         ("import os\nx = os.getenv('A')\n", 2, "os.getenv"),
         ("from os import environ\nprint(environ)\n", 2, "os.environ"),
-        ("x = 1\nroot = '/work/shared'\n", 2, "/work/ is a path of one machine"),
+        ("x = 1\nroot = '/workspace/shared'\n", 2, "/workspace/ is a path of one machine"),
         ("# as in /home/somebody/model\n", 1, "/home/ is a path of one machine"),
         ('"""See (/tmp/x)."""\n', 1, "/tmp/ is a path of one machine"),
         ("x = 1\n" * 501, 501, "501 lines"),

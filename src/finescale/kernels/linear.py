@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels.hopper import gemm, quantize
-from finescale.kernels.layout import BLOCK, SLAB, packed_tokens_shape
+from finescale.kernels.layout import BLOCK, SLAB, TOKEN_SLAB, packed_tokens_shape
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -122,9 +122,17 @@ def w4a8_product(
     for name, tensor in (("bias", bias_O), ("channel scale", channel_scale_O)):
         if tensor is not None and (tuple(tensor.shape) != (outputs,) or tensor.dtype != torch.float32):
             raise InputError(f"the {name} must be float32 [{outputs}].")
-    if any(t.device != packed_weight.device for t in (codes, x_scale_T, x_sum_T)):
-        raise InputError(f"activations are on {codes.device}, the weight on {packed_weight.device}.")
     tokens = x_scale_T.shape[0]
+    slabs = packed_tokens_shape(tokens, codes.shape[0] * BLOCK)[1]
+    if tuple(codes.shape[1:]) != (slabs, BLOCK * TOKEN_SLAB) or tuple(x_sum_T.shape) != (tokens,):
+        raise InputError(f"codes {tuple(codes.shape)} and {tuple(x_sum_T.shape)} sums do not fit {tokens} tokens.")
+    if x_scale_T.dtype != torch.float32 or x_sum_T.dtype != torch.int32:
+        raise InputError("token scales must be float32 and sums of codes int32, as quantize_tokens gives them.")
+    given = [t for t in (codes, x_scale_T, x_sum_T, bias_O, channel_scale_O) if t is not None]
+    if any(t.device != packed_weight.device for t in given):
+        raise InputError(f"activations are on {codes.device}, the weight on {packed_weight.device}.")
+    if not all(t.is_contiguous() for t in given):
+        raise InputError("activations, scales, sums and the bias must be contiguous.")
     return gemm.run(
         codes,
         x_scale_T,
@@ -154,3 +162,29 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return x_scale_T.new_empty(x_scale_T.shape[0], outputs, dtype=out_dtype)
+
+
+def w4a8_linear(
+    x_TI: Tensor,
+    packed_weight: Tensor,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    outputs: int,
+    amplifier: int,
+    folded: bool,
+) -> Tensor:
+    """A whole layer: inputs of any float type are rounded, multiplied, and come back in their type.
+
+    Args:
+        x_TI: [..., I].
+        packed_weight, bias_O, channel_scale_O, outputs, amplifier, folded: see ``w4a8_product``.
+
+    Returns:
+        [..., O].
+    """
+    flat_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
+    codes, scale_T, sum_T = quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
+    out_TO = w4a8_product(
+        codes, scale_T, sum_T, packed_weight, bias_O, channel_scale_O, outputs, amplifier, folded, x_TI.dtype
+    )
+    return out_TO.reshape(*x_TI.shape[:-1], outputs)

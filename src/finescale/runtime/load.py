@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,23 +94,30 @@ def install_quantized(
         quantize_kv_cache(skeleton.model, quantized.metadata["kv_cache"])
     names = set(quantized.layer_names())
     full_range = rounding == "compressed-tensors"
-    for index, block in enumerate(skeleton.blocks):
-        for module_path in linear_modules(block):
-            possible = possible_names(skeleton, f"{skeleton.block_path(index)}.{module_path}")
-            name = next((candidate for candidate in possible if candidate in names), None)
-            if name is None:
-                continue
-            names.discard(name)
-            weight = quantized.read(name)
-            bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
-            inputs = quantized.inputs_of(name).to(device)
-            if rounding == "none":
-                inputs = replace(inputs, scheme=None, fixed=None)
-            layer = _layer(weight, bias, inputs, device, dtype, path, cache, full_range)
-            parent, _, leaf = module_path.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, layer)
+    for block, path_in_block, name in quantized_places(skeleton, names):
+        weight = quantized.read(name)
+        bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
+        inputs = quantized.inputs_of(name).to(device)
+        if rounding == "none":
+            inputs = replace(inputs, scheme=None, fixed=None)
+        layer = _layer(weight, bias, inputs, device, dtype, path, cache, full_range)
+        parent, _, leaf = path_in_block.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, layer)
+        names.discard(name)
     if names:
         raise CheckpointError(f"{', '.join(sorted(names)[:3])}: quantized tensors that the model has no layer for.")
+
+
+def quantized_places(skeleton: Skeleton, names: Collection[str]) -> list[tuple[nn.Module, str, str]]:
+    """Where the quantized layers of a checkpoint belong: block, module path in it, and the layer's name in the file."""
+    places = []
+    for index, block in enumerate(skeleton.blocks):
+        for path in linear_modules(block):
+            possible = possible_names(skeleton, f"{skeleton.block_path(index)}.{path}")
+            name = next((candidate for candidate in possible if candidate in names), None)
+            if name is not None:
+                places.append((block, path, name))
+    return places
 
 
 def _layer(

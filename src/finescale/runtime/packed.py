@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight
-from finescale.kernels import linear  # noqa: F401  (registers the custom ops)
 from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
+from finescale.kernels.linear import w4a8_linear
 
 
 class PackedLinear(nn.Module):
@@ -53,22 +53,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., O], in the type of the input."""
-        x_TI = self.inputs.rearrange(x_TI)
-        flat_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
-        codes, scale_T, sum_T = torch.ops.finescale.quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
-        out_TO = torch.ops.finescale.w4a8_product(
-            codes,
-            scale_T,
-            sum_T,
+        return w4a8_linear(
+            self.inputs.rearrange(x_TI),
             self.packed,
             self.bias_O,
             self.channel_scale_O,
             self.out_features,
             self.amplifier,
             self.folded,
-            x_TI.dtype,
         )
-        return out_TO.reshape(*x_TI.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return (

@@ -20,11 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finescale.errors import InputError
 from finescale.formats.source import open_checkpoint
-from finescale.models import Skeleton, find_family, linear_modules
+from finescale.models import Skeleton, find_family
 from finescale.models.experts import unfuse_experts
 from finescale.models.skeleton import find_blocks, possible_names
 from finescale.runtime.checkpoint import open_quantized
-from finescale.runtime.load import install_quantized, usable_device
+from finescale.runtime.load import install_quantized, quantized_places, usable_device
 
 METHOD = "finescale"
 
@@ -56,15 +56,14 @@ class FinescaleQuantizer(HfQuantizer):
         skeleton = _skeleton_of(model)
         names = set(open_quantized(skeleton.source.path).layer_names())
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        for index, block in enumerate(skeleton.blocks):
-            for path in linear_modules(block):
-                module_path = f"{skeleton.block_path(index)}.{path}"
-                possible = possible_names(skeleton, module_path)
-                if not any(candidate in names for candidate in possible):
-                    continue
-                parent, _, leaf = path.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, Place(block.get_submodule(path)))
-                ignored |= {re.escape(candidate) + r"\." for candidate in (module_path, *possible)}
+        paths = {block: skeleton.block_path(index) for index, block in enumerate(skeleton.blocks)}
+        for block, path, _ in quantized_places(skeleton, names):
+            parent, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, Place(block.get_submodule(path)))
+            module_path = f"{paths[block]}.{path}"
+            # transformers reports names as the file has them, or as its own renaming makes them.
+            known = (module_path, *possible_names(skeleton, module_path))
+            ignored |= {re.escape(each) + r"\." for each in known}
         model._keys_to_ignore_on_load_unexpected = ignored
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

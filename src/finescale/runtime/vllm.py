@@ -30,6 +30,7 @@ from finescale.grid.integer_scale import common_factor, prove_no_overflow
 from finescale.kernels import integer_scale_linear
 from finescale.kernels.dispatch import LayerFacts, choose_kernel
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
+from finescale.kernels.linear import w4a8_linear
 from finescale.runtime.serving import claims, refusal
 
 METHOD = "finescale"
@@ -216,24 +217,24 @@ class FinescaleLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """float [..., I] -> [..., O]."""
-        flat_TI = x.reshape(-1, x.shape[-1]).contiguous()
+        bias = None if bias is None else bias.float()
         if hasattr(layer, "packed"):
-            codes, scale_T, sum_T = torch.ops.finescale.quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
-            out_TO = torch.ops.finescale.w4a8_product(
-                codes, scale_T, sum_T, layer.packed, None if bias is None else bias.float(), layer.channel_scale_O,
-                layer.channel_scale_O.shape[0], 1, layer.finescale_folded, x.dtype,
-            )  # fmt: skip
-            return out_TO.reshape(*x.shape[:-1], -1)
-        codes_TI, scale_T1 = quantize_tokens(flat_TI, A8)
+            outputs = layer.channel_scale_O.shape[0]
+            return w4a8_linear(x, layer.packed, bias, layer.channel_scale_O, outputs, 1, layer.finescale_folded)
+        codes_TI, scale_T1 = quantize_tokens(x.reshape(-1, x.shape[-1]), A8)
         out_TO = integer_scale_linear(
-            codes_TI, scale_T1, layer.codes_OI, layer.integer_scale_OG, self.scheme.group_size, 1
+            codes_TI,
+            scale_T1,
+            layer.codes_OI,
+            layer.integer_scale_OG,
+            self.scheme.group_size,
+            1,
+            layer.channel_scale_O,
         )
-        out_TO = out_TO * layer.channel_scale_O
         if bias is not None:
-            out_TO = out_TO + bias.float()
+            out_TO = out_TO + bias
         return out_TO.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def register() -> None:
     """The entry point. Importing this module has registered the method already; more than once is fine."""
-    from finescale.kernels import linear  # noqa: F401  (registers the custom ops)
