@@ -157,8 +157,10 @@ def bench_gemm(
     """Microseconds of every product at every size, and the differences to the exact one.
 
     Raises:
-        InputError: no Hopper GPU.
+        InputError: a size that is none, or no Hopper GPU.
     """
+    if any(inputs < GROUP or inputs % GROUP or outputs < 1 for inputs, outputs in shapes) or min(tokens, default=0) < 1:
+        raise InputError(f"inputs must be multiples of the group, {GROUP}; outputs and tokens at least 1.")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise InputError("bench gemm needs a Hopper GPU (compute capability 9.0).")
     device = torch.device("cuda", torch.cuda.current_device())
