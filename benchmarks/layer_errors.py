@@ -31,27 +31,30 @@ from finescale.grid import WeightScheme, fit_grid
 from finescale.models import open_skeleton, trace_steps
 from finescale.models.skeleton import fill_module, release_module, weight_OI_of
 from finescale.recipe import Recipe
+from finescale.runtime.load import usable_device
 from finescale.solvers import relative_error
 
 
-def compare(model: str, calibration: str, samples: int, length: int, bits: list[int]) -> dict[str, Any]:
+def compare(
+    model: str, calibration: str, samples: int, length: int, bits: list[int], device: str = "cpu"
+) -> dict[str, Any]:
     """Facts of the calibration, errors by bits, solver and layer, and a summary by bits."""
-    cpu, dtype = torch.device("cpu"), torch.float32
+    target, dtype = usable_device(device), torch.float32
     source = open_checkpoint(model)
     skeleton = open_skeleton(source)
     tokens_T = encode(open_tokenizer(source.path), read_text(calibration))
     data = calibration_windows(tokens_T, samples, length, 0, calibration)
-    inputs = capture_block_inputs(skeleton, data.batches(8), cpu, dtype)
+    inputs = capture_block_inputs(skeleton, data.batches(8), target, dtype)
     hidden = inputs.hidden
     errors: dict[str, dict[str, dict[str, float]]] = {str(b): {"gptq": {}, "quantease": {}} for b in bits}
     with progress_bar("blocks") as update:
         for index in range(skeleton.block_count):
             update("solving", index, skeleton.block_count)
             path = skeleton.block_path(index)
-            block = fill_module(skeleton, path, cpu, dtype)
-            batches = [(x_BTI, inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
+            block = fill_module(skeleton, path, target, dtype)
+            batches = [(x_BTI.to(target), inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
             steps = trace_steps(block, batches[0][0], batches[0][1])
-            moments = collect_moments(block, [step.linears[0] for step in steps], batches, cpu)
+            moments = collect_moments(block, [step.linears[0] for step in steps], batches, target)
             for step in steps:
                 hessian_II = moments[step.linears[0]].hessian()
                 for name in step.linears:
@@ -90,12 +93,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--bits", default="3")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/layer-errors.json"))
     arguments = parser.parse_args()
     quiet_libraries()
     model = str(local_folder(arguments.model or find_demo_model()))
     bits = [int(b) for b in arguments.bits.split(",")]
-    result = compare(model, arguments.calibration, arguments.samples, arguments.length, bits)
+    result = compare(model, arguments.calibration, arguments.samples, arguments.length, bits, arguments.device)
     console = Console()
     for b, summary in result["summary"].items():
         console.print(
