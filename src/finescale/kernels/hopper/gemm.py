@@ -50,7 +50,7 @@ class Variant:
 
     @property
     def fixed_bytes(self) -> int:
-        return self.warpgroups * (4 * min(self.tokens, 32) * 48 + self.tokens * 8 + 24)
+        return self.warpgroups * (2 * min(self.tokens, 16 if self.warpgroups == 3 else 32) * 144 + self.tokens * 8 + 24)
 
     @property
     def depth(self) -> int:

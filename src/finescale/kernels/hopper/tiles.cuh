@@ -4,11 +4,12 @@ constexpr int STEPS = 4 / GROUPS;                      // wgmmas of 32 inputs in
 constexpr int SLAB_BYTES = 4096 + 128 * GROUPS;        // 64 channels by 128 inputs, and their scales
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = WARPGROUPS * SLAB_BYTES;
-constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;       // tokens a warp writes at a time
-constexpr int PITCH = 48;                              // bytes between tokens in the writing buffer, free of conflicts
+constexpr int LARGEST_CHUNK = WARPGROUPS == 3 ? 16 : 32;
+constexpr int CHUNK = TOKENS < LARGEST_CHUNK ? TOKENS : LARGEST_CHUNK;  // tokens a warpgroup writes at a time
+constexpr int PITCH = 144;                             // bytes between tokens in the writing buffers, free of conflicts
 constexpr int PART_BYTES = 24;
 constexpr int META = (TOKENS + 127) / 128;             // token scales a thread fetches
-constexpr int BUFFER_BYTES = WARPGROUPS * (4 * CHUNK * PITCH + TOKENS * 8);
+constexpr int BUFFER_BYTES = WARPGROUPS * (2 * CHUNK * PITCH + TOKENS * 8);
 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;

@@ -26,7 +26,7 @@ __device__ __forceinline__ void write_tile(
     int thread, u8* buffer) {
     int token0 = token_tile(a, tile) * TOKENS;
     int warp = thread / 32, lane = thread % 32;
-    float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 4 * CHUNK * PITCH) + group * TOKENS * 2;
+    float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 2 * CHUNK * PITCH) + group * TOKENS * 2;
     int* sums = reinterpret_cast<int*>(scales + TOKENS);
     named_barrier(1 + group, 128);
 #pragma unroll
@@ -36,8 +36,7 @@ __device__ __forceinline__ void write_tile(
             sums[i * 128 + thread] = facts.sum[i];
         }
     named_barrier(1 + group, 128);
-    channel0 += warp * 16;
-    int channel = channel0 + lane / 4;
+    int channel = channel0 + warp * 16 + lane / 4;
     float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
     if (channel < a.channels) {
         if (a.bias) bias0 = a.bias[channel];
@@ -47,7 +46,7 @@ __device__ __forceinline__ void write_tile(
         if (a.bias) bias1 = a.bias[channel + 8];
         if (a.channel_scale) own1 = a.channel_scale[channel + 8];
     }
-    u32 mine = shared_address(buffer) + (group * 4 + warp) * (CHUNK * PITCH);
+    u32 own_buffer = shared_address(buffer) + group * 2 * (CHUNK * PITCH);
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
         if (token0 + chunk * CHUNK >= a.tokens) break;
@@ -78,7 +77,10 @@ __device__ __forceinline__ void write_tile(
             packed[2 * j + 1] = pack_out(value[2], value[3]);
         }
 #if OUT < 2
-        u32 row = mine + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
+        // Rows of 64 channels, 128 bytes of each token together. There are two buffers: when one is written again, all
+        // have passed the barrier of the other, and so have read this one.
+        u32 rows = own_buffer + chunk % 2 * (CHUNK * PITCH);
+        u32 row = rows + (lane / 16 * 8 + lane % 8) * PITCH + warp * 32 + lane / 8 % 2 * 16;
         if (CHUNK == 8) {
             store_transposed2(row, packed[0], packed[1]);
         } else {
@@ -86,13 +88,13 @@ __device__ __forceinline__ void write_tile(
             for (int j = 0; j < CHUNK / 8; j += 2)
                 store_transposed4(row + j * 8 * PITCH, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2], packed[2 * j + 3]);
         }
-        __syncwarp();
+        named_barrier(1 + group, 128);
         unsigned short* out = static_cast<unsigned short*>(a.out);
 #pragma unroll
         for (int i = 0; i < (CHUNK + 15) / 16; i++) {
-            int inner = i * 16 + lane / 2, token = token0 + chunk * CHUNK + inner, c = channel0 + lane % 2 * 8;
+            int inner = i * 16 + thread / 8, token = token0 + chunk * CHUNK + inner, c = channel0 + thread % 8 * 8;
             if (inner < CHUNK && token < a.tokens && c < a.channels) {
-                uint4 value = load_shared16(mine + inner * PITCH + lane % 2 * 16);
+                uint4 value = load_shared16(rows + inner * PITCH + thread % 8 * 16);
                 unsigned short* target = out + static_cast<long long>(token) * a.channels + c;
                 if (a.channels % 8 == 0) {
                     *reinterpret_cast<uint4*>(target) = value;
@@ -104,7 +106,6 @@ __device__ __forceinline__ void write_tile(
                 }
             }
         }
-        __syncwarp();
 #endif
     }
 }
