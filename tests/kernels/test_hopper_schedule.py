@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finescale.kernels.hopper.gemm import SHARED_BYTES, Variant, choose, schedule, variants
+from finescale.kernels.hopper.gemm import SHARED_BYTES, Variant, choose, schedule, variants, workspace_sums
 
 
 def units_of(shares, blocks):
@@ -53,3 +53,13 @@ def test_variants_fit_the_chip(tokens, groups, folded):
         assert variant.shared_bytes <= SHARED_BYTES and variant.depth >= 4
         assert variant.tokens <= (256 if folded else 128)
     assert choose(tokens, 4096, 32, groups, folded, 0, 132) in found
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 114, 132])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 200, 700])
+def test_the_sums_of_split_tiles_fit_the_one_workspace(tokens, multiprocessors):
+    for outputs in range(64, 12000, 448):
+        for variant in variants(tokens, 1, True, 0) + variants(tokens, 1, False, 0):
+            shares = schedule(variant, tokens, outputs, 32, multiprocessors)
+            slots = (shares.tiles - shares.whole_tiles) * variant.warpgroups
+            assert slots * variant.tokens * 64 <= workspace_sums(multiprocessors)

@@ -128,16 +128,27 @@ def _multiprocessors(device: int) -> int:
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def _workspace(device: torch.device, size: int) -> Tensor:
-    """Zeros that the kernel leaves as zeros; one for each stream, since two streams may run at once."""
+def _workspace(device: torch.device) -> Tensor:
+    """Zeros that the kernel leaves as zeros; one for each stream, since two streams may run at once.
+
+    Large enough for any product, so that it never moves: CUDA graphs hold on to its address.
+    """
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     found = _workspaces.get(key)
-    if found is None or found.numel() < size:
+    if found is None:
+        size = COUNTERS + workspace_sums(_multiprocessors(device.index))
         found = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=device)
     return found
 
 
+def workspace_sums(multiprocessors: int) -> int:
+    """Most int32 sums that split tiles of any product need: at most half as many tiles as there are multiprocessors."""
+    return multiprocessors // 2 * LARGEST_TILE * 64
+
+
 COUNTERS = 8192
+LARGEST_TILE = 512
+"""Most tokens times warpgroups of a tile."""
 
 
 def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
@@ -215,8 +226,7 @@ def run(
     multiprocessors = _multiprocessors(device.index)
     variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors)
     shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
-    slots = (shares.tiles - shares.whole_tiles) * variant.warpgroups
-    workspace = _workspace(device, COUNTERS + slots * variant.tokens * 64)
+    workspace = _workspace(device)
     function = load_kernel(
         "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
     )
