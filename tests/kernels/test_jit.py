@@ -16,8 +16,8 @@ def text_of(variant):
     return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
 
 
-def quantizer(kind, add, dtype, pieces=2):
-    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "THREADS": 256}
+def quantizer(kind, add, dtype, pieces=2, routed=0):
+    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "THREADS": 256, "ROUTED": routed}
     return source_text("quantize.cu", settings, {})
 
 

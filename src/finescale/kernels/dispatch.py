@@ -65,6 +65,12 @@ def layer_facts(weight: QuantizedWeight, inputs: InputRule) -> LayerFacts:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether the kernels of kernels/hopper run on a device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int, int] | None = None) -> Choice:
     """The kernel for a layer on a device.
 

@@ -23,14 +23,13 @@ class CompileError(FinescaleError):
 def source_text(name: str, settings: Mapping[str, int], generated: Mapping[str, str]) -> str:
     """One text of kernel ``name``: settings as macros, headers in place, ``generated`` for those not on disk."""
     folder = resources.files("finescale.kernels.hopper")
-    lines = [f"#define {key} {value}" for key, value in settings.items()]
-    for line in folder.joinpath(name).read_text().splitlines():
-        if line.startswith("#include"):
-            header = line.split('"')[1]
-            lines.append(generated[header] if header in generated else folder.joinpath(header).read_text())
-        else:
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+
+    def expanded(name: str) -> str:
+        text = generated[name] if name in generated else folder.joinpath(name).read_text()
+        lines = text.splitlines()
+        return "\n".join(expanded(line.split('"')[1]) if line.startswith("#include") else line for line in lines)
+
+    return "\n".join([*(f"#define {key} {value}" for key, value in settings.items()), expanded(name), ""])
 
 
 def compile_source(text: str, architecture: str) -> bytes:

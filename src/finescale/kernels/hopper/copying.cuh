@@ -6,6 +6,7 @@ struct Copier {
     Schedule schedule;
     Work work;
     u32 x_bytes;
+    Place place;
     int left, groups;
     const u8 *slab, *x;
 
@@ -19,16 +20,21 @@ struct Copier {
         }
         if (left == 0 && schedule.next(work)) {
             left = work.end - work.begin;
-            int first_slab = channel_slab(a, work.tile);
-            int token_slab = token_tile(a, work.tile) * (TOKENS / 8);
-            groups = max(0, min(WARPGROUPS, (a.channels + 63) / 64 - first_slab));
-            slab = a.weight + (static_cast<long long>(first_slab) * a.blocks + work.begin) * SLAB_BYTES;
+            place = find_place(a, work.tile);
+            int channel_slabs = (a.channels + 63) / 64, token_slab = place.token0 / 8;
+            long long first_slab = static_cast<long long>(place.expert) * channel_slabs + place.channel_slab;
+            groups = max(0, min(WARPGROUPS, channel_slabs - place.channel_slab));
+            slab = a.weight + (first_slab * a.blocks + work.begin) * SLAB_BYTES;
             x = a.x + (static_cast<long long>(work.begin) * a.slabs + token_slab) * 1024;
-            x_bytes = min(TOKENS / 8, a.slabs - token_slab) * 1024;
+            x_bytes = min(TOKENS / 8, (place.token_end + 7) / 8 - token_slab) * 1024;
         }
     }
 
-    __device__ void copy_weight(u32 target, u32 barrier, u64 policy) {
+    __device__ void copy_weight(int stage, u32 w_base, u32 full, u64 policy) {
+        u32 target = w_base + stage * W_BYTES, barrier = full + 8 * stage;
+#if GROUPED
+        note_place(stage, place);
+#endif
         barrier_expect(barrier, x_bytes + groups * SLAB_BYTES);
 #pragma unroll 1
         for (int g = 0; g < groups; g++)
@@ -48,7 +54,7 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
     Copier tokens = copier;
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
-        copier.copy_weight(w_base + i * W_BYTES, full + 8 * i, weight_policy);
+        copier.copy_weight(i, w_base, full, weight_policy);
         copier.advance();
     }
     wait_for_previous_kernel();
@@ -61,10 +67,9 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
     u32 phase = 0;
 #pragma unroll 1
     for (int i = filled; i < total; i++) {
-        u32 barrier = full + 8 * stage;
         barrier_wait(empty + 8 * stage, phase);
-        copier.copy_weight(w_base + stage * W_BYTES, barrier, weight_policy);
-        copier.copy_x(x_base + stage * X_BYTES, barrier, keep);
+        copier.copy_weight(stage, w_base, full, weight_policy);
+        copier.copy_x(x_base + stage * X_BYTES, full + 8 * stage, keep);
         copier.advance();
         if (++stage == STAGES) {
             stage = 0;

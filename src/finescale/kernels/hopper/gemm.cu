@@ -10,7 +10,8 @@
 //
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
-// sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums).
+// sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), GROUPED
+// (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -43,6 +44,7 @@ struct Computer {
 
     Schedule schedule;
     Work work;
+    Place place;
     int left, remaining;
     Ring ring, ahead;
     TokenFacts facts;
@@ -71,10 +73,10 @@ struct Computer {
     }
 
     __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2]) {
-        write_tile(a, total, facts, work.tile, (channel_slab(a, work.tile) + part.group) * 64, part.group, thread, buffer);
+        write_tile(a, total, facts, place, part.group, thread, buffer);
     }
 
-    __device__ __forceinline__ bool inside() { return (channel_slab(a, work.tile) + part.group) * 64 < a.channels; }
+    __device__ __forceinline__ bool inside() { return (place.channel_slab + part.group) * 64 < a.channels; }
 
     __device__ __forceinline__ void finish_tile(const Sum (&total)[TOKENS / 2]) {
         if (!inside()) return;
@@ -87,16 +89,23 @@ struct Computer {
         Schedule again(a);
         if (!again.has_part) return;
         again.next(work);
+        place = find_place(a, work.tile);
         if (inside() && part.take(total, thread)) {
-            facts.fetch(a, work.tile, thread);
+            facts.fetch(a, place, thread);
             write(total);
         }
     }
 
+    // Its first unit must have arrived.
     __device__ __forceinline__ void next_tile() {
         if (schedule.next(work)) {
             left = work.end - work.begin;
-            facts.fetch(a, work.tile, thread);
+#if GROUPED
+            place = noted_place(ahead.stage);
+#else
+            place = find_place(a, work.tile);
+#endif
+            facts.fetch(a, place, thread);
         }
     }
 
@@ -132,8 +141,8 @@ struct Computer {
         u32 operand[2][16], scale[GROUPS];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
-        next_tile();
         fetch(operand[0], scale);
+        next_tile();
         issue(total, operand[0], 0, true);
         while (true) {
             step(total, operand[1]);
@@ -183,8 +192,8 @@ struct Computer {
         u32 operand[2][16], scale[2][GROUPS];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
-        next_tile();
         fetch(operand[0], scale[0]);
+        next_tile();
         while (true) {
             step(total, operand[0], scale[0], operand[1], scale[1]);
             if (remaining == 0) break;
@@ -197,13 +206,15 @@ struct Computer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(1024) u8 memory[];
     u32 x_base = shared_address(memory);
     u32 w_base = x_base + STAGES * X_BYTES;
     u8* buffer = memory + STAGES * (X_BYTES + W_BYTES);
     u32 full = shared_address(buffer) + BUFFER_BYTES, empty = full + 8 * STAGES, parts = empty + 8 * STAGES;
 
     let_next_kernel_start();
+#if GROUPED
+    if (threadIdx.x < 32) make_table(a);
+#endif
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
@@ -223,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         Schedule schedule(a);
         Work work;
         if (thread % 32 == 0 && served >= 0 && served < WARPGROUPS && schedule.has_part && schedule.next(work) &&
-            (channel_slab(a, work.tile) + served) * 64 < a.channels) {
+            (find_place(a, work.tile).channel_slab + served) * 64 < a.channels) {
             wait_for_previous_kernel();
             Part(a, parts, served).count();
         }

@@ -33,6 +33,7 @@ class Variant:
         split: tiles that would not fill a last wave are split along the inputs.
         stages: units in flight, 0 for the usual number.
         float_scales: bfloat16 scales and float32 sums, to compare with; never folded.
+        experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
     """
 
     tokens: int
@@ -43,6 +44,7 @@ class Variant:
     split: bool = True
     stages: int = 0
     float_scales: bool = False
+    experts: int = 0
 
     @property
     def unit_bytes(self) -> int:
@@ -50,16 +52,21 @@ class Variant:
 
     @property
     def fixed_bytes(self) -> int:
-        return self.warpgroups * (2 * min(self.tokens, 16 if self.warpgroups == 3 else 32) * 144 + self.tokens * 8 + 24)
+        table = 8 * self.experts + 32 if self.experts else 0
+        chunk = min(self.tokens, 16 if self.warpgroups == 3 else 32)
+        return self.warpgroups * (2 * chunk * 144 + self.tokens * 8 + 24) + table
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.unit_bytes + (32 if self.experts else 16)
 
     @property
     def depth(self) -> int:
-        fitting = (SHARED_BYTES - self.fixed_bytes - 1024) // (self.unit_bytes + 16)
-        return self.stages or min(10, fitting)
+        return self.stages or min(10, (SHARED_BYTES - self.fixed_bytes - 1024) // self.stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
-        return self.fixed_bytes + self.depth * (self.unit_bytes + 16) + 1024
+        return self.fixed_bytes + self.depth * self.stage_bytes + 1024
 
     def settings(self) -> tuple[tuple[str, int], ...]:
         """The macros that make this variant."""
@@ -71,6 +78,8 @@ class Variant:
             ("FLOAT_SCALE", int(self.float_scales)),
             ("STAGES", self.depth),
             ("OUT", self.out),
+            ("GROUPED", int(self.experts > 0)),
+            ("EXPERTS", self.experts),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -108,7 +117,7 @@ def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, multiproc
     return Schedule(max(left * splits, min(tiles - left, multiprocessors)), token_tiles, tiles, tiles - left, splits)
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     _fields_ = [
         *[
             (name, ctypes.c_void_p)
@@ -117,18 +126,19 @@ class _Arguments(ctypes.Structure):
         *[(name, ctypes.c_int) for name in ("tokens", "channels", "blocks", "slabs")],
         *[(name, ctypes.c_int) for name in ("token_tiles", "whole_tiles", "tiles", "splits")],
         ("factor", ctypes.c_float),
+        ("row_end", ctypes.c_void_p),
     ]
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors_of(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def _workspace(device: torch.device) -> Tensor:
+def zeros_of(device: torch.device) -> Tensor:
     """Zeros that the kernel leaves as zeros; one for each stream, since two streams may run at once.
 
     Large enough for any product, so that it never moves: CUDA graphs hold on to its address.
@@ -136,7 +146,7 @@ def _workspace(device: torch.device) -> Tensor:
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     found = _workspaces.get(key)
     if found is None:
-        size = COUNTERS + workspace_sums(_multiprocessors(device.index))
+        size = COUNTERS + workspace_sums(multiprocessors_of(device.index))
         found = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=device)
     return found
 
@@ -223,14 +233,14 @@ def run(
     out_TO = torch.empty(tokens, outputs, dtype=out_dtype, device=device)
     if tokens == 0 or outputs == 0:
         return out_TO
-    multiprocessors = _multiprocessors(device.index)
+    multiprocessors = multiprocessors_of(device.index)
     variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors)
     shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
-    workspace = _workspace(device)
+    workspace = zeros_of(device)
     function = load_kernel(
         "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
     )
-    arguments = _Arguments(
+    arguments = Arguments(
         packed_weight.data_ptr(),
         packed_x.data_ptr(),
         x_scale_T.data_ptr(),
@@ -249,6 +259,7 @@ def run(
         shares.tiles,
         shares.splits,
         1.0 / amplifier,
+        None,
     )
     threads = variant.warpgroups * 128 + 128
     launch(function, shares.grid, threads, variant.shared_bytes, arguments, device)

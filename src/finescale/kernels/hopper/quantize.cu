@@ -7,11 +7,11 @@
 //   SILU    silu(x[:, :I]) * x[:, I:]
 //
 // Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32),
-// PIECES (pieces of 8 inputs a thread holds), THREADS.
+// PIECES (pieces of 8 inputs a thread holds), THREADS, ROUTED (rows sorted by expert, of which `position` says where each
+// choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and writes rows, one a choice).
 
 #include "ptx.cuh"
-
-typedef unsigned short u16;
+#include "rows.cuh"
 
 struct Arguments {
     const void* x;
@@ -21,77 +21,11 @@ struct Arguments {
     u8* codes;
     float* scale;
     int* sum;
+    const int* position;    // ROUTED: negative for none
     int tokens, inputs, slabs;
+    int choices;            // of a token, ROUTED == 1
     float epsilon;
 };
-
-__device__ __forceinline__ float to_float(u16 value) {
-#if IN == 0
-    return __uint_as_float(static_cast<u32>(value) << 16);
-#else
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
-#endif
-}
-
-// The value as the type of the inputs holds it.
-__device__ __forceinline__ float rounded(float value) {
-#if IN == 0
-    return __uint_as_float((pack_bf16(value, 0) & 0xFFFF) << 16);
-#elif IN == 1
-    return to_float(static_cast<u16>(pack_fp16(value, 0) & 0xFFFF));
-#else
-    return value;
-#endif
-}
-
-__device__ __forceinline__ void load8(float (&values)[8], const void* base, long long first, int count) {
-#if IN == 2
-    const float* source = static_cast<const float*>(base) + first;
-    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
-        float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
-        values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-        values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = i < count ? source[i] : 0;
-#else
-    const u16* source = static_cast<const u16*>(base) + first;
-    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
-        uint4 packed = *reinterpret_cast<const uint4*>(source);
-        u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = i < count ? to_float(source[i]) : 0;
-#endif
-}
-
-__device__ __forceinline__ void store8(const float (&values)[8], void* base, long long first, int count) {
-#if IN == 2
-    float* target = static_cast<float*>(base) + first;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (i < count) target[i] = values[i];
-#else
-    u16* target = static_cast<u16*>(base) + first;
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        words[i] = IN == 0 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_fp16(values[2 * i], values[2 * i + 1]);
-    if (count >= 8 && (reinterpret_cast<u64>(target) & 15) == 0) {
-        *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (i < count) target[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
-#endif
-}
 
 struct AddFloat {
     __device__ float operator()(float a, float b) const { return a + b; }
@@ -117,11 +51,23 @@ __device__ __forceinline__ Value reduce(Value value, Operator combine, Value* sc
     return value;
 }
 
+// Eight codes of a row, from input `first` on.
+__device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, const u32 (&words)[2]) {
+    int slot = static_cast<int>(row % 8);
+    long long block = static_cast<long long>(first / 128) * a.slabs + row / 8;
+    u8* target = a.codes + block * 1024 + slot * 128 + ((first % 128 / 16) ^ slot) * 16 + first % 16;
+    *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
     __shared__ u32 scratch[32];
     let_next_kernel_start();
     wait_for_previous_kernel();
     long long token = blockIdx.x;
+#if ROUTED == 2
+    token = a.position[token];
+    if (token < 0) return;
+#endif
     long long row = token * a.inputs;
     float x[PIECES][8];
     float total = 0;
@@ -202,16 +148,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
             sum += code;
             words[i / 4] |= (code & 0xFF) << (8 * (i % 4));
         }
-        int slot = static_cast<int>(token % 8);
-        if (first < (a.inputs + 127) / 128 * 128) {
-            long long block = static_cast<long long>(first / 128) * a.slabs + token / 8;
-            u8* target = a.codes + block * 1024 + slot * 128 + ((first % 128 / 16) ^ slot) * 16 + first % 16;
-            *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+        if (first >= (a.inputs + 127) / 128 * 128) continue;
+#if ROUTED == 1
+        for (int c = 0; c < a.choices; c++) {
+            int target = a.position[token * a.choices + c];
+            if (target >= 0) store_codes(a, target, first, words);
         }
+#else
+        store_codes(a, token, first, words);
+#endif
     }
     sum = reduce(sum, AddInt(), reinterpret_cast<int*>(scratch));
+#if ROUTED == 1
+    for (int c = threadIdx.x; c < a.choices; c += THREADS) {
+        int target = a.position[token * a.choices + c];
+        if (target < 0) continue;
+        a.scale[target] = scale;
+        a.sum[target] = sum;
+    }
+#else
     if (threadIdx.x == 0) {
         a.scale[token] = scale;
         a.sum[token] = sum;
     }
+#endif
 }

@@ -22,8 +22,8 @@ LARGEST_INPUTS = 8 * 1024 * 8
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("x", "residual", "gain", "shift", "codes", "scale", "sum")],
-        *[(name, ctypes.c_int) for name in ("tokens", "inputs", "slabs")],
+        *[(name, ctypes.c_void_p) for name in ("x", "residual", "gain", "shift", "codes", "scale", "sum", "position")],
+        *[(name, ctypes.c_int) for name in ("tokens", "inputs", "slabs", "choices")],
         ("epsilon", ctypes.c_float),
     ]
 
@@ -35,8 +35,13 @@ def run(
     gain_I: Tensor | None = None,
     shift_I: Tensor | None = None,
     epsilon: float = 0.0,
+    position_TK: Tensor | None = None,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [B, slabs, 1024] (kernels/layout.py), token scales float32 [T], code sums int32 [T].
+
+    With ``position_TK`` all three have ``rows`` rows sorted by expert instead of tokens (kernels/experts.py): each
+    token goes to all its rows, but ``silu`` reads rows as well and gives one for each.
 
     Args:
         x_TI: contiguous bfloat16, float16 or float32; [T, 2 * I] for ``silu`` (gate, then up).
@@ -44,15 +49,20 @@ def run(
         residual_TI: added before the norm, and replaced by the sum.
         gain_I, shift_I: of the norm, in the type of ``x_TI``.
         epsilon: of the norm.
+        position_TK: int32, the row of each choice of a token, negative for none.
+        rows: a multiple of 8 that holds all of them.
     """
     tokens = x_TI.shape[0]
+    given = tokens if position_TK is None else rows
     inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
     device = x_TI.device
-    shape = packed_tokens_shape(tokens, inputs)
+    shape = packed_tokens_shape(given, inputs)
     codes = torch.empty(shape, dtype=torch.int8, device=device)
-    scale_T = torch.empty(tokens, dtype=torch.float32, device=device)
-    sum_T = torch.empty(tokens, dtype=torch.int32, device=device)
-    if tokens == 0:
+    scale_T = torch.empty(given, dtype=torch.float32, device=device)
+    sum_T = torch.empty(given, dtype=torch.int32, device=device)
+    by_row = position_TK is not None and kind == "silu"
+    grid = position_TK.numel() if position_TK is not None and by_row else tokens
+    if grid == 0:
         return codes, scale_T, sum_T
     padded = shape[0] * 128
     threads = next((t for t in (128, 256, 512, 1024) if padded <= t * 16), 1024)
@@ -65,14 +75,17 @@ def run(
         ("IN", IN_TYPES[x_TI.dtype]),
         ("PIECES", pieces),
         ("THREADS", threads),
+        ("ROUTED", 0 if position_TK is None else 1 + int(by_row)),
     )
     function = load_kernel("quantize.cu", settings, (), "quantize_tokens", device.index, 0)
     arguments = _Arguments(
         *(None if t is None else t.data_ptr() for t in (x_TI, residual_TI, gain_I, shift_I, codes, scale_T, sum_T)),
+        None if position_TK is None else position_TK.data_ptr(),
         tokens,
         inputs,
         shape[1],
+        0 if position_TK is None else position_TK.shape[1],
         epsilon,
     )
-    launch(function, tokens, threads, 0, arguments, device)
+    launch(function, grid, threads, 0, arguments, device)
     return codes, scale_T, sum_T

@@ -10,7 +10,7 @@ struct Part {
 
     __device__ u32 counted() const { return added + 8; }
     __device__ u32 flag() const { return added + 16; }
-    __device__ int slot() const { return static_cast<int>(blockIdx.x) / a.splits * WARPGROUPS + group; }
+    __device__ int slot() const { return static_cast<int>(blockIdx.x) / shares(a).splits * WARPGROUPS + group; }
     __device__ Sum* sums() const { return reinterpret_cast<Sum*>(a.workspace) + static_cast<long long>(slot()) * (TOKENS * 64); }
 
     __device__ void init() const {
@@ -36,7 +36,7 @@ struct Part {
         int* counter = a.counters + slot();
         barrier_wait(added, 0);
         __threadfence();
-        bool all = atomicAdd(counter, 1) + 1 == a.splits;
+        bool all = atomicAdd(counter, 1) + 1 == shares(a).splits;
         if (all) *counter = 0;
         __threadfence();
         store_shared4(flag(), all);

@@ -18,6 +18,8 @@ constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS =
     WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
 
+extern __shared__ __align__(1024) u8 memory[];
+
 #if FLOAT_SCALE
 typedef float Sum;
 #else
@@ -39,11 +41,33 @@ struct Arguments {
     int whole_tiles, tiles; // of the tiles, the first `whole_tiles` are not split,
     int splits;             // the others each into `splits` parts, a block a part
     float factor;           // 1 / amplifier
+    const int* row_end;     // GROUPED: one past each expert's last row; the next one's first is the next multiple of 8
 };
 
 struct Work {
     int tile, begin, end;   // blocks of the tile
 };
+
+// How tiles are shared out: the first `whole` of all `tiles` are not split, the others each into `splits` parts.
+struct Shares {
+    int whole, tiles, splits;
+};
+
+// Where a tile lies: its first slab of 64 channels, its tokens from `token0` up to `token_end`, its expert (0 for one weight).
+struct Place {
+    int channel_slab, token0, token_end, expert;
+};
+
+#if GROUPED
+#include "grouped.cuh"
+#else
+__device__ __forceinline__ Shares shares(const Arguments& a) { return Shares{a.whole_tiles, a.tiles, a.splits}; }
+
+__device__ __forceinline__ Place find_place(const Arguments& a, int tile) {
+    if (a.token_tiles == 1) return Place{tile * WARPGROUPS, 0, a.tokens, 0};
+    return Place{tile / a.token_tiles * WARPGROUPS, tile % a.token_tiles * TOKENS, a.tokens, 0};
+}
+#endif
 
 // What one block does: its part of a split tile first, so that nobody waits for the sum at the end.
 struct Schedule {
@@ -51,11 +75,12 @@ struct Schedule {
     bool has_part;
 
     __device__ Schedule(const Arguments& a) {
+        Shares shared_out = shares(a);
         part = next_tile = blockIdx.x;
-        whole_tiles = a.whole_tiles;
+        whole_tiles = shared_out.whole;
         blocks = a.blocks;
-        splits = a.splits;
-        has_part = part < (a.tiles - whole_tiles) * splits;
+        splits = shared_out.splits;
+        has_part = part < (shared_out.tiles - whole_tiles) * splits;
     }
 
     __device__ int units() const {
@@ -77,10 +102,3 @@ struct Schedule {
         return true;
     }
 };
-
-__device__ __forceinline__ int token_tile(const Arguments& a, int tile) { return a.token_tiles == 1 ? 0 : tile % a.token_tiles; }
-
-// First slab of 64 channels of a tile.
-__device__ __forceinline__ int channel_slab(const Arguments& a, int tile) {
-    return (a.token_tiles == 1 ? tile : tile / a.token_tiles) * WARPGROUPS;
-}

@@ -5,12 +5,11 @@ struct TokenFacts {
     float scale[META];
     int sum[META];
 
-    __device__ void fetch(const Arguments& a, int tile, int thread) {
-        int token0 = token_tile(a, tile) * TOKENS;
+    __device__ void fetch(const Arguments& a, const Place& place, int thread) {
 #pragma unroll
         for (int i = 0; i < META; i++) {
-            int token = token0 + i * 128 + thread;
-            bool inside = i * 128 + thread < TOKENS && token < a.tokens;
+            int token = place.token0 + i * 128 + thread;
+            bool inside = i * 128 + thread < TOKENS && token < place.token_end;
             scale[i] = inside ? __ldcg(a.x_scale + token) * a.factor : 0;
             sum[i] = FOLDED && inside ? 128 * __ldcg(a.x_sum + token) : 0;
         }
@@ -22,9 +21,9 @@ __device__ __forceinline__ u32 pack_out(float low, float high) {
 }
 
 __device__ __forceinline__ void write_tile(
-    const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, int tile, int channel0, int group,
+    const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, const Place& place, int group,
     int thread, u8* buffer) {
-    int token0 = token_tile(a, tile) * TOKENS;
+    int token0 = place.token0, channel0 = (place.channel_slab + group) * 64;
     int warp = thread / 32, lane = thread % 32;
     float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 2 * CHUNK * PITCH) + group * TOKENS * 2;
     int* sums = reinterpret_cast<int*>(scales + TOKENS);
@@ -37,19 +36,20 @@ __device__ __forceinline__ void write_tile(
         }
     named_barrier(1 + group, 128);
     int channel = channel0 + warp * 16 + lane / 4;
+    const float* own = a.channel_scale + static_cast<long long>(place.expert) * a.channels;
     float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
     if (channel < a.channels) {
         if (a.bias) bias0 = a.bias[channel];
-        if (a.channel_scale) own0 = a.channel_scale[channel];
+        if (a.channel_scale) own0 = own[channel];
     }
     if (channel + 8 < a.channels) {
         if (a.bias) bias1 = a.bias[channel + 8];
-        if (a.channel_scale) own1 = a.channel_scale[channel + 8];
+        if (a.channel_scale) own1 = own[channel + 8];
     }
     u32 own_buffer = shared_address(buffer) + group * 2 * (CHUNK * PITCH);
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
-        if (token0 + chunk * CHUNK >= a.tokens) break;
+        if (token0 + chunk * CHUNK >= place.token_end) break;
         u32 packed[CHUNK / 4];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void write_tile(
                 if (a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
                 int token = token0 + inner + i % 2, c = channel + i / 2 * 8;
-                if (token < a.tokens && c < a.channels) {
+                if (token < place.token_end && c < a.channels) {
                     long long place = static_cast<long long>(token) * a.channels + c;
                     if (OUT == 2) static_cast<float*>(a.out)[place] = value[i];
                     else static_cast<int*>(a.out)[place] = accumulator;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
         for (int i = 0; i < (CHUNK + 15) / 16; i++) {
             int inner = i * 16 + thread / 8, token = token0 + chunk * CHUNK + inner, c = channel0 + thread % 8 * 8;
-            if (inner < CHUNK && token < a.tokens && c < a.channels) {
+            if (inner < CHUNK && token < place.token_end && c < a.channels) {
                 uint4 value = load_shared16(rows + inner * PITCH + thread % 8 * 16);
                 unsigned short* target = out + static_cast<long long>(token) * a.channels + c;
                 if (a.channels % 8 == 0) {

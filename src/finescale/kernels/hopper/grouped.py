@@ -1,0 +1,162 @@
+"""The W4A8 product of rows sorted by expert on Hopper: which variant runs for which size, and its launch.
+
+How many rows each expert has is known on the device alone; the variant is chosen for what uniform routing would give.
+
+Shape legend: T tokens, K choices of a token, E experts, R rows sorted by expert, O outputs, S slabs of 64 outputs,
+B blocks of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from finescale.kernels.hopper.gemm import (
+    COUNTERS,
+    OUT_TYPES,
+    Arguments,
+    Variant,
+    multiprocessors_of,
+    schedule,
+    zeros_of,
+)
+from finescale.kernels.jit import load_kernel
+from finescale.kernels.launch import launch
+
+WIDTHS = (8, 16, 32, 64, 96, 128)
+FOLDED_WIDTHS = (*WIDTHS, 160, 192, 256)
+
+
+def variants(tokens: int, groups: int, folded: bool, out: int, experts: int) -> list[Variant]:
+    """Those worth considering when no expert has more than ``tokens`` rows; none of them spills registers."""
+    widths = FOLDED_WIDTHS if folded else WIDTHS
+    widest = next((w for w in widths if tokens <= w), widths[-1])
+    return [
+        Variant(width, warpgroups, groups, folded, out, experts=experts)
+        for width in widths
+        if width <= widest
+        for warpgroups in (1, 2, 3)
+        if width < 96 or warpgroups == 2 or (folded and width <= 128)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def expected_tiles(tokens: int, choices: int, experts: int, width: int) -> tuple[float, float]:
+    """Experts with any rows, and tiles of ``width`` rows, on average over uniform routing.
+
+    The rows of one expert are then binomially distributed: ``tokens`` trials of probability choices / experts.
+    """
+    share = min(choices / experts, 1.0)
+    if share == 1.0:
+        return float(experts), float(experts * -(-tokens // width))
+    mean, deviation = tokens * share, math.sqrt(tokens * share * (1 - share))
+    low, high = max(0, int(mean - 8 * deviation)), min(tokens, int(mean + 8 * deviation) + 1)
+    log_share, log_rest = math.log(share), math.log1p(-share)
+    tiles = 0.0
+    for rows in range(max(low, 1), high + 1):
+        ways = math.lgamma(tokens + 1) - math.lgamma(rows + 1) - math.lgamma(tokens - rows + 1)
+        tiles += math.exp(ways + rows * log_share + (tokens - rows) * log_rest) * -(-rows // width)
+    return experts * -math.expm1(tokens * log_rest), experts * tiles
+
+
+def predicted_microseconds(
+    variant: Variant, tokens: int, choices: int, outputs: int, blocks: int, multiprocessors: int
+) -> float:
+    """Time of a product on an H100 under uniform routing, good enough to rank variants (see hopper/gemm.py)."""
+    clock = 1700.0  # cycles a microsecond
+    active, token_tiles = expected_tiles(tokens, choices, variant.experts, variant.tokens)
+    channel_tiles = -(-outputs // (64 * variant.warpgroups))
+    tiles = max(1, round(token_tiles * channel_tiles))
+    shares = schedule(variant, tiles * variant.tokens, 64 * variant.warpgroups, blocks, multiprocessors)
+    split_tiles = tiles - shares.whole_tiles
+    units = -(-shares.whole_tiles // multiprocessors) * blocks + (-(-blocks // shares.splits) if split_tiles else 0)
+    weight_bytes = variant.warpgroups * (4096 + 128 * variant.groups)
+    filled = tokens * choices / token_tiles
+    multiply = variant.tokens * variant.warpgroups * 2
+    cycles = multiply * 1.02 + 60 if variant.folded else multiply * 1.282 * (1 + variant.groups) / 2 + 224
+    from_cache = (filled * 128 + weight_bytes) / 39.1
+    from_memory = units * weight_bytes / 24.7 * active / token_tiles
+    sums = 0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6 if split_tiles else 0
+    return 2.5 + max(units * max(cycles, from_cache), from_memory) / clock + sums
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    tokens: int,
+    choices: int,
+    experts: int,
+    outputs: int,
+    blocks: int,
+    groups: int,
+    folded: bool,
+    out: int,
+    multiprocessors: int,
+) -> Variant:
+    """The variant predicted to be fastest for ``tokens`` tokens of ``choices`` experts each."""
+    return min(
+        variants(tokens, groups, folded, out, experts),
+        key=lambda variant: predicted_microseconds(variant, tokens, choices, outputs, blocks, multiprocessors),
+    )
+
+
+def run(
+    packed_x: Tensor,
+    x_scale_R: Tensor,
+    x_sum_R: Tensor,
+    row_end_E: Tensor,
+    packed_weight: Tensor,
+    factor_EO: Tensor | None,
+    outputs: int,
+    tokens: int,
+    choices: int,
+    out_dtype: torch.dtype,
+    folded: bool,
+    variant: Variant | None = None,
+) -> Tensor:
+    """Y [R, O] of packed rows sorted by expert and packed weights, all on one Hopper GPU (kernels/experts.py).
+
+    Rows that belong to no expert are left as they are.
+    """
+    device = packed_x.device
+    experts, _, blocks, slab_bytes = packed_weight.shape
+    rows = x_scale_R.shape[0]
+    y_RO = torch.empty(rows, outputs, dtype=out_dtype, device=device)
+    if rows == 0 or outputs == 0:
+        return y_RO
+    multiprocessors = multiprocessors_of(device.index)
+    groups = (slab_bytes - 4096) // 128
+    variant = variant or choose(
+        tokens, choices, experts, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors
+    )
+    workspace = zeros_of(device)
+    function = load_kernel(
+        "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
+    )
+    active, token_tiles = expected_tiles(tokens, choices, experts, variant.tokens)
+    reused = token_tiles > 1.5 * active
+    arguments = Arguments(
+        packed_weight.data_ptr(),
+        packed_x.data_ptr(),
+        x_scale_R.data_ptr(),
+        x_sum_R.data_ptr(),
+        None,
+        None if factor_EO is None else factor_EO.data_ptr(),
+        y_RO.data_ptr(),
+        workspace.data_ptr() + 4 * COUNTERS,
+        workspace.data_ptr(),
+        rows,
+        outputs,
+        blocks,
+        packed_x.shape[1],
+        1 + int(reused),
+        0,
+        0,
+        int(variant.split),
+        1.0,
+        row_end_E.data_ptr(),
+    )
+    launch(function, multiprocessors, variant.warpgroups * 128 + 128, variant.shared_bytes, arguments, device)
+    return y_RO
