@@ -65,7 +65,7 @@ def layer_facts(weight: QuantizedWeight, inputs: InputRule) -> LayerFacts:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@torch.compiler.assume_constant_result
 def has_hopper_kernels(device: torch.device) -> bool:
     """Whether the kernels of kernels/hopper run on a device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

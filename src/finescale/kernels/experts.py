@@ -238,7 +238,7 @@ def w4a8_grouped_product(
         codes, x_scale_R, x_sum_R: as ``quantize_routed`` gave them.
         row_end_E: as ``route_tokens`` gave it, by a kernel that is not the one right before this.
         packed, factor_EO, folded: of ``PackedExperts``.
-        tokens, choices: T and K, which decide about the variant; no expert has more than T rows.
+        tokens, choices: T and K; the variant is chosen for them.
         out_dtype: bfloat16, float16 or float32.
 
     Raises:
