@@ -13,7 +13,8 @@ from finescale.errors import InputError
 from finescale.evaluate.perplexity import Evaluation, cut_windows, evaluate_windows
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
-from finescale.pipeline.quantize import Progress, prepare, run
+from finescale.pipeline.job import Progress
+from finescale.pipeline.quantize import prepare, run
 from finescale.recipe import Recipe
 from finescale.report import write_html
 from finescale.runtime.load import load

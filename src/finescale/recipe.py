@@ -17,7 +17,7 @@ from finescale.grid.folded import FOLDED_BITS
 from finescale.grid.integer_scale import Amplifier, check_amplifier
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
 from finescale.transforms import TransformEntry, TransformOptions, find_transform
-from finescale.tuning import ReconstructionOptions, TunerEntry, find_tuner
+from finescale.tuning import LowRankOptions, ReconstructionOptions, TunerEntry, find_tuner
 
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that engines have kernels for, best first."""
@@ -233,6 +233,7 @@ class Recipe(_Part):
         for tuner in self.tuning[:-1]:
             if tuner.entry().after_solver:
                 raise ValueError(f"tuning: {tuner.name} must come last")
+        self._check_groups_of_blocks()
         if self.tuning and self.solver.options().keeps_outliers:
             raise ValueError("tuning moves codes only; set solver.outliers 0")
         if self.tuning and not getattr(self.solver.options(), "static_groups", True):
@@ -261,6 +262,14 @@ class Recipe(_Part):
                 self._check_solver(weights)
                 self._check_folded(weights, f", also in the override of {override.pattern}")
         return self
+
+    def _check_groups_of_blocks(self) -> None:
+        options = [part.options_model() for part in self.tuning]
+        counts = {int(chosen.blocks) for chosen in options if isinstance(chosen, LowRankOptions)}
+        if len(counts) > 1:
+            raise ValueError("tuning: every low_rank needs the same blocks")
+        if max(counts, default=1) > 1 and any(chosen.target == "quantized" for chosen in options):
+            raise ValueError("tuning: target quantized is of one block's; set blocks 1 of low_rank")
 
     def _check_folded(self, weights: WeightsPart, where: str = "") -> None:
         if self.integer_scale.mode == "folded" and weights.bits > FOLDED_BITS:

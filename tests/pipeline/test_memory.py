@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from finescale.pipeline import quantize as pipeline
+from finescale.pipeline import walk as pipeline
 from finescale.pipeline.quantize import prepare, run
 from tests.helpers import make_model, recipe, save_model
 

@@ -152,6 +152,8 @@ def test_scales_move_only_if_asked(tiny, text, tmp_path):
         ({"tuning": {"name": "rounding", "options": {"steps": 3}}}, "steps"),
         ({"tuning": {"name": "rounding", "options": {"rate": 0}}}, "rate"),
         ({"tuning": ["rounding", "low_rank"]}, "last"),
+        ({"tuning": ["low_rank", {"name": "rounding", "options": {"target": "quantized"}}]}, "blocks 1"),
+        ({"tuning": ["low_rank", {"name": "low_rank", "options": {"blocks": 2}}]}, "same blocks"),
         ({"tuning": "rounding", "solver": {"name": "quantease", "outliers": 0.01}}, "outliers"),
         ({"tuning": "rounding", "solver": {"name": "gptq", "static_groups": False}}, "static_groups"),
     ],
@@ -196,6 +198,79 @@ def test_low_rank_correction_before_the_solver_and_rounding_after_it(tiny, text,
     pairs = zip(before["layers"], report["layers"], strict=True)
     assert all(a["sha256"] != b["sha256"] for a, b in pairs)
     verify(tmp_path / "out", tiny("llama"))
+
+
+def corrected(blocks, iterations=40, **parts):
+    options = {"iterations": iterations, "rate": 5e-3, "batch_size": 2, "blocks": blocks}
+    return recipe("rtn", 4, 32, activations={"bits": 4}, tuning=[{"name": "low_rank", "options": options}], **parts)
+
+
+def test_blocks_corrected_together_come_closer_at_their_end(tokenizer, text, tmp_path):
+    model = save_model(make_model("llama", num_hidden_layers=4), tokenizer, tmp_path / "model")
+    facts = {}
+    for blocks in (1, 3):
+        report = quantize(model, tmp_path / str(blocks), corrected(blocks, 16), text)
+        facts[blocks] = [block[0] for block in report["tuning"]]
+        assert all(fact["error_after"] < fact["error_before"] for fact in facts[blocks])
+        verify(tmp_path / str(blocks), model)
+    # Groups of 3 and 1; the blocks of a group share one error, that of the last one's output.
+    assert facts[3][0] == facts[3][1] == facts[3][2] != facts[3][3]
+    assert facts[3][2]["error_before"] != facts[1][2]["error_before"]
+
+
+@pytest.mark.parametrize("transforms", [[], ["quarot", "qllm"]])
+def test_a_run_broken_within_a_group_ends_with_the_same_bytes(tokenizer, text, tmp_path, monkeypatch, transforms):
+    model = save_model(make_model("llama", num_hidden_layers=5), tokenizer, tmp_path / "model")
+    chosen = corrected(2, 4, transforms=transforms)
+    quantize(model, tmp_path / "whole", chosen, text)
+
+    class StopError(Exception):
+        pass
+
+    from finescale.pipeline import journal, walk
+    from finescale.pipeline.quantize import prepare, run
+
+    finish = journal.Journal.finish_block
+
+    def stop(self, block, entry):
+        finish(self, block, entry)
+        if block == 2:  # the first of the second group
+            raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Journal, "finish_block", stop)
+        with pytest.raises(StopError):
+            run(prepare(model, chosen, tmp_path / "out", str(text)))
+    prepared, original = [], walk._prepare
+    monkeypatch.setattr(walk, "_prepare", lambda *args: (prepared.append(args[1]), original(*args))[1])
+    run(prepare(model, chosen, tmp_path / "out", str(text)))
+    assert prepared == [2, 3, 4]  # the broken group as a whole
+    files = lasting_files(tmp_path / "whole")
+    assert hashes(tmp_path / "out", files) == hashes(tmp_path / "whole", files)
+
+
+def test_an_interrupted_omniquant_ends_with_the_same_bytes(tokenizer, text, tmp_path):
+    model = save_model(make_model("opt", num_hidden_layers=3), tokenizer, tmp_path / "model")
+    transforms = [{"name": "omniquant", "options": {"iterations": 4, "batch_size": 2, "links": "all"}}]
+    chosen = recipe("rtn", 4, 32, activations={"bits": 4}, transforms=transforms)
+    report = quantize(model, tmp_path / "whole", chosen, text)
+    assert any(".bias" in name for name in report["changed_tensors"])
+    verify(tmp_path / "whole", model)
+
+    class StopError(Exception):
+        pass
+
+    def stop(label, done, total):
+        if done == 2:
+            raise StopError
+
+    from finescale.pipeline.quantize import prepare, run
+
+    with pytest.raises(StopError):
+        run(prepare(model, chosen, tmp_path / "out", str(text)), on_progress=stop)
+    run(prepare(model, chosen, tmp_path / "out", str(text)))
+    files = lasting_files(tmp_path / "whole")
+    assert hashes(tmp_path / "out", files) == hashes(tmp_path / "whole", files)
 
 
 def test_gradients_pass_through_a_rounded_cache():

@@ -159,11 +159,11 @@ def fit_layer_grid(plan: LayerPlan, weight_OI: Tensor, scale_dtype: torch.dtype)
 
 
 def _limited(plan: LayerPlan, weight_OI: Tensor) -> Tensor:
-    if plan.limit_OG is None:
+    if plan.limits is None:
         return weight_OI
     group_of_I = contiguous_groups(weight_OI.shape[1], plan.scheme.group_size, weight_OI.device)
-    limit_OI = plan.limit_OG.to(weight_OI)[:, group_of_I]
-    return weight_OI.clamp(-limit_OI, limit_OI)
+    low_OG, high_OG = plan.limits.low_OG.to(weight_OI), plan.limits.high_OG.to(weight_OI)
+    return weight_OI.clamp(low_OG[:, group_of_I], high_OG[:, group_of_I])
 
 
 def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from finescale.errors import InputError
@@ -20,6 +19,7 @@ from finescale.models import Skeleton, linear_modules
 from finescale.models.experts import Expert
 from finescale.models.skeleton import layer_name
 from finescale.recipe import STANDARD_GROUPS, Recipe, WeightsPart, is_ragged, resolve_group_size
+from finescale.transforms.view import Limits
 
 LEAST_SHARE = 0.8
 """Below this share of the block weights a run is refused: most likely layers were overlooked."""
@@ -38,7 +38,7 @@ class LayerPlan:
         scheme: what becomes of the weight.
         transposed: the checkpoint keeps [I, O] (GPT-2's Conv1D).
         activations: how the input is rounded, None for not at all.
-        limit_OG: largest magnitude that the range of each group covers, float [O, G]; None for all of it.
+        limits: the range that the grid of each group covers; None for all of it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LayerPlan:
     scheme: WeightScheme
     transposed: bool = False
     activations: ActivationScheme | None = None
-    limit_OG: Tensor | None = field(default=None, compare=False, repr=False)
+    limits: Limits | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

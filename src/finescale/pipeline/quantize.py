@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from finescale._version import __version__
 from finescale.calibration.capture import BlockInputs, capture_block_inputs
 from finescale.calibration.data import BUILTIN, CalibrationData, calibration_windows, encode, open_tokenizer, read_text
-from finescale.calibration.spill import Batches as SpilledBatches
 from finescale.calibration.spill import SpilledTensors
 from finescale.environment import launch
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import registry
 from finescale.formats.engines import engine_table
 from finescale.formats.gguf import local_folder
-from finescale.formats.source import SourceCheckpoint, check_shard, open_checkpoint, read_json
-from finescale.grid import InputRule, input_rule
-from finescale.models import Skeleton, Step, linear_modules, open_skeleton, trace_steps
-from finescale.models.skeleton import check_tensors, fill_module, release_module, replace_weight_OI
+from finescale.formats.source import SourceCheckpoint, open_checkpoint, read_json
+from finescale.models import Skeleton, open_skeleton
+from finescale.models.skeleton import check_tensors
 from finescale.pipeline import journal as journals
-from finescale.pipeline.block import (
-    Batches,
-    Timer,
-    propagate,
-    quantize_block,
-    quantize_inputs,
-    rearrange_inputs,
-)
 from finescale.pipeline.facts import run_facts
-from finescale.pipeline.output import Output, input_scheme, is_plain, unpack_layer
+from finescale.pipeline.job import Job, Progress
+from finescale.pipeline.output import Output, input_scheme, is_plain
 from finescale.pipeline.plan import (
-    Plan,
-    active_blocks,
     check_disk,
     check_memory,
     check_tensor_parallel,
@@ -52,41 +34,17 @@ from finescale.pipeline.plan import (
     output_bytes,
     scattered_groups,
 )
-from finescale.pipeline.transform import Transformed, Turned, install_changed, prepare_transforms, transform_block
-from finescale.pipeline.tune import FloatStream, Tuning, correct_block, tune_block, tuning_batches, windows_of
-from finescale.ranks import ALONE, Ranks, join
+from finescale.pipeline.transform import prepare_transforms
+from finescale.pipeline.tune import tuning_batches
+from finescale.pipeline.walk import work_through
+from finescale.ranks import join
 from finescale.recipe import Recipe
 from finescale.runtime.attention import check_kv_cache, quantize_kv_cache
 from finescale.runtime.load import usable_device
 
-Progress = Callable[[str, int, int], None]
-"""``(what is being done, blocks done, blocks in all)``."""
 RTN_SAMPLES = 8
-"""Windows used by a solver that needs no statistics: they only serve the error report."""
-PHASES = ("load", "transform", "forward", "solve", "tune", "write")
+"""Windows used where nothing is learned from the text: they only serve the error report."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs, checked; nothing has been computed or written yet."""
-
-    skeleton: Skeleton
-    recipe: Recipe
-    fmt: registry.Format
-    plan: Plan
-    calibration: CalibrationData
-    out: Path
-    device: torch.device
-    compute_dtype: torch.dtype
-    scale_dtype: torch.dtype
-    signature: str
-    memory_bytes: int
-    output_bytes: int
-    notes: tuple[str, ...]
-    turned: Turned | None = None
-    ranks: Ranks = ALONE
-    spill: bool = False
 
 
 def resolve_model(model: str | Path) -> SourceCheckpoint:
@@ -178,7 +136,8 @@ def _calibration(skeleton: Skeleton, recipe: Recipe, source: str, seed: int) -> 
             )
         length = longest
     samples = part.samples
-    if "samples" not in asked and not recipe.solver.entry().needs_hessian:
+    learns = recipe.solver.entry().needs_hessian or recipe.transforms or recipe.tuning
+    if "samples" not in asked and not learns:
         samples = min(samples, RTN_SAMPLES)
     available = tokens_T.shape[0] // length
     if "samples" not in asked and 16 <= available < samples:
@@ -251,7 +210,7 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
             quantize_kv_cache(job.skeleton.model, job.recipe.kv_cache.model_dump())
         inputs = _block_inputs(job, journal)
         job.skeleton.source.close()
-        entries, resumed = _blocks(job, journal, output, inputs, on_progress)
+        entries, resumed = work_through(job, journal, output, inputs, on_progress)
         if not job.ranks.leads:
             return {}
         records = [record for entry in entries for record in entry["layers"]]
@@ -286,154 +245,6 @@ def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
     return capture_block_inputs(
         job.skeleton, job.ranks.share(batches), job.device, job.compute_dtype, hidden, tuning_batches(job.recipe)
     )
-
-
-def _blocks(
-    job: Job, journal: journals.Journal, output: Output, inputs: BlockInputs, on_progress: Progress
-) -> tuple[list[dict[str, Any]], int | None]:
-    """All blocks in turn; finished ones are only replayed. Returns journal entries and where work was resumed."""
-    skeleton, total, ranks = job.skeleton, job.skeleton.block_count, job.ranks
-    active, hidden = active_blocks(skeleton, job.recipe), inputs.hidden
-    sizes = [x_BTI.shape[0] for x_BTI in hidden]
-    stream = FloatStream([], list(hidden)) if job.recipe.tuning else None
-    rotation = job.turned.rotation if job.turned else None
-    if rotation is not None:
-        for number, x_BTI in enumerate(hidden):
-            hidden[number] = rotation.apply(x_BTI)
-    traced: dict[tuple[str, ...], tuple[Step, ...]] = {}
-    entries: list[dict[str, Any]] = []
-    resumed: int | None = None
-    for index in range(total):
-        if index >= active:  # it stays as it is
-            if ranks.leads:
-                output.write_block(index, [])
-            skeleton.source.close()
-            entries.append({"layers": [], "seconds": 0.0, "phases": {}})
-            continue
-        entry = journal.block_done(index) if ranks.leads else None
-        if entry is not None and not output.shard(index).is_file():
-            entry = None
-        entry = ranks.tell(entry)
-        on_progress(f"{'replaying' if entry else 'quantizing'} block {index + 1} of {total}", index, total)
-        timer = Timer()
-        path = skeleton.block_path(index)
-        block = timer.measure("load", fill_module, skeleton, path, job.device, job.compute_dtype)
-        arguments = [inputs.kwargs[size][index] for size in sizes]
-        if stream is not None:
-            timer.measure("forward", stream.advance, block, arguments, job.device)
-        if entry is not None:
-            rules = _install(job, output, index, block, entry)
-            rearranged = rearrange_inputs(block, rules)
-            resumed = index + 1
-        else:
-            names = tuple(linear_modules(block))
-            if names not in traced:
-                traced[names] = trace_steps(block, hidden[0].to(job.device), arguments[0])
-            batches = SpilledBatches(hidden, arguments)
-            changed = timer.measure(
-                "transform", transform_block, skeleton, block, index, job.plan.blocks[index], traced[names], batches,
-                job.recipe.transforms, job.device, job.scale_dtype, rotation,
-            )  # fmt: skip
-            rules, rearranged = changed.rules, changed.hooks
-            tuning = None
-            if stream is not None:
-                parts = windows_of(job.recipe, block, stream, rotation, batches, job.device)
-                seed = job.calibration.seed + index
-                tuning = Tuning(parts, partial(_arguments, inputs, index), rules, seed, job.device)
-                del parts
-            entry = _quantize_and_write(job, output, index, block, traced[names], batches, changed, timer, tuning)
-            del tuning  # or it would keep the block's inputs
-            if job.recipe.transforms:
-                entry |= {"transforms": changed.facts, "changed": sorted(changed.tensors)}
-            del batches  # or it would keep the block's inputs beside its outputs
-        if index + 1 < active:
-            hooks = quantize_inputs(block, rules) if job.recipe.calibration.quantized_activations else []
-            timer.measure("forward", propagate, block, path, hidden, arguments, job.device)
-            for hook in hooks:
-                hook.remove()
-            if ranks.leads:
-                _check_replay(entry, hidden[0], index)
-        for hook in rearranged:
-            hook.remove()
-        release_module(block)
-        skeleton.source.close()  # or the pages that were read stay mapped
-        if "seconds" not in entry:
-            phases = {phase: round(timer.seconds.get(phase, 0.0), 3) for phase in PHASES}
-            entry |= {"seconds": round(sum(timer.seconds.values()), 3), "phases": phases}
-            if ranks.leads:
-                journal.finish_block(index, entry)
-        entries.append(entry)
-    return entries, resumed
-
-
-def _arguments(inputs: BlockInputs, index: int, count: int) -> dict[str, Any]:
-    """A block's arguments besides the hidden states, for so many windows."""
-    return inputs.kwargs[count][index]
-
-
-def _quantize_and_write(
-    job: Job,
-    output: Output,
-    index: int,
-    block: torch.nn.Module,
-    steps: tuple[Step, ...],
-    batches: Batches,
-    changed: Transformed,
-    timer: Timer,
-    tuning: Tuning | None,
-) -> dict[str, Any]:
-    """Solve a block, tune it if asked, put the weights in place and write its shard. Returns its journal entry."""
-    plans = changed.plans
-    entry: dict[str, Any] = {}
-    if tuning is not None and plans:
-        entry["tuning"] = timer.measure("tune", correct_block, block, plans, tuning)
-    results = quantize_block(
-        block, index, plans, steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device, timer, job.ranks
-    )
-    if tuning is not None and results:
-        results, facts = timer.measure("tune", tune_block, block, results, tuning, job.recipe, job.fmt)
-        entry["tuning"] += facts
-    order = {path: number for number, path in enumerate(plans)}
-    results.sort(key=lambda result: order[result.plan.path])
-    solved = [(result.plan, result.weight) for result in results]
-    if job.ranks.leads:
-        timer.measure("write", output.write_block, index, solved, changed.tensors, changed.rules)
-    records = [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]
-    return entry | {"layers": records}
-
-
-def _check_replay(entry: dict[str, Any], first_BTI: Tensor, index: int) -> None:
-    """Outputs of a replayed block must be those of the first run: else the rest would differ from an unbroken run."""
-    digest = hashlib.sha256(first_BTI.float().numpy().tobytes()).hexdigest()
-    if entry.setdefault("outputs", digest) != digest:
-        raise CheckpointError(
-            f"block {index} puts out other numbers than before the interruption (another machine or number of "
-            "threads); start over with --fresh."
-        )
-
-
-def _install(
-    job: Job, output: Output, index: int, block: torch.nn.Module, entry: dict[str, Any]
-) -> dict[str, InputRule]:
-    """Put the weights of a finished block, as its shard holds them, into the module. Returns its layers' inputs."""
-    shard = output.shard(index)
-    check_shard(shard)
-    try:
-        tensors = load_file(shard)
-    except SafetensorError as error:
-        raise CheckpointError(f"{shard} is damaged ({error}); start over with --fresh.") from error
-    rules = {}
-    records = {record["name"]: record for record in entry["layers"]}
-    for plan in job.plan.blocks[index].values():
-        prefix = plan.name + "."
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        replace_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
-        rules[plan.path] = input_rule(records[plan.name]["inputs"], own, plan.name).to(job.device)
-    if job.recipe.transforms:
-        planned = {plan.name + ".weight" for plan in job.plan.blocks[index].values()}
-        others = {key: tensor for key, tensor in tensors.items() if key not in planned}
-        install_changed(job.skeleton, block, index, others)
-    return rules
 
 
 def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, Any]:

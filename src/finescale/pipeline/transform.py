@@ -24,6 +24,7 @@ from finescale.pipeline.plan import LayerPlan
 from finescale.recipe import TransformPart
 from finescale.transforms import BlockView, Target, some_of
 from finescale.transforms.rotation import Outside, Rotation, outside_names, rotated_outside
+from finescale.transforms.view import Learning, Limits
 
 PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Largest relative change of a block's output that rounding in its type explains."""
@@ -63,6 +64,7 @@ def transform_block(
     device: torch.device,
     stored: torch.dtype,
     rotation: Rotation | None = None,
+    learning: Learning | None = None,
 ) -> Transformed:
     """Apply the recipe's transforms to a block, in order, and settle what happens to the inputs of its layers.
 
@@ -77,6 +79,7 @@ def transform_block(
         device: where the block lives.
         stored: float type of the checkpoint.
         rotation: of the residual stream, in which the batches are already.
+        learning: windows for transforms that learn.
 
     Raises:
         NumericsError: a transform changed the block's function.
@@ -84,7 +87,7 @@ def transform_block(
     before = {name: value.clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
     rules = {path: InputRule(plan.activations) for path, plan in plans.items()}
     hooks: list[Any] = []
-    limits: dict[str, Tensor] = {}
+    limits: dict[str, Limits] = {}
     facts = []
     for part in parts:
         x_BTI, kwargs = some_of(batches[0], CHECKED_SEQUENCES, device)
@@ -95,10 +98,11 @@ def transform_block(
         edges = trace_edges(block, before_BTI, kwargs)
         targets = {path: Target(plan.scheme, rules[path].scheme) for path, plan in plans.items()}
         rearranged = {path for path, rule in rules.items() if not rule.is_plain}
-        view = BlockView(block, index, targets, edges, steps, batches, device, stored, rearranged, turns)
+        view = BlockView(block, index, targets, edges, steps, batches, device, stored, rearranged, turns, learning)
         changes = part.entry().apply(view, part.options_model())
         hooks += rearrange_inputs(block, changes.inputs)
         for path, rule in changes.inputs.items():
+            limits.pop(path, None)  # they were of other columns
             rules[path] = replace(rules[path], gather=rule.gather, rotation=rule.rotation)
         for path, scheme in changes.activations.items():
             rules[path] = replace(rules[path], scheme=scheme)
@@ -112,14 +116,15 @@ def transform_block(
 
 
 def _settled(
-    block: nn.Module, plans: Mapping[str, LayerPlan], rules: Mapping[str, InputRule], limits: Mapping[str, Tensor]
+    block: nn.Module, plans: Mapping[str, LayerPlan], rules: Mapping[str, InputRule], limits: Mapping[str, Limits]
 ) -> dict[str, LayerPlan]:
     """Plans with the shapes that the weights have now and the rounding that was chosen."""
     settled = {}
     for path, plan in plans.items():
         rows, columns = weight_OI_of(block.get_submodule(path)).shape
+        scheme = replace(plan.scheme, clip="minmax") if path in limits else plan.scheme
         settled[path] = replace(
-            plan, shape_OI=(rows, columns), activations=rules[path].scheme, limit_OG=limits.get(path)
+            plan, shape_OI=(rows, columns), scheme=scheme, activations=rules[path].scheme, limits=limits.get(path)
         )
     return settled
 

@@ -59,9 +59,19 @@ def _outputs(
     return [run_block(block, x_BTC.to(device), dict(kwargs)).cpu() for x_BTC, kwargs in batches]
 
 
+def learning_options(recipe: Recipe) -> tuple[ReconstructionOptions, ...]:
+    """Options of all that learns from a block's output: transforms and tuners."""
+    transforms = [part.options_model() for part in recipe.transforms if part.entry().learned]
+    return tuple(
+        options
+        for options in (*transforms, *(part.options_model() for part in recipe.tuning))
+        if isinstance(options, ReconstructionOptions)
+    )
+
+
 def tuning_batches(recipe: Recipe) -> tuple[int, ...]:
-    """Windows in a batch of each of the recipe's tuners."""
-    return tuple(min(part.options_model().batch_size, recipe.calibration.samples) for part in recipe.tuning)
+    """Windows in a batch of each of these."""
+    return tuple(min(options.batch_size, recipe.calibration.samples) for options in learning_options(recipe))
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Tuning:
 
     Attributes:
         parts: options and windows of each tuner, in order.
-        arguments_of: the block's other arguments for a number of windows.
+        arguments_of: the block's other arguments for a number of windows; of `Chain` for several blocks.
         rules: rounding of the layers' inputs, by path.
         seed: of the order of the windows and of random starts.
         device: where the block lives.
@@ -84,48 +94,85 @@ class Tuning:
 
 
 def windows_of(
-    recipe: Recipe,
     block: nn.Module,
     stream: FloatStream,
     rotation: Rotation | None,
     batches: Batches,
     device: torch.device,
-) -> tuple[tuple[ReconstructionOptions, Windows], ...]:
-    """What each tuner is told to come close to.
+    options: ReconstructionOptions,
+) -> Windows:
+    """What a tuner is told to come close to.
 
     Args:
-        recipe: its ``tuning``.
         block: transformed, not yet quantized.
         stream: inputs and outputs of the float block.
         rotation: of the hidden states in the transformed model.
         batches: outputs of the quantized blocks before it, rotated, with the block's other arguments.
         device: where the block lives.
+        options: which inputs and targets.
     """
 
     def turned(hidden: list[Tensor]) -> list[Tensor]:
         return hidden if rotation is None else [rotation.apply(x_BTC) for x_BTC in hidden]
 
-    parts = []
-    for part in recipe.tuning:
-        options = part.options_model()
-        inputs = [x_BTC for x_BTC, _ in batches] if options.inputs == "quantized" else turned(stream.inputs)
-        local = options.target == "quantized"
-        targets = _outputs(block, batches, device) if local else turned(stream.outputs)
-        parts.append((options, Windows(inputs, targets)))
-    return tuple(parts)
+    inputs = [x_BTC for x_BTC, _ in batches] if options.inputs == "quantized" else turned(stream.inputs)
+    local = options.target == "quantized"
+    return Windows(inputs, _outputs(block, batches, device) if local else turned(stream.outputs))
 
 
-def correct_block(block: nn.Module, plans: Mapping[str, LayerPlan], tuning: Tuning) -> list[dict[str, float]]:
-    """Change a block's weights before they are solved; returns the block's error before and after each tuner."""
+class Chain(nn.Module):
+    """Consecutive blocks as one: each gets the outputs of the one before and its own of the ``arguments``."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, hidden_BTC: Tensor, arguments: Sequence[Mapping[str, Any]]) -> Tensor:
+        for block, kwargs in zip(self.blocks, arguments, strict=True):
+            output = block(hidden_BTC, **kwargs)
+            hidden_BTC = output[0] if isinstance(output, tuple) else output
+        return hidden_BTC
+
+
+def blocks_together(recipe: Recipe) -> int:
+    """How many blocks the recipe corrects at a time."""
+    options = [part.options_model() for part in recipe.tuning]
+    return max([1, *(chosen.blocks for chosen in options if isinstance(chosen, LowRankOptions))])
+
+
+def correct_blocks(
+    blocks: Sequence[nn.Module],
+    plans: Sequence[Mapping[str, LayerPlan]],
+    rules: Sequence[Mapping[str, InputRule]],
+    tuning: Tuning,
+) -> list[dict[str, float]]:
+    """Change the weights of some consecutive blocks before they are solved.
+
+    Args:
+        blocks: filled.
+        plans: of each, by path; those without any are only passed through.
+        rules: rounding of the layers' inputs of each, by path.
+        tuning: by the output of the last.
+
+    Returns:
+        The error of the last block's output before and after each tuner.
+    """
+    module: nn.Module = blocks[0] if len(blocks) == 1 else Chain(blocks)
+    prefixes = [""] if len(blocks) == 1 else [f"blocks.{number}." for number in range(len(blocks))]
+    schemes = {
+        prefix + path: plan.scheme for prefix, part in zip(prefixes, plans, strict=True) for path, plan in part.items()
+    }
+    rounding = {
+        prefix + path: rule for prefix, part in zip(prefixes, rules, strict=True) for path, rule in part.items()
+    }
     facts = []
-    for options, windows in tuning.parts:
+    for options, windows in tuning.parts if schemes else ():
         if isinstance(options, LowRankOptions):
-            schemes = {path: plan.scheme for path, plan in plans.items()}
             merged, fact = correct_weights(
-                block, schemes, windows, tuning.arguments_of, tuning.rules, options, tuning.seed, tuning.device
+                module, schemes, windows, tuning.arguments_of, rounding, options, tuning.seed, tuning.device
             )
             for path, weight_OI in merged.items():
-                set_weight_OI(block.get_submodule(path), weight_OI)
+                set_weight_OI(module.get_submodule(path), weight_OI)
             facts.append(fact)
     return facts
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from finescale.calibration.statistics import Moments
 from finescale.grid import Gather, contiguous_groups, number_of_groups
 from finescale.models.links import Link
-from finescale.models.skeleton import set_weight_OI, weight_OI_of
+from finescale.models.skeleton import weight_OI_of
 from finescale.transforms.probe import Probe, make_probe, rounded_weight
-from finescale.transforms.scaling import divide_linear, divide_norm
-from finescale.transforms.view import BlockView, Changes, Target, TransformOptions
+from finescale.transforms.scaling import divide_link, divide_norm
+from finescale.transforms.view import BlockView, Changes, Limits, Target, TransformOptions
 
 _SMALLEST = 1e-4
 _NOT_CLIPPED = ("q_proj", "k_proj", "query_key_value", "c_attn")
@@ -73,10 +73,7 @@ def apply_awq(view: BlockView, options: AwqOptions) -> Changes:
             ratio, scale_I = best_scale(probe, view, wanted, mean_I, link, options.steps)
             scale_O = torch.ones(weight_OI_of(view.block.get_submodule(link.producer)).shape[0], dtype=scale_I.dtype)
             scale_O = scale_O.to(scale_I.device).index_copy(0, link.channel_I.to(scale_I.device), scale_I)
-            divide_linear(view.block.get_submodule(link.producer), scale_O)
-            for path in link.consumers:
-                module = view.block.get_submodule(path)
-                set_weight_OI(module, weight_OI_of(module) * scale_I)
+            divide_link(view.block, link, scale_O)
             facts[wanted[0]] = {"ratio": ratio}
     return Changes(facts, limits=_search_limits(view, options) if options.clip else {})
 
@@ -128,9 +125,9 @@ def _bound_together(mean_abs_I: Tensor, channel_I: Tensor) -> Tensor:
     return (total_O / count_O.clamp(min=1))[channel_I]
 
 
-def _search_limits(view: BlockView, options: AwqOptions) -> Mapping[str, Tensor]:
-    """Largest magnitude that each group's range covers, float [O, G] by path; queries and keys keep theirs."""
-    limits: dict[str, Tensor] = {}
+def _search_limits(view: BlockView, options: AwqOptions) -> Mapping[str, Limits]:
+    """The range that each group covers, by path; queries and keys keep theirs."""
+    limits: dict[str, Limits] = {}
     for step in view.steps:
         wanted = [path for path in step.linears if path in view.targets and path.rpartition(".")[2] not in _NOT_CLIPPED]
         if not wanted:
@@ -138,9 +135,10 @@ def _search_limits(view: BlockView, options: AwqOptions) -> Mapping[str, Tensor]
         moments = _sampled_moments(view, wanted[0], options)
         for path in wanted:
             weight_OI = weight_OI_of(view.block.get_submodule(path))
-            limits[path] = clip_limits(
+            limit_OG = clip_limits(
                 weight_OI, moments.hessian(), view.targets[path], options.clip_steps, options.clip_depth
             )
+            limits[path] = Limits(-limit_OG, limit_OG)
     return limits
 
 

@@ -10,6 +10,7 @@ from finescale.errors import InputError
 from finescale.models import Skeleton
 from finescale.transforms.awq import AwqOptions, apply_awq
 from finescale.transforms.fptq import FptqOptions, apply_fptq
+from finescale.transforms.omniquant import OmniQuantOptions, apply_omniquant
 from finescale.transforms.qllm import QllmOptions, apply_qllm
 from finescale.transforms.quarot import QuarotOptions, apply_quarot, prepare_quarot
 from finescale.transforms.rotation import Outside, Rotation
@@ -27,6 +28,7 @@ class TransformEntry:
         summary: one line for people.
         keeps_function: whether the block computes the same afterwards, but for rounding.
         last: whether it splits or merges inputs, so that no other transform can follow it.
+        learned: whether it is learned from the block's output, by gradients.
         prepare: for a transform that rotates the residual stream, and so must come first: makes the rotation.
     """
 
@@ -35,12 +37,16 @@ class TransformEntry:
     summary: str
     keeps_function: bool = True
     last: bool = False
+    learned: bool = False
     prepare: Callable[[Skeleton, Any], tuple[Rotation, Outside]] | None = None
 
 
 TRANSFORMS: dict[str, TransformEntry] = {
     "awq": TransformEntry(apply_awq, AwqOptions, "searched scales and ranges (arXiv 2306.00978)"),
     "fptq": TransformEntry(apply_fptq, FptqOptions, "activations by range (arXiv 2308.15987)"),
+    "omniquant": TransformEntry(
+        apply_omniquant, OmniQuantOptions, "learned ranges and scales (arXiv 2308.13137)", learned=True
+    ),
     "qllm": TransformEntry(
         apply_qllm, QllmOptions, "channels split and merged (arXiv 2310.08041)", keeps_function=False, last=True
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finescale.errors import NumericsError
+from finescale.models.links import Link
 from finescale.models.skeleton import set_weight_OI, weight_OI_of
 
 
@@ -25,6 +26,29 @@ def divide_linear(module: nn.Module, scale_O: Tensor) -> None:
     bias = module._parameters.get("bias")
     if bias is not None:
         bias.data.copy_(bias.data.double() / scale_O.double())
+
+
+def divide_link(block: nn.Module, link: Link, scale_O: Tensor) -> None:
+    """Divide a linear's outputs by a scale per channel, float [O], and multiply the inputs that follow them by it."""
+    divide_linear(block.get_submodule(link.producer), scale_O)
+    scale_I = scale_O[link.channel_I.to(scale_O.device)]
+    for path in link.consumers:
+        module = block.get_submodule(path)
+        set_weight_OI(module, weight_OI_of(module) * scale_I)
+
+
+def shift_norm(norm: nn.Module, consumers: Sequence[nn.Module], shift_I: Tensor, stored: torch.dtype) -> None:
+    """Take a shift per channel, float [I], from a norm's output and add what it amounts to, W shift, to the biases of
+    all that reads it. The norm's new bias is rounded to the type of the file first, as in `divide_norm`."""
+    bias = norm._parameters["bias"]
+    assert bias is not None
+    old_I = bias.data.double().clone()
+    bias.data.copy_((old_I - shift_I.double()).to(stored))
+    applied_I = old_I - bias.data.double()
+    for module in consumers:
+        bias_O = module._parameters["bias"]
+        assert bias_O is not None
+        bias_O.data.copy_(bias_O.data.double() + weight_OI_of(module).double() @ applied_I)
 
 
 def divide_norm(norm: nn.Module, consumers: Sequence[nn.Module], scale_I: Tensor, stored: torch.dtype) -> Tensor:

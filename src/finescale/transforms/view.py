@@ -20,6 +20,7 @@ from finescale.models.edges import Edge
 from finescale.models.graph import Step
 from finescale.models.links import Link, trace_links
 from finescale.transforms.rotation import Rotation
+from finescale.tuning.reconstruction import ReconstructionOptions, Windows
 
 
 class TransformOptions(BaseModel):
@@ -46,6 +47,29 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Ends of the range that the grid of each group covers, float [O, G]; weights beyond them are clipped."""
+
+    low_OG: Tensor
+    high_OG: Tensor
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a transform that learns from the block's output needs.
+
+    Attributes:
+        windows: inputs and target outputs under the options' rules, for the block as it is now.
+        arguments_of: the block's other arguments for a number of windows.
+        seed: of the order of the windows.
+    """
+
+    windows: Callable[[ReconstructionOptions], Windows]
+    arguments_of: Callable[[int], Mapping[str, Any]]
+    seed: int
+
+
+@dataclass(frozen=True)
 class BlockView:
     """One block with its weights in memory, which a transform rewrites in place.
 
@@ -59,6 +83,7 @@ class BlockView:
         device: where the block lives.
         stored: type of the norms' gains in the file; new gains are rounded to it.
         rearranged: linears whose input an earlier transform gathers or rotates.
+        learning: for a transform that learns; None for the others.
         rotation: of the residual stream, for the transform that makes the block fit it; ``batches`` are rotated.
     """
 
@@ -72,6 +97,7 @@ class BlockView:
     stored: torch.dtype
     rearranged: Collection[str] = ()
     rotation: Rotation | None = None
+    learning: Learning | None = None
 
     def ranges(self, norms: Iterable[str] = (), linears: Iterable[str] = ()) -> dict[str, InputRange]:
         """Ranges per channel of the outputs of norms and of the inputs of linears, over all batches."""
@@ -133,13 +159,13 @@ class Changes:
         inputs: gathers and rotations that the runtime must apply to the inputs of linears, by path; their weights
             already expect it.
         activations: linears whose input is to be rounded in another way than the recipe says, by path.
-        limits: largest magnitude that the range of each group of a weight should cover, float [O, G] by path.
+        limits: the range that each group of a weight should cover, by path; it replaces the clipping search.
     """
 
     facts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, InputRule] = field(default_factory=dict)
     activations: Mapping[str, ActivationScheme | None] = field(default_factory=dict)
-    limits: Mapping[str, Tensor] = field(default_factory=dict)
+    limits: Mapping[str, Limits] = field(default_factory=dict)
 
 
 Transform = Callable[[BlockView, Any], Changes]

@@ -45,6 +45,7 @@ class LowRankOptions(ReconstructionOptions):
         iterations: steps per block (10 passes over 128 windows).
         scaling: c; the authors' code has 1 / rank.
         forward: see above.
+        blocks: consecutive blocks that are corrected together, by the output of the last.
     """
 
     loss: Literal["relative", "mse"] = "mse"
@@ -54,6 +55,7 @@ class LowRankOptions(ReconstructionOptions):
     batch_size: int = Field(default=1, ge=1)
     scaling: float = Field(default=0.25, gt=0.0)
     forward: Literal["merged", "sum"] = "merged"
+    blocks: int = Field(default=4, ge=1)
 
 
 @dataclass

@@ -76,10 +76,10 @@ def start_from(weight: QuantizedWeight, target_OI: Tensor) -> MovingWeight:
     rows, columns = weight.codes_OI.shape
     groups = grid.scale_OG.shape[1]
     width = columns if grid.scheme.group_size == -1 else grid.scheme.group_size
-    code_OGP = _grouped(weight.codes_OI.float(), groups, width)
+    code_OGP = grouped(weight.codes_OI.float(), groups, width)
     if grid.zero_OG is not None:
         code_OGP = code_OGP - grid.zero_OG.float()[:, :, None]
-    position_OGP = _grouped(target_OI.float(), groups, width) / grid.scale_OG[:, :, None]
+    position_OGP = grouped(target_OI.float(), groups, width) / grid.scale_OG[:, :, None]
     position_OGP = torch.minimum(torch.maximum(position_OGP, code_OGP - EDGE), code_OGP + EDGE)
     if groups * width != columns:
         position_OGP.view(rows, -1)[:, columns:] = 0
@@ -87,7 +87,8 @@ def start_from(weight: QuantizedWeight, target_OI: Tensor) -> MovingWeight:
     return MovingWeight(grid, position_OGP.contiguous(), torch.zeros_like(position_OGP), factor_OG, columns)
 
 
-def _grouped(value_OI: Tensor, groups: int, width: int) -> Tensor:
+def grouped(value_OI: Tensor, groups: int, width: int) -> Tensor:
+    """Columns by groups, the last one padded with zeros, [O, G, P]."""
     padding = groups * width - value_OI.shape[1]
     padded = functional.pad(value_OI, (0, padding)) if padding else value_OI
     return padded.reshape(value_OI.shape[0], groups, width)
@@ -154,7 +155,7 @@ def step(state: MovingWeight, gradient_OI: Tensor, rate: float, scale_rate: floa
     """
     groups, width = state.position_OGP.shape[1:]
     for rows in _pieces(state):
-        gradient_OGP = _grouped(gradient_OI[rows].float(), groups, width)
+        gradient_OGP = grouped(gradient_OI[rows].float(), groups, width)
         scale_OG = _scales(state, rows)
         place_OGP, rounded_OGP, code_OGP = _codes(state, rows, scale_OG)
         inside_OGP = rounded_OGP == code_OGP

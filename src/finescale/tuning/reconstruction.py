@@ -52,32 +52,54 @@ class Windows:
         return sum(batch.shape[0] for batch in self.inputs)
 
     def pick(self, numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some windows, [len(numbers), T, C] each."""
+        """Inputs and targets of some windows, [len(numbers), T, C] each, float32 or better."""
         size = self.inputs[0].shape[0]
         input_BTC, target_BTC = (
             torch.stack([source[n // size][n % size] for n in numbers]).to(device)
             for source in (self.inputs, self.targets)
         )
-        return input_BTC, target_BTC
+        precise = torch.promote_types(input_BTC.dtype, torch.float32)
+        return input_BTC.to(precise), target_BTC.to(precise)
 
 
-class _RoundInput(torch.autograd.Function):
-    """Rounding as at run time that lets gradients through."""
+class RoundInput(torch.autograd.Function):
+    """Rounding as at run time. Gradients pass straight through the rounding and into the ranges: x ~ code * scale, and
+    the scale of a token follows its largest (and smallest) element, which gets (code - x / scale) dscale / dx too."""
 
     @staticmethod
     def forward(context: Any, x_TI: Tensor, rule: InputRule) -> Tensor:
-        return rule.round(x_TI)
+        rounded_TI = rule.round(x_TI)
+        context.rule = rule
+        context.save_for_backward(x_TI, rounded_TI)
+        return rounded_TI
 
     @staticmethod
     def backward(context: Any, gradient_TI: Tensor) -> tuple[Tensor, None]:
-        return gradient_TI, None
+        scheme = context.rule.scheme
+        if scheme is None or not scheme.dynamic:
+            return gradient_TI, None
+        x_TI, rounded_TI = context.saved_tensors
+        pull_T1 = (gradient_TI.float() * (rounded_TI.float() - x_TI.float())).sum(-1, keepdim=True)
+        result_TI = gradient_TI.float().clone()
+        if scheme.symmetric:
+            ends = [x_TI.abs().argmax(-1, keepdim=True)]
+        else:
+            ends = [x_TI.argmax(-1, keepdim=True), x_TI.argmin(-1, keepdim=True)]
+        values = [x_TI.gather(-1, end_T1).float() for end_T1 in ends]
+        if not scheme.symmetric:  # the range always holds zero, which is no element's doing
+            values = [values[0].clamp(min=0), values[1].clamp(max=0)]
+        span_T1 = sum(value_T1.abs() for value_T1 in values)
+        for end_T1, value_T1 in zip(ends, values, strict=True):
+            share_T1 = torch.where(value_T1 == 0, 0.0, pull_T1 * value_T1.sign() / span_T1)
+            result_TI.scatter_add_(-1, end_T1, share_T1)
+        return result_TI.to(gradient_TI.dtype), None
 
 
 def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
     """Round the inputs of some layers as at run time, gradients passing straight through; returns the hooks."""
 
     def hook_of(rule: InputRule) -> Any:
-        return lambda module, args: (_RoundInput.apply(args[0], rule), *args[1:])
+        return lambda module, args: (RoundInput.apply(args[0], rule), *args[1:])
 
     return [
         block.get_submodule(path).register_forward_pre_hook(hook_of(rule))
@@ -135,7 +157,7 @@ def window_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def block_loss(
-    block: nn.Module,
+    block: Callable[..., Any],
     windows: Windows,
     numbers: Sequence[int],
     arguments_of: Callable[[int], Mapping[str, Any]],
@@ -148,11 +170,11 @@ def block_loss(
     if options.precision == "bfloat16":
         precise = torch.autocast(device.type, dtype=torch.bfloat16)
     with precise:
-        output = block(input_BTC.float(), **arguments_of(len(numbers)))
+        output = block(input_BTC, **arguments_of(len(numbers)))
     output_BTC = output[0] if isinstance(output, tuple) else output
-    error_BT = (output_BTC.float() - target_BTC.float()).square().mean(-1)
+    error_BT = (output_BTC - target_BTC).square().mean(-1)
     if options.loss == "relative":
-        size_BT = target_BTC.float().square().mean(-1)
+        size_BT = target_BTC.square().mean(-1)
         error_BT = error_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny)
     return error_BT.mean()
 
@@ -170,7 +192,7 @@ def is_check(iteration: int, iterations: int, checks: int) -> bool:
 
 
 def block_error(
-    block: nn.Module,
+    block: Callable[..., Any],
     windows: Windows,
     fixed: Sequence[Sequence[int]],
     arguments_of: Callable[[int], Mapping[str, Any]],
