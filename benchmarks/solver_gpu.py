@@ -14,6 +14,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +26,72 @@ import torch
 from finescale.bench import gpu_solver
 from finescale.solvers import descent
 
-COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_gptq10_3xtf32")
+COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+
+RATIOS = ("speedup_over_algorithm_2_3xfp16", "quantease_3xfp16_over_gptq")
 
 
 def show(row: dict[str, Any]) -> None:
     shape = "x".join(map(str, row["shape"]))
     cells = [f"{row[f'{key}_seconds']:.4f}" if f"{key}_seconds" in row else "-" for key in COLUMNS]
-    ratios = [f"{row[key]:.1f}" if key in row else "-" for key in ("speedup_over_algorithm_2", "quantease_over_gptq")]
+    ratios = [f"{row[key]:.1f}" if key in row else "-" for key in RATIOS]
     base = row["quantease_objective"]
     errors = [f"{row[f'{key}_objective'] / base - 1:+.1e}" if f"{key}_objective" in row else "-" for key in COLUMNS[3:]]
     print(f"{shape:>12} {row['rows_timed']:>6} " + " ".join(f"{cell:>12}" for cell in [*cells, *ratios, *errors]))
 
 
-def tune(device: str) -> dict[str, Any]:
-    """Microseconds of the sweep kernel by rows and warps, and seconds of a layer by the width of a block."""
-    from finescale.solvers import triton_sweep
+def microseconds(work: Callable[[], Any], repeats: int = 20) -> float:
+    """Of one call out of many in a row."""
+    work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats * 1e6
 
-    found: dict[str, Any] = {"kernel": [], "block": []}
-    for rows in (1024, 4096, 8192):
+
+def tune(device: str) -> dict[str, Any]:
+    """Microseconds of the sweep kernels by rows and of the products, and seconds of a layer by the width of a block."""
+    from finescale.solvers import cuda_sweep, triton_sweep
+    from finescale.solvers.products import Products
+
+    found: dict[str, Any] = {"kernel": [], "products": [], "block": []}
+    for rows in (1024, 4096, 11008, 16384):
         tensors = [torch.randn(128, rows, device=device) for _ in range(3)]
         scale_GO, group_B = torch.rand(1, rows, device=device) + 0.5, torch.zeros(128, dtype=torch.int32, device=device)
         inner_BB = torch.randn(128, 128, device=device) * 0.01
-        for slab in (4, 8, 16, 32):
-            for warps in (1, 2, 4, 8):
-                triton_sweep.ROWS, triton_sweep.WARPS = slab, warps
-                arguments = (*tensors, inner_BB, scale_GO, scale_GO.round(), group_B, None, -4.0, 3.0, False)
-                triton_sweep.quantease_batch(*arguments)
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(20):
-                    triton_sweep.quantease_batch(*arguments)
-                torch.cuda.synchronize()
-                microseconds = (time.perf_counter() - start) / 20 * 1e6
-                found["kernel"].append({"rows": rows, "slab": slab, "warps": warps, "microseconds": microseconds})
-        best = sorted((f for f in found["kernel"] if f["rows"] == rows), key=lambda f: f["microseconds"])[:4]
-        print(
-            f"kernel, {rows} rows:", *(f"slab {f['slab']} warps {f['warps']} {f['microseconds']:.1f} us;" for f in best)
-        )
-    triton_sweep.ROWS, triton_sweep.WARPS = 4, 1
-    for rows, columns in ((4096, 4096), (4096, 11008)):
+        after = (inner_BB, scale_GO, scale_GO.round(), group_B, None, -4.0, 3.0, False)
+        entry = {"rows": rows, "triton": microseconds(partial(triton_sweep.quantease_batch, *tensors, *after))}
+        parts = torch.empty(384, rows, dtype=torch.float16, device=device)
+        for few_rows in (0, 1 << 30):  # programs of 8 and of 4 warps
+            cuda_sweep.FEW_ROWS = few_rows
+            label = f"cuda, {4 if few_rows else 8} warps"
+            entry[label] = microseconds(partial(cuda_sweep.quantease_batch, *tensors[:2], parts, *after))
+        found["kernel"].append(entry)
+        print("sweep kernel:", entry)
+    cuda_sweep.FEW_ROWS = 132 * 32
+    for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        normalized_II = torch.randn(columns, columns, device=device) * 0.01
+        beta_IO = torch.randn(columns, rows, device=device)
+        for kind in ("float32", "3xtf32", "3xfp16"):
+            products = Products(normalized_II, kind)
+            entry = {"rows": rows, "columns": columns, "kind": kind}
+            for depth, last in ((128, 1024), (512, columns), (1024, columns), (2048, columns)):
+                changes = products.new_changes(depth, rows)
+                products.write_changes(products.changes_of(changes, 0, 128), torch.randn(128, rows, device=device))
+                add = partial(products.add_, beta_IO, changes, 0, depth, 0, last)
+                entry[f"{depth} into {last}"] = microseconds(add, 10)
+            found["products"].append(entry)
+            print("products:", entry)
+    for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
         for width in (128, 256, 512, 1024, 2048):
             descent.GPU_BLOCK = width
             row = gpu_solver.time_shape(rows, columns, 8, device, 0)
             found["block"].append(row | {"block": width})
-            print(f"block {width:>5}, {rows}x{columns}, 8 sweeps: float32 {row['quantease_seconds']:.4f} s,"
-                  f" 3xtf32 {row['quantease_3xtf32_seconds']:.4f} s, gptq {row['gptq_seconds']:.4f} s")  # fmt: skip
+            print(f"block {width:>5}, {rows}x{columns}, 8 sweeps: float32 {row['quantease_seconds']:.4f} s, 3xtf32 "
+                  f"{row['quantease_3xtf32_seconds']:.4f} s, 3xfp16 {row['quantease_3xfp16_seconds']:.4f} s, gptq "
+                  f"{row['gptq_seconds']:.4f} s")  # fmt: skip
     descent.GPU_BLOCK = 1024
     return found
 
@@ -85,8 +108,8 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
     print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
-          ["algorithm_2", "gptq", "quantease", "q_3xtf32", "q_gptq10_3x", "over alg 2", "over gptq", "obj 3xtf32",
-           "obj gptq10"]))  # fmt: skip
+          ["algorithm_2", "gptq", "quantease", "q_3xtf32", "q_3xfp16", "q_gptq10", "over alg 2", "over gptq",
+           "obj 3xtf32", "obj 3xfp16", "obj gptq10"]))  # fmt: skip
     result = gpu_solver.bench_gpu_solver(arguments.device, arguments.sweeps, arguments.budget, shapes, 512, show)
     for check in result["checks"]:
         print(f"check {check['solver']} {check['options']} {check['sweeps']} sweeps: {check['different']} of "
@@ -95,8 +118,8 @@ def main() -> None:
         result["tune"] = tune(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / arguments.name).write_text(json.dumps(result, indent=1) + "\n")
-    for model, seconds in result["models"].items():
-        print(f"{model}: " + ", ".join(f"{key} {value:.0f}" for key, value in seconds.items()))
+    for model, facts in result["models"].items():
+        print(model, *(f"  {key}: {terms}" for key, terms in facts["arithmetic"].items()), sep="\n")
     print(f"skipped {result['skipped']}, {result['seconds']:.0f} s, peak GPU memory "
           f"{torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0:.1f} GB")  # fmt: skip
 

@@ -106,11 +106,13 @@ def solver_time(facts: dict[str, Any]) -> str:
 
 def solver_gpu(facts: dict[str, Any]) -> str:
     """Seconds of one layer and of whole models on a GPU."""
-    keys = ("gptq_seconds", "quantease_seconds", "quantease_3xtf32_seconds", "quantease_gptq10_3xtf32_seconds")
-    names = ("gptq", "quantease, 30 sweeps", "the same, 3xTF32", "GPTQ and 10 sweeps, 3xTF32")
+    kinds = ("3xtf32", "3xfp16")
+    kind = next(kind for kind in reversed(kinds) if f"quantease_{kind}_seconds" in facts["rows"][0])
+    keys = ("gptq_seconds", "quantease_seconds", f"quantease_{kind}_seconds", f"quantease_gptq10_{kind}_seconds")
+    names = ("gptq", "quantease, 30 sweeps", f"the same, {kind}", f"GPTQ and 10 sweeps, {kind}")
     rows: list[tuple[Any, ...]] = [
         ("x".join(map(str, row["shape"])), *(number(row.get(key)) for key in keys),
-         number(row.get("algorithm_2_seconds")), f"{number(row.get('speedup_over_algorithm_2'))} x")
+         number(row.get("algorithm_2_seconds")), f"{number(row.get(f'speedup_over_algorithm_2_{kind}'))} x")
         for row in facts["rows"]
     ]  # fmt: skip
     header = ("outputs x inputs", *names, "the paper's Algorithm 2", "30 sweeps faster by")

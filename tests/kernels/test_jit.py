@@ -57,6 +57,14 @@ def test_no_spills(variant, tmp_path):
     assert_clean(compiler_report(text_of(variant), tmp_path))
 
 
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("setting", ["GROUPED", "FREE", "RELAXED"])
+def test_the_sweep_kernel_has_no_spills(setting, tmp_path):
+    settings = dict.fromkeys(("GROUPED", "ZERO", "FREE", "RELAXED", "PARTS"), 0) | {"WARPS": 8, setting: 1}
+    report = compiler_report(source_text("sweep.cu", settings | {"PARTS": int(setting == "FREE")}, {}), tmp_path)
+    assert_clean(report)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("groups", [1, 2, 4])

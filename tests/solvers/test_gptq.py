@@ -6,7 +6,7 @@ import torch
 from finescale.errors import NumericsError
 from finescale.grid import contiguous_groups, integerized, quantize_to_grid
 from finescale.solvers import gptq as module
-from finescale.solvers.columns import column_order, regroup, row_slabs
+from finescale.solvers.columns import column_order, regroup
 from tests.solvers.examples import error_of, grid_of, layer, slow_gptq, solve
 
 
@@ -126,7 +126,7 @@ def test_rows_are_independent_whatever_the_slabs(monkeypatch, act_order, static_
     rows = slice(3, 8)
     part = solve("gptq", weight_OI[rows], hessian_II, grid.rows_slice(rows), **options).weight
     assert torch.equal(part.codes_OI, whole.codes_OI[rows])
-    monkeypatch.setattr(module, "row_slabs", lambda count: row_slabs(count, 4))
+    monkeypatch.setattr(module, "rows_together", lambda device: 4)
     slabs = solve("gptq", weight_OI, hessian_II, grid, **options).weight
     assert slabs.sha256() == whole.sha256()
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from finescale.solvers.descent import descend
-from finescale.solvers.products import Products, tf32_parts, tf32_products
+from finescale.solvers.products import Products, fp16_parts, tf32_parts, tf32_products
 from finescale.solvers.quantease import normalize_columns_
 from tests.solvers.examples import error_of, grid_of, layer, slow_quantease, solve
+
+KINDS = ("float32", "3xtf32", "3xfp16")
 
 
 def test_parts_are_an_exact_sum_and_tf32():
@@ -17,21 +19,60 @@ def test_parts_are_an_exact_sum_and_tf32():
     assert bool((high.view(torch.int32) & 0x1FFF == 0).all())
 
 
+def test_fp16_parts():
+    value = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-15, 5).repeat(50)
+    value.clamp_(-65000, 65000)
+    high, low = fp16_parts(value)
+    assert high.dtype == low.dtype == torch.float16
+    allowed = (value.double().abs() * 2.0**-22).clamp(min=2.0**-25)
+    assert bool(((high.double() + low.double() - value.double()).abs() <= allowed).all())
+
+
+def test_fp16_parts_keep_to_their_magnitudes():
+    normalized_II = torch.full((4, 4), 0.5)
+    assert Products(normalized_II, "3xfp16").kind == "3xfp16"
+    normalized_II[0, 1] = 1e5
+    assert Products(normalized_II, "3xfp16").kind == "3xtf32"
+    assert Products(normalized_II.double(), "3xfp16").kind == "float32"
+    scale_GO = torch.tensor([[1e-3, 0.4, 3e-8, 1e-38], [1e-4, 0.6, 2e-8, 1e-38]])
+    weight_IO = torch.tensor([[0.003, -1.0, 1e-7, 0.0], [0.001, 30000.0, 0.0, 0.0]])
+    unit_O = Products(torch.zeros(2, 2), "3xfp16").unit_O(weight_IO, scale_GO)
+    assert torch.equal(torch.frexp(unit_O).mantissa, torch.full((4,), 0.5))  # powers of two
+    assert bool(((unit_O * weight_IO).abs() <= 2.0**14).all())
+    assert 0.5 <= unit_O[0] * 1e-3 <= 1 and 0.5 <= unit_O[2] * 3e-8 <= 1
+
+
 def test_split_products_are_as_precise_as_float32():
     generator = torch.Generator().manual_seed(1)
     normalized_II = torch.randn(300, 300, generator=generator)
     change_CO, beta_IO = torch.randn(40, 50, generator=generator), torch.randn(300, 50, generator=generator)
     exact_IO = beta_IO.double() + normalized_II[60:100].T.double() @ change_CO.double()
-    errors = []
-    for split in (False, True):
+    errors = {}
+    for kind in ("float32", "3xtf32", "3xfp16"):
         found_IO = beta_IO.clone()
-        products = Products(normalized_II, split)
-        products.add_(found_IO, change_CO, 60, 100, 0, 120)
-        products.add_(found_IO, change_CO, 60, 100, 120, 300)
-        products.add_(found_IO, change_CO, 60, 100, 300, 300)
-        errors.append(float((found_IO - exact_IO).norm() / exact_IO.norm()))
-    assert errors[1] < 4 * errors[0] < 4e-6
-    assert torch.equal(Products(normalized_II, True).inner(3, 9), normalized_II[3:9, 3:9].T)
+        products = Products(normalized_II, kind, 20)
+        changes = products.new_changes(40, 50)
+        for start, end in products.batches(0, 40):
+            products.write_changes(products.changes_of(changes, start, end), change_CO[start:end])
+        products.add_(found_IO, changes, 60, 100, 0, 120)
+        products.add_(found_IO, changes, 60, 100, 120, 300)
+        products.add_(found_IO, changes, 60, 100, 300, 300)
+        errors[kind] = float((found_IO - exact_IO).norm() / exact_IO.norm())
+        assert torch.equal(products.inner(20, 40), normalized_II[20:40, 20:40].T)
+    assert errors["3xtf32"] < 4 * errors["float32"] < 4e-6
+    assert errors["3xfp16"] < 4 * errors["float32"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [20, 60, 300])
+def test_targets_from_scratch(kind, block):
+    generator = torch.Generator().manual_seed(2)
+    normalized_II = torch.randn(110, 110, generator=generator) * 0.1
+    target_IO, current_IO = torch.randn(2, 110, 30, generator=generator)
+    found_IO = torch.full_like(target_IO, torch.nan)
+    Products(normalized_II, kind, 20).targets_(found_IO, target_IO, current_IO, block)
+    exact_IO = target_IO.double() + normalized_II.T.double() @ (target_IO - current_IO).double()
+    torch.testing.assert_close(found_IO.double(), exact_IO, rtol=0, atol=1e-4)
 
 
 def test_the_setting_of_tf32_is_put_back():
@@ -42,15 +83,15 @@ def test_the_setting_of_tf32_is_put_back():
     assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [6, 12, 18, 60])
-def test_blocks_of_several_batches_equal_the_plain_algorithm(block, split):
+def test_blocks_of_several_batches_equal_the_plain_algorithm(block, kind):
     weight_OI, hessian_II = layer(9, 40, seed=block)
     grid = grid_of(weight_OI, 3, 8)
     current_IO = weight_OI.T.clone()
-    products = Products(normalize_columns_(hessian_II.clone()), split)
+    products = Products(normalize_columns_(hessian_II.clone()), kind, 6)
     group_of_I = grid.group_of_I.tolist()
-    descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [False] * 12, 6, block=block)
+    descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [False] * 12, block=block)
     expected_OI = slow_quantease(weight_OI, hessian_II, grid, 12)
     codes_OI = (current_IO.T / grid.scale_OG[:, grid.group_of_I]).round() + grid.zero_OG[:, grid.group_of_I]
     assert torch.equal(codes_OI.to(torch.int8), expected_OI)
@@ -60,7 +101,7 @@ def test_the_objective_of_split_products():
     weight_OI, hessian_II = layer(40, 200, seed=2)
     grid = grid_of(weight_OI, 3)
     errors = []
-    for products in ("float32", "3xtf32"):
+    for products in KINDS:
         weight = solve("quantease", weight_OI.float(), hessian_II.float(), grid, products=products).weight
         errors.append(error_of(weight_OI, weight.dequantize(), hessian_II))
-    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+    assert errors[1:] == [pytest.approx(errors[0], rel=1e-4)] * 2

@@ -234,7 +234,7 @@ def test_rows_are_independent_whatever_the_slabs(monkeypatch, act_order, start):
     rows = slice(3, 8)
     part = solve("quantease", weight_OI[rows], hessian_II, grid.rows_slice(rows), **options).weight
     assert torch.equal(part.codes_OI, whole.codes_OI[rows])
-    monkeypatch.setattr(module, "row_slabs", lambda count: row_slabs(count, 4))
+    monkeypatch.setattr(module, "rows_together", lambda device: 4)
     assert solve("quantease", weight_OI, hessian_II, grid, **options).weight.sha256() == whole.sha256()
 
 

@@ -32,12 +32,18 @@ BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 
 MOST_OPERATIONS = 1.2e14
 """A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
 and large layers are solved in slabs of rows anyway)."""
+KINDS = ("", "_3xtf32", "_3xfp16")
+"""Products of the sweeps: float32, and the two kinds of parts."""
+FEW_SWEEPS = (5, 10)
+"""Sweeps from GPTQ's solution, which need no relaxation."""
 LARGEST_FACTOR = 32768
 """Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB."""
 CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
     ("quantease", 3, -1, False, {}),
     ("quantease", 4, 64, True, {"start": "gptq", "relax_every": 0}),
     ("quantease", 3, -1, False, {"products": "3xtf32"}),
+    ("quantease", 3, -1, False, {"products": "3xfp16"}),
+    ("quantease", 4, 64, True, {"products": "3xfp16", "start": "gptq"}),
     ("quantease", 3, -1, False, {"outliers": 0.01, "start": "gptq"}),
     ("gptq", 3, 32, False, {}),
     ("gptq", 4, -1, True, {}),
@@ -164,13 +170,13 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     runs: dict[str, tuple[str, dict[str, Any]]] = {
         "quantease": ("quantease", {"sweeps": sweeps}),
         "quantease_3xtf32": ("quantease", {"sweeps": sweeps, "products": "3xtf32"}),
+        "quantease_3xfp16": ("quantease", {"sweeps": sweeps, "products": "3xfp16"}),
     }
     if columns <= LARGEST_FACTOR:
         runs["gptq"] = ("gptq", {})
-        runs["quantease_gptq10_3xtf32"] = (
-            "quantease",
-            {"sweeps": 10, "start": "gptq", "relax_every": 0, "products": "3xtf32"},
-        )
+        for count in FEW_SWEEPS:
+            few = {"sweeps": count, "start": "gptq", "relax_every": 0, "products": "3xfp16"}
+            runs[f"quantease_gptq{count}_3xfp16"] = ("quantease", few)
     factor = rows / timed
     for label, (name, options) in runs.items():
         entry = find_solver(name)
@@ -187,26 +193,44 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         one = algorithm_2_seconds(weight_OI, hessian_II, grid, min(algorithm_2_columns, columns), device)
         row["algorithm_2_seconds"] = one * sweeps * factor
         row["algorithm_2_columns_timed"] = min(algorithm_2_columns, columns)
-        row["speedup_over_algorithm_2"] = row["algorithm_2_seconds"] / row["quantease_seconds"]
-        row["speedup_over_algorithm_2_3xtf32"] = row["algorithm_2_seconds"] / row["quantease_3xtf32_seconds"]
+        for kind in KINDS:
+            row[f"speedup_over_algorithm_2{kind}"] = row["algorithm_2_seconds"] / row[f"quantease{kind}_seconds"]
+    for kind in KINDS[1:]:
+        row[f"objective{kind}_over_float32"] = row[f"quantease{kind}_objective"] / row["quantease_objective"]
     if "gptq_seconds" in row:
-        row["quantease_over_gptq"] = row["quantease_seconds"] / row["gptq_seconds"]
+        for kind in KINDS:
+            row[f"quantease{kind}_over_gptq"] = row[f"quantease{kind}_seconds"] / row["gptq_seconds"]
     return row
 
 
-def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Seconds of solving for whole models, summed over their layers, where every shape was timed."""
+def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Seconds of solving for whole models, where every shape was timed: blocks times the sum over a block's layers.
+
+    ``arithmetic`` writes the sums out. Layers whose factorization is too large for GPTQ count with all sweeps from
+    the weight in the ``gptq`` rows of few sweeps; with GPTQ itself such a model has no row.
+    """
     by_shape = {tuple(row["shape"]): row for row in rows}
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for model, layers in SHAPES.items():
         if not all((outputs, inputs) in by_shape for outputs, inputs, _ in layers.values()):
             continue
-        labels = ("quantease_seconds", "quantease_3xtf32_seconds", "quantease_gptq10_3xtf32_seconds", "gptq_seconds")
-        for label in labels:
-            parts = [(by_shape[o, i].get(label), count) for o, i, count in layers.values()]
+        few = [f"quantease_gptq{count}_3xfp16_seconds" for count in FEW_SWEEPS]
+        found: dict[str, Any] = {"arithmetic": {}}
+        for label in [*(f"quantease{kind}_seconds" for kind in KINDS), *few, "gptq_seconds"]:
+            instead = "quantease_3xfp16_seconds" if label in few else ""
+            parts = [(by_shape[o, i].get(label, by_shape[o, i].get(instead)), count) for o, i, count in layers.values()]
             if all(seconds is not None for seconds, _ in parts):
-                total = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
-                result.setdefault(model, {})[label] = total
+                found[label] = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
+                terms = " + ".join(f"{count} x {seconds:.3f}" for seconds, count in parts)
+                found["arithmetic"][label] = f"{BLOCKS[model]} blocks x ({terms}) s = {found[label]:.0f} s"
+        operations = BLOCKS[model] * sum(2.0 * o * i * i * count for o, i, count in layers.values())
+        sweeps = rows[0]["sweeps"]
+        found["operations"] = operations * sweeps
+        found["arithmetic"]["operations"] = (
+            f"{BLOCKS[model]} blocks x 2 x ({' + '.join(f'{count} x {o} x {i}^2' for o, i, count in layers.values())}) "
+            f"x {sweeps} sweeps = {operations * sweeps:.2e}"
+        )
+        result[model] = found
     return result
 
 

@@ -117,15 +117,22 @@ def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[in
     from finescale.bench.gpu_solver import bench_gpu_solver
 
     result = bench_gpu_solver(device, sweeps, budget, shapes)
-    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_gptq10_3xtf32")
-    table = Table("shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2")
+    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+    table = Table(
+        "shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2", "over gptq"
+    )
     for row in result["rows"]:
         seconds = (f"{row[f'{key}_seconds']:.3g}" if f"{key}_seconds" in row else "" for key in keys)
-        speedup = f"{row['speedup_over_algorithm_2']:.1f}x" if "speedup_over_algorithm_2" in row else ""
-        table.add_row("x".join(map(str, row["shape"])), str(row["rows_timed"]), *seconds, speedup)
+        ratios = (
+            f"{row[key]:.1f}" if key in row else ""
+            for key in ("speedup_over_algorithm_2_3xfp16", "quantease_3xfp16_over_gptq")
+        )
+        table.add_row("x".join(map(str, row["shape"])), str(row["rows_timed"]), *seconds, *ratios)
     console.print(table)
     different = sum(check["different"] for check in result["checks"])
     console.print(f"{different} codes differ from the float64 solver's, in {len(result['checks'])} checks.")
     for model, found in result["models"].items():
-        console.print(f"{model}: " + ", ".join(f"{key.replace('_', ' ')} {value:.0f}" for key, value in found.items()))
+        console.print(f"{model}:")
+        for key, sum_ in found["arithmetic"].items():
+            console.print(f"  {key.replace('_', ' ')}: {sum_}")
     return result

@@ -3,7 +3,7 @@
 The running targets beta are kept for all columns. Inside a batch of columns only the batch itself is corrected; all
 other columns follow with one matrix product. On a GPU the batches of a wide block first correct their block, and the
 block all other columns, so that the products are deep enough to be limited by arithmetic and not by memory; there a
-batch is one kernel launch where triton is installed.
+batch is one kernel launch: of a CUDA kernel on Hopper, elsewhere where triton is installed.
 
 Shape legend: O outputs, I inputs, B columns of one batch, C columns of one block.
 """
@@ -11,11 +11,13 @@ Shape legend: O outputs, I inputs, B columns of one batch, C columns of one bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from finescale.grid import Grid
+from finescale.solvers import cuda_sweep
 from finescale.solvers.columns import ColumnRounder, one_thread
 from finescale.solvers.outliers import CoordinateSupport, Support
 from finescale.solvers.products import LARGEST_BATCH, Products, has_triton
@@ -24,8 +26,12 @@ REFRESH_EVERY = 10
 """Sweeps between exact recomputations of the running targets, against drift of float32."""
 GPU_BLOCK = 1024
 """Columns of one block on a GPU; the fastest of 128 to 2048 on an H100, for 4096 and for 11008 inputs."""
+REFRESH_BLOCK = 4096
+"""Columns of one product when targets are computed from scratch."""
+Kernel = Literal["loop", "triton", "cuda"]
 SweepColumns = Callable[[int, int, Tensor, bool], None]
-"""``(start, end, change_BO, relaxed)``: sweep these columns, with their changes (old less new) written."""
+"""``(start, end, changes, relaxed)``: sweep these columns, with their changes (old less new) written as
+``Products.new_changes`` holds them."""
 
 
 def descend(
@@ -35,9 +41,8 @@ def descend(
     grid: Grid,
     group_of_I: list[int],
     schedule: Sequence[bool],
-    batch: int,
     support: Support | None = None,
-    on_chip: bool | None = None,
+    kernel: Kernel | None = None,
     block: int | None = None,
 ) -> None:
     """All sweeps over one slab of rows, in solving order.
@@ -45,50 +50,60 @@ def descend(
     Args:
         target_IO: the original weight.
         current_IO: the start; updated in place.
-        products: with the normalized H.
+        products: with the normalized H; they know the columns of a batch.
         grid: rows of the slab.
         group_of_I: group of each column in solving order.
         schedule: for each sweep, whether it leaves the columns unrounded.
-        batch: columns of one batch.
         support: which entries are outliers, None for none.
-        on_chip: run a batch as one kernel launch; None: where it can be.
-        block: columns of one block; None: one batch, on a GPU several.
+        kernel: what sweeps a batch; None: the fastest there is.
+        block: columns of one block, whole batches; None: one batch, on a GPU several.
     """
-    columns = target_IO.shape[0]
+    columns, batch = target_IO.shape[0], products.batch
     rounder = ColumnRounder(grid, target_IO.dtype)
-    gradient = support is not None and not isinstance(support, CoordinateSupport)
-    if on_chip is None:
-        on_chip = target_IO.is_cuda and target_IO.dtype == torch.float32 and has_triton() and not gradient
-    make = _kernel_sweeper if on_chip and batch <= LARGEST_BATCH else _loop_sweeper
+    unit_O = products.unit_O(target_IO, rounder.scale_GO)
+    if unit_O is not None:
+        target_IO = target_IO * unit_O
+        current_IO.mul_(unit_O)
+        rounder.scale_GO = rounder.scale_GO * unit_O  # not in place: it may be the grid itself
+    kernel = kernel or _fastest(target_IO, batch, support)
     if block is None:
         block = max(batch, GPU_BLOCK // batch * batch) if target_IO.is_cuda else batch
-    change_CO = target_IO.new_zeros(min(block, columns), target_IO.shape[1])
-    moved = True
+    changes = products.new_changes(min(block, columns), target_IO.shape[1])
+    beta_IO = target_IO.clone()
+    make = {"loop": _loop_sweeper, "triton": _triton_sweeper, "cuda": _cuda_sweeper}[kernel]
+    sweep_columns = make(beta_IO, current_IO, products, rounder, group_of_I, support)
+    moved = not torch.equal(target_IO, current_IO)  # at the original weight itself the targets are the weight
     for sweep, relaxed in enumerate(schedule):
-        if moved or sweep % REFRESH_EVERY == 0:
-            beta_IO = products.targets(target_IO, current_IO)
-            sweep_columns = make(beta_IO, current_IO, products, rounder, group_of_I, batch, support)
+        if moved or (sweep and sweep % REFRESH_EVERY == 0):
+            products.targets_(beta_IO, target_IO, current_IO, max(block, REFRESH_BLOCK // batch * batch))
         for first in range(0, columns, block):
             last = min(first + block, columns)
-            for start in range(first, last, batch):
-                end = min(start + batch, last)
-                change_BO = change_CO[start - first : end - first]
-                sweep_columns(start, end, change_BO, relaxed)
+            of_block = products.changes_of(changes, 0, last - first)
+            for start, end in products.batches(first, last):
+                of_batch = products.changes_of(changes, start - first, end - first)
+                sweep_columns(start, end, of_batch, relaxed)
                 if end - start < last - first:
-                    products.add_(beta_IO, change_BO, start, end, first, last)
+                    products.add_(beta_IO, of_batch, start, end, first, last)
             if last - first <= batch:
-                products.add_(beta_IO, change_CO[: last - first], first, last, 0, columns)
+                products.add_(beta_IO, of_block, first, last, 0, columns)
             else:
-                products.add_(beta_IO, change_CO[: last - first], first, last, 0, first)
-                products.add_(beta_IO, change_CO[: last - first], first, last, last, columns)
+                products.add_(beta_IO, of_block, first, last, 0, first)
+                products.add_(beta_IO, of_block, first, last, last, columns)
         moved = False
         if support is not None and not relaxed and sweep < len(schedule) - 1:
-            moved = support.update(current_IO, beta_IO)
+            moved = support.update(current_IO, beta_IO if unit_O is None else beta_IO / unit_O)
+    if unit_O is not None:
+        current_IO.div_(unit_O)
 
 
-def _inner(products: Products, columns: int, batch: int) -> dict[int, Tensor]:
-    """The matrix of each batch by its first column."""
-    return {start: products.inner(start, min(start + batch, columns)) for start in range(0, columns, batch)}
+def _fastest(target_IO: Tensor, batch: int, support: Support | None) -> Kernel:
+    """What sweeps a batch here; the published support is for the loop only."""
+    published = support is not None and not isinstance(support, CoordinateSupport)
+    if not target_IO.is_cuda or target_IO.dtype != torch.float32 or published or batch > LARGEST_BATCH:
+        return "loop"
+    if cuda_sweep.supported(target_IO.device):
+        return "cuda"
+    return "triton" if has_triton() else "loop"
 
 
 def _loop_sweeper(
@@ -97,15 +112,15 @@ def _loop_sweeper(
     products: Products,
     rounder: ColumnRounder,
     group_of_I: list[int],
-    batch: int,
     support: Support | None,
 ) -> SweepColumns:
     """One column after the other with torch, on any device and in any type."""
     beta_O, point_O = beta_IO.new_empty(2, beta_IO.shape[1])
-    inner = _inner(products, beta_IO.shape[0], batch)
+    inner = _inner(products)
+    float_BO = beta_IO.new_zeros(min(products.batch, products.columns), beta_IO.shape[1])
 
-    def sweep_columns(start: int, end: int, change_BO: Tensor, relaxed: bool) -> None:
-        inner_BB = inner[start]
+    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
+        inner_BB, change_BO = inner[start], float_BO[: end - start]
         with one_thread():
             for column in range(start, end):
                 done, group = column - start, group_of_I[column]
@@ -118,30 +133,61 @@ def _loop_sweeper(
                     value_O = support.round(column, beta_O, group, rounder, point_O)
                 torch.sub(current_IO[column], value_O, out=change_BO[done])
                 current_IO[column] = value_O
+        products.write_changes(changes, change_BO)
 
     return sweep_columns
 
 
-def _kernel_sweeper(
+def _inner(products: Products) -> dict[int, Tensor]:
+    """The matrix of each batch by its first column."""
+    return {start: products.inner(start, end) for start, end in products.batches(0, products.columns)}
+
+
+def _triton_sweeper(
     beta_IO: Tensor,
     current_IO: Tensor,
     products: Products,
     rounder: ColumnRounder,
     group_of_I: list[int],
-    batch: int,
     support: Support | None,
 ) -> SweepColumns:
     """One kernel launch a batch."""
     from finescale.solvers.triton_sweep import quantease_batch
 
-    inner = _inner(products, beta_IO.shape[0], batch)
+    inner = _inner(products)
     group_I = torch.tensor(group_of_I, dtype=torch.int32, device=beta_IO.device)
+    float_BO = beta_IO.new_zeros(min(products.batch, products.columns), beta_IO.shape[1])
 
-    def sweep_columns(start: int, end: int, change_BO: Tensor, relaxed: bool) -> None:
-        free_BO = support.free_IO[start:end] if isinstance(support, CoordinateSupport) else None
+    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
+        change_BO = float_BO[: end - start]
         quantease_batch(
             beta_IO[start:end], current_IO[start:end], change_BO, inner[start], rounder.scale_GO, rounder.zero_GO,
-            group_I[start:end], free_BO, rounder.low, rounder.high, relaxed,
+            group_I[start:end], _free(support, start, end), rounder.low, rounder.high, relaxed,
+        )  # fmt: skip
+        products.write_changes(changes, change_BO)
+
+    return sweep_columns
+
+
+def _cuda_sweeper(
+    beta_IO: Tensor,
+    current_IO: Tensor,
+    products: Products,
+    rounder: ColumnRounder,
+    group_of_I: list[int],
+    support: Support | None,
+) -> SweepColumns:
+    """One kernel launch a batch, which also writes the parts of the changes."""
+    group_I = torch.tensor(group_of_I, dtype=torch.int32, device=beta_IO.device)
+
+    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
+        cuda_sweep.quantease_batch(
+            beta_IO[start:end], current_IO[start:end], changes, products.inner_IW[start:end], rounder.scale_GO,
+            rounder.zero_GO, group_I[start:end], _free(support, start, end), rounder.low, rounder.high, relaxed,
         )  # fmt: skip
 
     return sweep_columns
+
+
+def _free(support: Support | None, start: int, end: int) -> Tensor | None:
+    return support.free_IO[start:end] if isinstance(support, CoordinateSupport) else None

@@ -23,6 +23,7 @@ from finescale.solvers.columns import (
     one_thread,
     regroup,
     row_slabs,
+    rows_together,
 )
 from finescale.solvers.products import LARGEST_BATCH, has_triton, tf32_products
 from finescale.solvers.solution import Solution, SolverOptions
@@ -102,7 +103,7 @@ def solve_gptq(
     group_of_I = grid.group_of_I[order_I].tolist()
     refit = not options.static_groups and grid.scheme.group_size != -1
     slabs = []
-    for rows in row_slabs(weight_OI.shape[0]):
+    for rows in row_slabs(weight_OI.shape[0], rows_together(weight_OI.device)):
         part = grid.rows_slice(rows)
         weight_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
         free_IO = None if support_OI is None else support_OI[rows][:, order_I].T.contiguous()

@@ -1,6 +1,6 @@
-"""Matrix products of the solvers: full float32, or three products of TF32 parts; never plain TF32.
+"""Matrix products of the solvers: full float32, or three products of parts of it; never plain TF32 or float16.
 
-Shape legend: O outputs, I inputs, B columns of one batch, C columns of one block.
+Shape legend: O outputs, I inputs, B columns of one batch, C columns of one block, W columns of the kernel's matrix.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Kind = Literal["float32", "3xtf32", "3xfp16"]
 LARGEST_BATCH = 128
 """Columns that one kernel launch sweeps at most."""
+LARGEST_FP16 = 2.0**15
 TF32_MASK = -(1 << 13)
 """Bits of a float32 that TF32 keeps: sign, exponent and 10 bits of the fraction."""
 
@@ -42,47 +45,122 @@ def tf32_parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return high, matrix - high
 
 
-class Products:
-    """Products with the transposed normalized H, in float32 or as three products of TF32 parts.
+def fp16_parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the sum of two float16 numbers, up to 2^-22 of it or 2^-25, the larger; below 65504."""
+    high = matrix.half()
+    return high, (matrix - high.float()).half()
 
-    With the parts, a b is computed as a_high b_high + a_high b_low + a_low b_high on TF32 tensor cores. What is left
-    out is 2^-20 of the product, near the rounding of float32 itself; a plain TF32 product would lose 2^-10.
+
+class Products:
+    """Products with the transposed normalized H, in float32 or as three products of parts.
+
+    With parts, a b is computed as a_high b_high + a_high b_low + a_low b_high on tensor cores, which sum in float32.
+    What is left out is 2^-20 of the product, near the rounding of float32 itself; a plain TF32 or float16 product would
+    lose 2^-10.
+
+    float16 parts are the faster ones, but of few magnitudes: with them the solver counts in units near the step of the
+    grid (``unit_O``), and a normalized H beyond ``LARGEST_FP16`` (one dead input in millions, undamped) gets TF32 parts
+    instead. The float16 parts of a batch lie one below the other, three rows for each row of H (high, high, low), as
+    those of the changes do (high, low, high): then three products are one of threefold depth, which reads and writes
+    the targets once.
 
     Args:
         normalized_II: H_kj / H_jj with a zero diagonal, in solving order.
-        split: use TF32 parts (float32 only).
+        kind: float32, or the parts (both for float32 only).
+        batch: columns of one batch.
     """
 
-    def __init__(self, normalized_II: Tensor, split: bool = False) -> None:
-        split = split and normalized_II.dtype == torch.float32
-        self.parts = tf32_parts(normalized_II) if split else (normalized_II,)
+    def __init__(self, normalized_II: Tensor, kind: Kind = "float32", batch: int = LARGEST_BATCH) -> None:
+        self.kind: Kind = kind if normalized_II.dtype == torch.float32 else "float32"
+        if self.kind == "3xfp16" and float(normalized_II.abs().max()) > LARGEST_FP16:
+            self.kind = "3xtf32"
+        self.batch = batch
+        self.columns = normalized_II.shape[0]
+        width = max(batch, LARGEST_BATCH)
+        # Row k of a batch's own part: H_kj / H_jj of its columns j, padded for the kernel.
+        self.inner_IW = normalized_II.new_zeros(self.columns, width)
+        for start, end in self.batches(0, self.columns):
+            self.inner_IW[start:end, : end - start] = normalized_II[start:end, start:end]
+        self.parts: tuple[Tensor, ...] = (normalized_II,)
+        if self.kind == "3xtf32":
+            self.parts = tf32_parts(normalized_II)
+        elif self.kind == "3xfp16":
+            stacked = normalized_II.new_empty(3 * self.columns, self.columns, dtype=torch.float16)
+            for start, end in self.batches(0, self.columns):
+                high, low = fp16_parts(normalized_II[start:end])
+                torch.cat((high, high, low), out=stacked[3 * start : 3 * end])
+            self.parts = (stacked,)
+
+    def unit_O(self, weight_IO: Tensor, scale_GO: Tensor) -> Tensor | None:
+        """Powers of two by which the rows of a weight and its grid are multiplied to suit float16 parts; None without
+        them. Every row is solved in its own unit: the largest step of the grid becomes about one."""
+        if self.kind != "3xfp16":
+            return None
+        largest_O = torch.maximum(scale_GO.amax(0), weight_IO.abs().amax(0) * 2.0**-13)
+        return torch.exp2(-torch.frexp(largest_O).exponent.float().clamp(-100, 100))
+
+    def batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Start and end of each batch of the columns first:last."""
+        for start in range(first, last, self.batch):
+            yield start, min(start + self.batch, last)
 
     def inner(self, start: int, end: int) -> Tensor:
         """[B, B], contiguous: row j holds H_kj / H_jj of the columns k of a batch."""
-        parts = [part_II[start:end, start:end].T for part_II in self.parts]
-        return (parts[0] + parts[1] if len(parts) == 2 else parts[0]).contiguous()
+        return self.inner_IW[start:end, : end - start].T.contiguous()
 
-    def add_(self, beta_IO: Tensor, change_CO: Tensor, start: int, end: int, first: int, last: int) -> None:
-        """beta[first:last] += N[start:end, first:last]^T change, for the changes of the columns start:end."""
+    def new_changes(self, columns: int, rows: int) -> Tensor:
+        """Room for the changes of so many columns: [C, O], with float16 parts [3 * C, O]."""
+        shape = (3 * columns, rows) if self.kind == "3xfp16" else (columns, rows)
+        dtype = torch.float16 if self.kind == "3xfp16" else self.parts[0].dtype
+        return torch.zeros(shape, dtype=dtype, device=self.parts[0].device)
+
+    def changes_of(self, changes: Tensor, start: int, end: int) -> Tensor:
+        """The part of a block's changes that belongs to its columns start:end (whole batches)."""
+        return changes[3 * start : 3 * end] if self.kind == "3xfp16" else changes[start:end]
+
+    def write_changes(self, changes: Tensor, change_BO: Tensor) -> None:
+        """Float changes of one batch into their place among ``new_changes``."""
+        if self.kind == "3xfp16":
+            high, low = fp16_parts(change_BO)
+            torch.cat((high, low, high), out=changes)
+        else:
+            changes.copy_(change_BO)
+
+    def add_(self, beta_IO: Tensor, changes: Tensor, start: int, end: int, first: int, last: int) -> None:
+        """beta[first:last] += N[start:end, first:last]^T change, for the changes of the columns start:end, which are
+        whole batches, as ``new_changes`` holds them."""
         if first == last:
+            return
+        if self.kind == "3xfp16":
+            _add_fp16_(beta_IO[first:last], self.parts[0][3 * start : 3 * end, first:last].T, changes)
             return
         factors = [part_II[start:end, first:last].T for part_II in self.parts]
         if len(factors) == 1:
             with tf32_products(False):
-                beta_IO[first:last].addmm_(factors[0], change_CO)
+                beta_IO[first:last].addmm_(factors[0], changes)
             return
-        high_CO, low_CO = tf32_parts(change_CO)
+        high_CO, low_CO = tf32_parts(changes)
         with tf32_products(True):
             beta_IO[first:last].addmm_(factors[0], low_CO)
             beta_IO[first:last].addmm_(factors[1], high_CO)
             beta_IO[first:last].addmm_(factors[0], high_CO)
 
-    def targets(self, target_IO: Tensor, current_IO: Tensor) -> Tensor:
-        """The running targets from scratch: W + N^T (W - Q)."""
-        if len(self.parts) == 1:
-            with tf32_products(False):
-                return torch.addmm(target_IO, self.parts[0].T, target_IO - current_IO)
-        columns = target_IO.shape[0]
-        beta_IO = target_IO.clone()
-        self.add_(beta_IO, target_IO - current_IO, 0, columns, 0, columns)
-        return beta_IO
+    def targets_(self, beta_IO: Tensor, target_IO: Tensor, current_IO: Tensor, block: int) -> None:
+        """The running targets from scratch, into ``beta_IO``: W + N^T (W - Q), ``block`` columns of N at a time."""
+        beta_IO.copy_(target_IO)
+        for first in range(0, self.columns, block):
+            last = min(first + block, self.columns)
+            change_CO = target_IO[first:last] - current_IO[first:last]
+            changes = self.new_changes(last - first, beta_IO.shape[1])
+            for start, end in self.batches(first, last):
+                part = self.changes_of(changes, start - first, end - first)
+                self.write_changes(part, change_CO[start - first : end - first])
+            self.add_(beta_IO, changes, first, last, 0, self.columns)
+
+
+def _add_fp16_(sum_IO: Tensor, factor_IC: Tensor, changes_CO: Tensor) -> None:
+    """sum += factor changes, of float16 matrices in float32."""
+    if sum_IO.is_cuda:
+        torch.addmm(sum_IO, factor_IC, changes_CO, out_dtype=torch.float32, out=sum_IO)
+    else:  # the products of float16 numbers are exact in float32
+        sum_IO.addmm_(factor_IC.float(), changes_CO.float())

@@ -26,6 +26,7 @@ from finescale.solvers.columns import (
     column_order,
     regroup,
     row_slabs,
+    rows_together,
 )
 from finescale.solvers.descent import descend
 from finescale.solvers.gptq import GptqOptions, solve_gptq
@@ -37,7 +38,7 @@ from finescale.solvers.outliers import (
     outlier_count,
     with_outliers,
 )
-from finescale.solvers.products import Products
+from finescale.solvers.products import Kind, Products
 from finescale.solvers.solution import Solution, SolverOptions
 from finescale.solvers.spqr import SpqrOptions, solve_spqr
 
@@ -59,8 +60,8 @@ class QuantEaseOptions(SolverOptions):
         gptq_damping: damping of the GPTQ or SpQR start.
         spqr_threshold: sensitivity of outliers of the SpQR start.
         block_size: columns of one lazy batch.
-        products: ``float32``, or ``3xtf32``: the matrix products as three of TF32 parts on tensor cores, whose sum is
-            almost as precise and faster.
+        products: ``float32``, or the matrix products as three of parts on tensor cores, whose sum is almost as precise
+            and faster: ``3xtf32``, or ``3xfp16``, the fastest (not for the gradient support, which gets ``3xtf32``).
         outliers: weights kept beside the grid: a share below 1, or a number; the grid's range is fitted without them.
         structured: outliers are whole input columns, and ``outliers`` counts these.
         support: how outliers are chosen between sweeps: ``coordinate`` keeps those whose rounding would cost most at
@@ -77,7 +78,7 @@ class QuantEaseOptions(SolverOptions):
     gptq_damping: float = Field(default=0.01, ge=0.0)
     spqr_threshold: float = Field(default=0.2, gt=0.0)
     block_size: int = Field(default=128, ge=1)
-    products: Literal["float32", "3xtf32"] = "float32"
+    products: Kind = "float32"
     outliers: float = Field(default=0.0, ge=0.0)
     structured: bool = False
     support: Literal["coordinate", "gradient"] = "coordinate"
@@ -145,13 +146,15 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
         damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
     diagonal_I = damped_II.diagonal().clone()
     gradient_II = damped_II.clone() if count and options.support == "gradient" else None
-    products = Products(normalize_columns_(damped_II), options.products == "3xtf32")
+    kind: Kind = options.products if gradient_II is None or options.products == "float32" else "3xtf32"
+    products = Products(normalize_columns_(damped_II), kind, options.block_size)
     del damped_II  # the largest matrix there is, in its place are its products
     schedule = [is_relaxed(sweep, options.sweeps, options.relax_every) for sweep in range(options.sweeps)]
     group_of_I = grid.group_of_I[order_I].tolist()
     slabs = []
     # Which outliers are kept depends on all rows of the layer: they are solved as one slab.
-    for rows in row_slabs(weight_OI.shape[0]) if support_OI is None else [slice(0, weight_OI.shape[0])]:
+    most = rows_together(weight_OI.device) if support_OI is None else max(weight_OI.shape[0], 1)
+    for rows in row_slabs(weight_OI.shape[0], most):
         part = grid.rows_slice(rows)
         target_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
         current_IO = target_IO.clone() if start_OI is None else start_OI[rows].to(dtype)[:, order_I].T.contiguous()
@@ -162,7 +165,7 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
                 support = GradientSupport(free_IO, target_IO, count, options.structured, gradient_II)
             else:
                 support = CoordinateSupport(free_IO, count, options.structured, diagonal_I, part, group_of_I)
-        descend(target_IO, current_IO, products, part, group_of_I, schedule, options.block_size, support)
+        descend(target_IO, current_IO, products, part, group_of_I, schedule, support)
         solved_OI = torch.empty_like(target_IO.T)
         solved_OI[:, order_I] = current_IO.T
         if support is None:
@@ -185,14 +188,14 @@ def _from_spqr(
     damped_II = hessian_II.to(dtype, copy=True)
     damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
     diagonal_I = damped_II.diagonal().clone()
-    products = Products(normalize_columns_(damped_II), options.products == "3xtf32")
+    products = Products(normalize_columns_(damped_II), options.products, options.block_size)
     schedule = [is_relaxed(sweep, options.sweeps, options.relax_every) for sweep in range(options.sweeps)]
     group_of_I = grid.group_of_I.tolist()
     free_IO = kept.mask().T.contiguous()
     support = CoordinateSupport(free_IO, kept.count, False, diagonal_I, grid, group_of_I) if kept.count else None
     target_IO = weight_OI.to(dtype).T.contiguous()
     current_IO = first.weight.dequantize().to(dtype).T.contiguous()
-    descend(target_IO, current_IO, products, grid, group_of_I, schedule, options.block_size, support)
+    descend(target_IO, current_IO, products, grid, group_of_I, schedule, support)
     free_OI = free_IO.T if support is None else support.free_IO.T
     return Solution(with_outliers(current_IO.T, free_OI, grid, False), first.damping, first.notes)
 

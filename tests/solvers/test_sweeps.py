@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from finescale.solvers import descent, gptq, quantease, triton_sweep
+from finescale.solvers import cuda_sweep, descent, gptq, quantease, triton_sweep
 from tests.solvers.examples import error_of, grid_of, layer, solve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,11 +15,13 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 
-@pytest.fixture
-def on_chip(monkeypatch):
+@pytest.fixture(params=["triton", "cuda"])
+def on_chip(monkeypatch, request):
+    if request.param == "cuda" and not cuda_sweep.supported(torch.device(DEVICE)):
+        pytest.skip("the CUDA kernel needs a Hopper GPU")
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_sweep, "ROWS", 16)  # the interpreter takes its time for each program
-    monkeypatch.setattr(quantease, "descend", partial(descent.descend, on_chip=True))
+    monkeypatch.setattr(quantease, "descend", partial(descent.descend, kernel=request.param))
     monkeypatch.setattr(gptq, "_solve_slab", partial(gptq._solve_slab, on_chip=True))
 
 
@@ -38,8 +40,10 @@ def moved(grid):
         ("quantease", {"sweeps": 6}),
         ("quantease", {"sweeps": 6, "start": "gptq", "act_order": True}),
         ("quantease", {"sweeps": 5, "products": "3xtf32"}),
+        ("quantease", {"sweeps": 5, "products": "3xfp16"}),
         ("quantease", {"sweeps": 5, "outliers": 0.02, "start": "gptq"}),
         ("quantease", {"sweeps": 5, "outliers": 0.02, "structured": True}),
+        ("quantease", {"sweeps": 5, "outliers": 0.02, "products": "3xfp16"}),
     ],
 )
 def test_equals_the_loops_in_float64(on_chip, name, options, bits, group, symmetric):
