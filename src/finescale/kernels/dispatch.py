@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight, contiguous_groups
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE, groups_in_block
 
-Kernel = Literal["hopper-folded", "hopper", "reference", "float"]
+Kernel = Literal["hopper-grouped", "hopper-folded", "hopper", "reference", "float"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,26 @@ def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int
     if layer.largest_scale <= LARGEST_FOLDED_SCALE:
         return Choice("hopper-folded", f"scales up to {layer.largest_scale} are multiplied into int8 weights")
     return Choice("hopper", "int32 sums of groups are scaled and added exactly")
+
+
+def choose_experts_kernel(
+    layers: Sequence[LayerFacts], device: torch.device, capability: tuple[int, int] | None = None
+) -> Choice:
+    """Whether all experts of a block run in grouped products (``hopper-grouped``), or each of their layers by itself.
+
+    Args:
+        layers: of all experts; silu * up and rounding are all that stands between them.
+        device, capability: see ``choose_kernel``.
+    """
+    for layer in layers:
+        choice = choose_kernel(layer, device, capability)
+        if choice.kernel not in ("hopper", "hopper-folded"):
+            return choice
+    if len({layer.group_size for layer in layers}) > 1:
+        return Choice("hopper", "experts with groups of different sizes run layer by layer")
+    if all(layer.largest_scale <= LARGEST_FOLDED_SCALE for layer in layers):
+        return Choice("hopper-grouped", "all experts in one product, scales multiplied into int8 weights")
+    return Choice("hopper-grouped", "all experts in one product, int32 sums of groups scaled and added exactly")
 
 
 def _obstacle(layer: LayerFacts) -> str | None:

@@ -15,11 +15,12 @@ from finescale.errors import CheckpointError, InputError
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.grid import InputRule, QuantizedWeight
-from finescale.kernels.dispatch import choose_kernel, layer_facts
+from finescale.kernels.dispatch import choose_kernel, has_hopper_kernels, layer_facts
 from finescale.models import Skeleton, linear_modules, open_skeleton
 from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
 from finescale.runtime.attention import quantize_kv_cache
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
+from finescale.runtime.experts import PackedMixture, install_mixtures
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.packed import PackedLinear
@@ -94,7 +95,17 @@ def install_quantized(
         quantize_kv_cache(skeleton.model, quantized.metadata["kv_cache"])
     names = set(quantized.layer_names())
     full_range = rounding == "compressed-tensors"
-    for block, path_in_block, name in quantized_places(skeleton, names):
+    places = quantized_places(skeleton, names)
+    if path == "kernel" and rounding == "finescale" and has_hopper_kernels(device):
+        left = install_mixtures(
+            places,
+            lambda name: (quantized.read(name), quantized.inputs_of(name)),
+            lambda name: name + ".bias" in skeleton.source,
+            device,
+        )
+        names -= {name for _, _, name in places} - {name for _, _, name in left}
+        places = left
+    for block, path_in_block, name in places:
         weight = quantized.read(name)
         bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
         inputs = quantized.inputs_of(name).to(device)
@@ -147,7 +158,7 @@ def _fill_rest(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> 
     model = skeleton.model
     tied = _tied_head(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, (QuantizedLinear, PackedLinear)):
+        if isinstance(module, (QuantizedLinear, PackedLinear, PackedMixture)):
             continue
         if module is tied and skeleton.source.config.get("tie_word_embeddings", True):
             continue
