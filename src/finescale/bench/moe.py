@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ def routing(mixture: Mixture, tokens: int, device: torch.device) -> Tensor:
 def _rows(mixture: Mixture, inputs: int, expert_TK: Tensor) -> Rows:
     position_TK, row_end_E = moe.route_tokens(expert_TK, mixture.experts)
     x_TI = torch.randn(expert_TK.shape[0], inputs, device=expert_TK.device, dtype=torch.bfloat16)
-    routed = moe.quantize_routed(x_TI, position_TK, "plain", mixture.experts)
+    codes, scale_R, sum_R = moe.quantize_routed(x_TI, position_TK, "plain", mixture.experts)
     ends = torch.bincount(expert_TK.flatten(), minlength=mixture.experts).cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     bounds = [(expert, a, b) for expert, (a, b) in enumerate(zip(starts, ends, strict=True)) if b > a]
-    return Rows(*routed, row_end_E, bounds)
+    return Rows(codes, scale_R, sum_R, row_end_E, bounds)
 
 
 def _copies(weight: Tensor, touched: float) -> list[Tensor]:
@@ -164,7 +165,7 @@ class Product:
     def microseconds(self, variant: Variant) -> float:
         count = max(len(self.copies), len(self.rows))
         calls = [(self.copies[i % len(self.copies)], self.rows[i % len(self.rows)]) for i in range(count)]
-        return median_microseconds([lambda w=w, r=r: self.run(w, r, variant) for w, r in calls])  # type: ignore[misc]
+        return median_microseconds([partial(self.run, weight, rows, variant) for weight, rows in calls])
 
 
 def _chosen(layer: Layer, tokens: int, choices: int, folded: bool) -> Variant:
@@ -187,12 +188,8 @@ def _bf16_products(layer: Layer, rows: Sequence[Rows], total: int, copies: list[
         return [x_RI[a:b] @ weight[expert].T for expert, a, b in own.bounds]
 
     return {
-        "grouped_mm": median_microseconds(
-            [lambda w=w, i=i: grouped_mm(x_RI, w, ends[i]) for w, i in pairs]  # type: ignore[misc]
-        ),
-        "cublas_loop": median_microseconds(
-            [lambda w=w, i=i: loop(w, rows[i]) for w, i in pairs]  # type: ignore[misc]
-        ),
+        "grouped_mm": median_microseconds([partial(grouped_mm, x_RI, weight, ends[i]) for weight, i in pairs]),
+        "cublas_loop": median_microseconds([partial(loop, weight, rows[i]) for weight, i in pairs]),
     }
 
 
@@ -225,27 +222,27 @@ def _experts(
     x_TI = torch.randn(tokens, mixture.hidden, device=device, dtype=torch.bfloat16)
     weights = [torch.rand(c.shape, device=device).softmax(-1) for c in choices]
     halves = [w.bfloat16() for w in weights]
-    found: dict[str, float] = {}
-    for name, (gate_up, down) in ours.items():
-        first, second = packed[name]
 
-        def call(i: int, gate_up=gate_up, down=down, first=first, second=second) -> Tensor:  # type: ignore[no-untyped-def]
-            own = i % len(choices)
-            a = first._replace(packed=gate_up[i % len(gate_up)])
-            b = second._replace(packed=down[i % len(down)])
-            return moe.w4a8_experts(x_TI, choices[own], weights[own], a, b)
-
-        exact = moe.exact_experts(x_TI, choices[0], weights[0], first, second).float()
-        found[f"{name}_difference"] = float((call(0).float() - exact).abs().max() / exact.abs().max())
-        count = max(len(gate_up), len(down), len(choices))
-        found[name] = median_microseconds([lambda i=i: call(i) for i in range(count)])  # type: ignore[misc]
-    gate_up, down = dense
-    calls = [
-        lambda i=i: bf16_experts(  # type: ignore[misc]
-            x_TI, choices[i % len(choices)], halves[i % len(choices)], gate_up[i % len(gate_up)], down[i % len(down)]
+    def ours_once(i: int, name: str) -> Tensor:
+        own = i % len(choices)
+        gate_up, down = (
+            layer._replace(packed=copies[i % len(copies)])
+            for layer, copies in zip(packed[name], ours[name], strict=True)
         )
-        for i in range(max(len(gate_up), len(down), len(choices)))
-    ]
+        return moe.w4a8_experts(x_TI, choices[own], weights[own], gate_up, down)
+
+    def bf16_once(i: int) -> Tensor:
+        own = i % len(choices)
+        gate_up, down = (copies[i % len(copies)] for copies in dense)
+        return bf16_experts(x_TI, choices[own], halves[own], gate_up, down)
+
+    found: dict[str, float] = {}
+    for name, copies in ours.items():
+        exact = moe.exact_experts(x_TI, choices[0], weights[0], *packed[name]).float()
+        found[f"{name}_difference"] = float((ours_once(0, name).float() - exact).abs().max() / exact.abs().max())
+        count = max(len(choices), *map(len, copies))
+        found[name] = median_microseconds([partial(ours_once, i, name) for i in range(count)])
+    calls = [partial(bf16_once, i) for i in range(max(len(choices), *map(len, dense)))]
     found["grouped_mm"] = median_microseconds(calls)
     return found
 

@@ -101,7 +101,7 @@ def moe(
     ] = False,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
-    """Microseconds of mixtures of experts in W4A8 on this GPU, beside bfloat16 grouped products, every result checked."""
+    """Microseconds of mixtures of experts in W4A8 on this GPU, beside bfloat16 grouped products, results checked."""
     from finescale.bench.moe import MODELS, bench_moe
     from finescale.errors import InputError
 

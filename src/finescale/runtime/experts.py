@@ -98,15 +98,16 @@ def pack_mixture(experts: UnfusedExperts, layers: Mapping[str, Layer], device: t
         layers: each layer by its path in ``experts``.
         device: where to.
     """
-    plain = all(inputs.is_plain for _, inputs in layers.values()) and all(_is_silu(expert) for expert in experts)
+    members = [expert for expert in experts if isinstance(expert, Expert)]
+    plain = all(inputs.is_plain for _, inputs in layers.values()) and all(_is_silu(expert) for expert in members)
     facts = [layer_facts(weight, inputs) for weight, inputs in layers.values()]
     choice = choose_experts_kernel(facts, device) if plain else None
     if choice is None or choice.kernel != "hopper-grouped":
         return None
-    named = [(f"{index}.", expert.names) for index, expert in enumerate(experts)]  # type: ignore[union-attr]
-    gates = [layers[prefix + str(names.gate)][0] for prefix, names in named]
-    ups = [layers[prefix + str(names.up)][0] for prefix, names in named]
-    downs = [layers[prefix + str(names.down)][0] for prefix, names in named]
+    gates, ups, downs = (
+        [layers[f"{index}.{name}"][0] for index, name in enumerate(names)]
+        for names in zip(*((e.names.gate, e.names.up, e.names.down) for e in members), strict=True)
+    )
     gate_up = _packed(list(zip(gates, ups, strict=True)), device)
     return PackedMixture(gate_up, _packed([(down,) for down in downs], device), choice.why)
 
@@ -130,8 +131,7 @@ def _factor(weight: QuantizedWeight) -> Tensor:
     return grid.channel_scale_O.float() / grid.amplifier
 
 
-def _is_silu(expert: nn.Module) -> bool:
+def _is_silu(expert: Expert) -> bool:
     """By what it does: there are several modules of that name."""
-    assert isinstance(expert, Expert)
     x = torch.linspace(-4, 4, 9)
     return torch.allclose(expert.act(x), nn.functional.silu(x))
