@@ -1,6 +1,7 @@
 """W4A8 linear layers as torch custom ops, for layers packed once (kernels/layout.py) on a Hopper GPU.
 
-They work under torch.compile and in CUDA graphs, on any stream, and validate what they are given.
+They work under torch.compile and in CUDA graphs, on any stream, and validate what they are given. On a CPU they run in
+plain torch (`kernels.plain`), to compare with.
 
 Shape legend: T tokens, I inputs, O outputs, S slabs of 64 outputs, B blocks of 128 inputs.
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError
+from finescale.kernels import plain
 from finescale.kernels.hopper import gemm, quantize
 from finescale.kernels.layout import BLOCK, SLAB, TOKEN_SLAB, packed_tokens_shape
 
@@ -162,6 +164,10 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return x_scale_T.new_empty(x_scale_T.shape[0], outputs, dtype=out_dtype)
+
+
+quantize_tokens.register_kernel("cpu")(plain.quantize_tokens)
+w4a8_product.register_kernel("cpu")(plain.w4a8_product)
 
 
 def w4a8_linear(

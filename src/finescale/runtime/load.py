@@ -21,6 +21,7 @@ from finescale.models.skeleton import fill_buffers, fill_parameters, possible_na
 from finescale.runtime.attention import quantize_kv_cache
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.experts import PackedMixture, install_mixtures
+from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.packed import PackedLinear
@@ -49,6 +50,7 @@ def load(
     path: LoadPath = "float",
     cache: bool = True,
     rounding: Rounding = "finescale",
+    fuse: bool = True,
 ) -> PreTrainedModel:
     """A transformers model of a folder, hub name or GGUF file, with quantized layers where the checkpoint has them.
 
@@ -62,6 +64,7 @@ def load(
         cache: keep dequantized weights (only for ``float``).
         rounding: of the inputs of W4A8 layers; the others show what other engines make of the file:
             ``compressed-tensors`` what transformers does, ``none`` what engines do that run it as W4A16.
+        fuse: where the fused kernels run the layers, also fuse the decoder around them (`finescale.runtime.fused`).
 
     Raises:
         InputError, CheckpointError, NumericsError: a checkpoint that is missing, damaged or fails its proof.
@@ -76,6 +79,8 @@ def load(
     _fill_rest(skeleton, target, dtype)
     loaded = skeleton.model
     loaded.config.use_cache = True
+    if fuse:
+        fuse_on_kernels(loaded)
     if (source.path / "generation_config.json").is_file():
         loaded.generation_config = GenerationConfig.from_pretrained(source.path)
     return loaded

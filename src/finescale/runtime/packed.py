@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, layer_facts
-from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
+from finescale.kernels.layout import LARGEST_FOLDED_SCALE, SLAB, pack_weight
 from finescale.kernels.linear import w4a8_linear
+
+ELEMENTS_AT_ONCE = 2**21
 
 
 class PackedLinear(nn.Module):
@@ -42,9 +44,13 @@ class PackedLinear(nn.Module):
         self.amplifier = weight.grid.amplifier
         self.scheme = weight.grid.scheme
         self.out_features, self.in_features = weight.codes_OI.shape
-        integer_scale_OG = weight.grid.integer_scale_OG().to(device)
+        integer_scale_OG = weight.grid.integer_scale_OG()
         self.folded = int(integer_scale_OG.abs().max()) <= LARGEST_FOLDED_SCALE
-        packed = pack_weight(weight.codes_OI.to(device), integer_scale_OG, self.scheme.group_size)
+        # In parts, so that loading a model takes little more memory on the GPU than the model itself.
+        rows = max(SLAB, ELEMENTS_AT_ONCE // max(self.in_features, 1) // SLAB * SLAB)
+        parts = zip(weight.codes_OI.split(rows), integer_scale_OG.split(rows), strict=True)
+        size = self.scheme.group_size
+        packed = torch.cat([pack_weight(codes.to(device), scale.to(device), size) for codes, scale in parts])
         self.register_buffer("packed", packed, persistent=False)
         own_O = weight.grid.channel_scale_O
         own_O = None if own_O is None else own_O.to(device, torch.float32)

@@ -24,6 +24,7 @@ from finescale.models import Skeleton, find_family
 from finescale.models.experts import unfuse_experts
 from finescale.models.skeleton import find_blocks, possible_names
 from finescale.runtime.checkpoint import open_quantized
+from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.load import install_quantized, quantized_places, usable_device
 
 METHOD = "finescale"
@@ -75,6 +76,7 @@ class FinescaleQuantizer(HfQuantizer):
         quantized = open_quantized(skeleton.source.path)
         device = self._device or next(model.parameters()).device
         install_quantized(skeleton, quantized, device, model.dtype, "kernel", False, "finescale")
+        fuse_on_kernels(model)
         return model
 
     def is_serializable(self) -> bool:

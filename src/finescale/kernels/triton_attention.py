@@ -1,0 +1,279 @@
+"""Attention between the products of a decoder block on a GPU: rotary embedding, cache and softmax in one kernel each.
+
+`rotate` takes what the query, key and value product gave, rotates queries and keys (after a norm of each head, where
+the family has one) and puts keys and values into the cache: one kernel for any number of tokens. `attend` does the same
+for one token a sequence and attends to the cache at once. The keys of a sequence are shared out over several programs
+(flash decoding); the last of them to finish adds their parts up.
+
+Every rounding is that of the plain modules: products, sums and norms in the type of the inputs.
+
+Shape legend: B sequences, T tokens, C channels of all heads, H heads of queries, K heads of keys and values, D channels
+of a head, S slots of a cache, R rows of a tile (heads), N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HEADS_OF_TILE = 8
+KEYS_OF_TILE = 64
+PROGRAMS = 528
+"""Programs wanted of one launch: four for each multiprocessor of an H100."""
+
+# Triton reads the signatures below: annotations other than its own are errors there.
+
+
+@triton.jit
+def _normed(x, partner, gain, gain_partner, epsilon, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RMS norm of rows, as the modules of transformers round it; ``partner`` holds the same rows in another order."""
+    kind = x.dtype
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(x.to(tl.float32) * x.to(tl.float32), 1) / width + epsilon)
+    normed = (x.to(tl.float32) * inverse[:, None]).to(kind)
+    normed_partner = (partner.to(tl.float32) * inverse[:, None]).to(kind)
+    return (
+        (normed.to(tl.float32) * gain.to(tl.float32)[None, :]).to(kind),
+        (normed_partner.to(tl.float32) * gain_partner.to(tl.float32)[None, :]).to(kind),
+    )
+
+
+@triton.jit
+def _rotated(x, partner, cos, sin, first_half):  # type: ignore[no-untyped-def]
+    """x * cos + rotate_half(x) * sin, each step in the type of x; ``partner`` is x with its halves exchanged."""
+    kind = x.dtype
+    straight = (x.to(tl.float32) * cos.to(tl.float32)[None, :]).to(kind)
+    turned = partner.to(tl.float32)
+    turned = tl.where(first_half[None, :], -turned, turned)
+    crossed = (turned * sin.to(tl.float32)[None, :]).to(kind)
+    return (straight.to(tl.float32) + crossed.to(tl.float32)).to(kind)
+
+
+@triton.jit
+def _rotate_kernel(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, q_gain, k_gain, keys, values, slot, query,
+    tokens, capacity, table_stride, epsilon,
+    heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,
+    normed: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // tokens, row % tokens
+    head_R = tl.program_id(1) * tile + tl.arange(0, tile)
+    d_D = tl.arange(0, width)
+    partner_D = tl.where(d_D < width // 2, d_D + width // 2, d_D - width // 2)
+    live_RD = (head_R < heads + 2 * kv_heads)[:, None] & (d_D >= 0)[None, :]
+    source = qkv + row * (heads + 2 * kv_heads) * width + head_R[:, None] * width
+    x_RD = tl.load(source + d_D[None, :], mask=live_RD, other=0.0)
+    partner_RD = tl.load(source + partner_D[None, :], mask=live_RD, other=0.0)
+    plain_RD = x_RD
+    is_query_R, is_value_R = head_R < heads, head_R >= heads + kv_heads
+    if normed:
+        q_RD, q_partner_RD = _normed(
+            x_RD, partner_RD, tl.load(q_gain + d_D), tl.load(q_gain + partner_D), epsilon, width
+        )
+        k_RD, k_partner_RD = _normed(
+            x_RD, partner_RD, tl.load(k_gain + d_D), tl.load(k_gain + partner_D), epsilon, width
+        )
+        x_RD = tl.where(is_query_R[:, None], q_RD, k_RD)
+        partner_RD = tl.where(is_query_R[:, None], q_partner_RD, k_partner_RD)
+    table = b * table_stride + t * width
+    x_RD = _rotated(x_RD, partner_RD, tl.load(cos + table + d_D), tl.load(sin + table + d_D), d_D < width // 2)
+    out_RD = query + row * heads * width + head_R[:, None] * width + d_D[None, :]
+    tl.store(out_RD, x_RD, mask=live_RD & is_query_R[:, None])
+    place = tl.load(slot) + t
+    fits_RD = live_RD & (place < capacity)
+    key_head_R = head_R - heads
+    target = ((b * kv_heads + key_head_R[:, None]) * capacity + place) * width + d_D[None, :]
+    tl.store(keys + target, x_RD, mask=fits_RD & (~is_query_R & ~is_value_R)[:, None])
+    target = ((b * kv_heads + key_head_R[:, None] - kv_heads) * capacity + place) * width + d_D[None, :]
+    tl.store(values + target, plain_RD, mask=fits_RD & is_value_R[:, None])
+
+
+@triton.jit
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    qkv, cos, sin, q_gain, k_gain, keys, values, slot, valid, out, partial, counters,
+    capacity, table_stride, scaling, epsilon,
+    kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
+    splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    b, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kind = qkv.dtype.element_ty
+    length = tl.load(slot).to(tl.int32)
+    chunk = tl.cdiv(tl.cdiv(length, splits), block) * block
+    active = tl.maximum(tl.cdiv(length, tl.maximum(chunk, 1)), 1)
+    if split < active:
+        start = split * chunk
+        end = tl.minimum(start + chunk, length)
+        d_D, r_R, n_N = tl.arange(0, width), tl.arange(0, rows), tl.arange(0, block)
+        partner_D = tl.where(d_D < width // 2, d_D + width // 2, d_D - width // 2)
+        first_half_D = d_D < width // 2
+        cos_D, sin_D = tl.load(cos + b * table_stride + d_D), tl.load(sin + b * table_stride + d_D)
+        live_RD = (r_R < group)[:, None] & (d_D >= 0)[None, :]
+        token = qkv + b * (kv_heads * (group + 2)) * width
+        source = token + (h * group + r_R)[:, None] * width
+        q_RD = tl.load(source + d_D[None, :], mask=live_RD, other=0.0)
+        partner_RD = tl.load(source + partner_D[None, :], mask=live_RD, other=0.0)
+        # The key of the token itself, as a tile of one row.
+        one_1 = tl.arange(0, 1)
+        source = token + (kv_heads * group + h + one_1)[:, None] * width
+        k_1D, k_partner_1D = tl.load(source + d_D[None, :]), tl.load(source + partner_D[None, :])
+        if normed:
+            q_RD, partner_RD = _normed(
+                q_RD, partner_RD, tl.load(q_gain + d_D), tl.load(q_gain + partner_D), epsilon, width
+            )
+            k_1D, k_partner_1D = _normed(
+                k_1D, k_partner_1D, tl.load(k_gain + d_D), tl.load(k_gain + partner_D), epsilon, width
+            )
+        q_RD = _rotated(q_RD, partner_RD, cos_D, sin_D, first_half_D)
+        k_1D = _rotated(k_1D, k_partner_1D, cos_D, sin_D, first_half_D)
+        v_D = tl.load(token + (kv_heads * (group + 1) + h) * width + d_D)
+
+        largest_R = tl.full((rows,), float("-inf"), dtype=tl.float32)
+        sum_R = tl.zeros((rows,), dtype=tl.float32)
+        acc_RD = tl.zeros((rows, width), dtype=tl.float32)
+        cache = (b * kv_heads + h) * capacity
+        if split == 0:
+            fits_1D = ((one_1 < 1) & (length < capacity))[:, None] & (d_D >= 0)[None, :]
+            tl.store(keys + (cache + length) * width + one_1[:, None] + d_D[None, :], k_1D, mask=fits_1D)
+            tl.store(values + (cache + length) * width + d_D, v_D, mask=(d_D >= 0) & (length < capacity))
+            largest_R = tl.sum(q_RD.to(tl.float32) * k_1D.to(tl.float32), 1) * scaling
+            sum_R += 1.0
+            acc_RD += v_D.to(tl.float32)[None, :]
+            # A token without a place makes itself known instead of going missing.
+            acc_RD += tl.where(length < capacity, 0.0, float("nan"))
+        for first in range(start, end, block):
+            key_N = first + n_N
+            inside_N = key_N < end
+            k_DN = tl.load(keys + (cache + key_N)[None, :] * width + d_D[:, None], mask=inside_N[None, :], other=0.0)
+            score_RN = tl.dot(q_RD, k_DN, input_precision="ieee") * scaling
+            if masked:
+                inside_N = inside_N & (tl.load(valid + b * capacity + key_N, mask=inside_N, other=0) != 0)
+            score_RN = tl.where(inside_N[None, :], score_RN, float("-inf"))
+            higher_R = tl.maximum(largest_R, tl.max(score_RN, 1))
+            # Until some key counts, the largest score is -inf, and -inf less -inf would be NaN.
+            base_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
+            weight_RN = tl.exp(score_RN - base_R[:, None])
+            shrink_R = tl.exp(largest_R - base_R)
+            sum_R = sum_R * shrink_R + tl.sum(weight_RN, 1)
+            v_ND = tl.load(values + (cache + key_N)[:, None] * width + d_D[None, :], mask=inside_N[:, None], other=0.0)
+            acc_RD = acc_RD * shrink_R[:, None]
+            acc_RD += tl.dot(weight_RN.to(kind), v_ND, input_precision="ieee")
+            largest_R = higher_R
+
+        target = out + (b * kv_heads + h) * group * width + r_R[:, None] * width + d_D[None, :]
+        if active == 1:
+            tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
+        else:
+            pair = (b * kv_heads + h) * splits
+            size: tl.constexpr = group * (width + 2)
+            part = partial + (pair + split) * size
+            tl.store(part + r_R[:, None] * width + d_D[None, :], acc_RD, mask=live_RD)
+            tl.store(part + group * width + r_R, largest_R, mask=r_R < group)
+            tl.store(part + group * width + group + r_R, sum_R, mask=r_R < group)
+            tl.debug_barrier()  # all parts of this program are written before it is counted
+            done = tl.atomic_add(counters + b * kv_heads + h, 1, sem="acq_rel", scope="gpu")
+            if done == active - 1:
+                tl.debug_barrier()
+                largest_R = tl.full((rows,), float("-inf"), dtype=tl.float32)
+                sum_R = tl.zeros((rows,), dtype=tl.float32)
+                acc_RD = tl.zeros((rows, width), dtype=tl.float32)
+                for other in range(active):
+                    part = partial + (pair + other) * size
+                    place = part + r_R[:, None] * width + d_D[None, :]
+                    other_RD = tl.load(place, mask=live_RD, other=0.0, cache_modifier=".cg")
+                    high_R = tl.load(
+                        part + group * width + r_R, mask=r_R < group, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    other_sum_R = tl.load(
+                        part + group * width + group + r_R, mask=r_R < group, other=0.0, cache_modifier=".cg"
+                    )
+                    higher_R = tl.maximum(largest_R, high_R)
+                    base_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
+                    mine_R, theirs_R = tl.exp(largest_R - base_R), tl.exp(high_R - base_R)
+                    sum_R = sum_R * mine_R + other_sum_R * theirs_R
+                    acc_RD = acc_RD * mine_R[:, None] + other_RD * theirs_R[:, None]
+                    largest_R = higher_R
+                tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
+                tl.store(counters + b * kv_heads + h, 0)
+
+
+def _power_of_two(width: int) -> bool:
+    return width >= 16 and width & (width - 1) == 0
+
+
+def supports(width: int) -> bool:
+    """Whether heads of so many channels have these kernels."""
+    return _power_of_two(width)
+
+
+def _overlapping(device: torch.device) -> dict[str, bool]:
+    """Programmatic dependent launch, where the GPU has it: the kernel starts while the one before it ends."""
+    overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"overlap": overlap, "launch_pdl": True} if overlap else {"overlap": False}
+
+
+def rotate(
+    qkv_BTC: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
+    heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor,
+) -> Tensor:  # fmt: skip
+    """See ``kernels.attention.rotate_heads``."""
+    batch, tokens, _ = qkv_BTC.shape
+    width = keys_BKSD.shape[3]
+    query_BTHD = qkv_BTC.new_empty(batch, tokens, heads, width)
+    if batch * tokens == 0:
+        return query_BTHD
+    grid = (batch * tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_OF_TILE))
+    _rotate_kernel[grid](
+        qkv_BTC, cos_BTD, sin_BTD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, query_BTHD,
+        tokens, keys_BKSD.shape[2], cos_BTD.stride(0) if cos_BTD.shape[0] > 1 else 0, epsilon,
+        heads=heads, kv_heads=kv_heads, width=width, tile=HEADS_OF_TILE, normed=q_gain_D is not None,
+        num_warps=4, **_overlapping(qkv_BTC.device),
+    )  # fmt: skip
+    return query_BTHD
+
+
+_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device, parts: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """Room for parts of sums, and counters that the kernel leaves at zero; one for each stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _scratch.get((device, stream))
+    if found is None or found[0].numel() < parts or found[1].numel() < pairs:
+        parts, pairs = max(parts, 2**20), max(pairs, 2**14)
+        found = (
+            torch.empty(parts, dtype=torch.float32, device=device),
+            torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+        _scratch[device, stream] = found
+    return found
+
+
+def attend(
+    qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
+    heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
+    scaling: float,
+) -> Tensor:  # fmt: skip
+    """See ``kernels.attention.attend_token``."""
+    batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
+    out_BC = qkv_BC.new_empty(batch, heads * width)
+    if batch == 0:
+        return out_BC
+    pairs, group = batch * kv_heads, heads // kv_heads
+    splits = max(1, min(triton.cdiv(PROGRAMS, pairs), triton.cdiv(capacity, KEYS_OF_TILE), 64))
+    partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
+    _attend_kernel[(batch, kv_heads, splits)](
+        qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, valid_BS, out_BC, partial, counters,
+        capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
+        kv_heads=kv_heads, group=group, rows=max(16, triton.next_power_of_2(group)), width=width, block=KEYS_OF_TILE,
+        splits=splits, normed=q_gain_D is not None, masked=valid_BS is not None,
+        num_warps=4, num_stages=2, **_overlapping(qkv_BC.device),
+    )  # fmt: skip
+    return out_BC
