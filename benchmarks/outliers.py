@@ -1,6 +1,6 @@
 """Perplexity with and without outliers at 3 bits, one row per model as in the README of QuantEase.
 
-    python benchmarks/outliers.py --data ../shared --json benchmarks/results/outliers.json
+    python benchmarks/outliers.py --data ../shared --json benchmarks/results/outliers-zoo.json
 
 The small trained models of ``--data`` (models/zoo), calibrated on the second half of data/books/books_valid.txt and
 evaluated on windows of its first half. Columns: the original; QuantEase per channel on the min/max grid as published,
@@ -16,15 +16,18 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from finescale.api import evaluate, quantize
+from finescale.api import evaluate, load, quantize
 from finescale.bench.machine import machine_facts
 from finescale.cli.common import quiet_libraries
+from finescale.evaluate import Evaluation
 from finescale.formats.source import open_checkpoint
 
 FAMILIES = ("llama", "opt", "bloom", "falcon")
@@ -42,13 +45,30 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
 SAME_SIZE = "unstructured of spqr's size"
 
 
-def run(model: Path, recipe: str, settings: tuple[str, ...], texts: dict[str, str], windows: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Texts:
+    """What models are calibrated and evaluated on, and where."""
+
+    calibration: str
+    evaluation: str
+    windows: int
+    device: str
+
+
+def perplexity(folder: Path, texts: Texts) -> Evaluation:
+    """Of a model, original or quantized, in float32."""
+    model = load(folder, device=texts.device, dtype=torch.float32)
+    return evaluate(model, texts.evaluation, windows=texts.windows, length=512, tokenizer_from=folder)
+
+
+def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts) -> dict[str, Any]:
     """Quantize and evaluate; perplexity, stored bits per weight and the layers' mean relative error."""
     with tempfile.TemporaryDirectory() as folder:
         common = ("calibration.samples=48", "calibration.length=256")
         settings = (*settings, *common)
-        report = quantize(model, recipe, out=Path(folder) / "q", calibration=texts["calibration"], settings=settings)
-        found = evaluate(Path(folder) / "q", texts["evaluation"], windows=windows, length=512)
+        out = Path(folder) / "q"
+        report = quantize(model, recipe, out=out, calibration=texts.calibration, settings=settings, device=texts.device)
+        found = perplexity(out, texts)
     errors = [layer["relative_error"] for layer in report["layers"]]
     return {
         "recipe": recipe,
@@ -70,11 +90,11 @@ def share_of_size(model: Path, target: float) -> float:
     return (target - 3 - 51 / (1.33 * width)) / 32
 
 
-def fit_size(model: Path, target: float, texts: dict[str, str], windows: int) -> dict[str, Any]:
+def fit_size(model: Path, target: float, texts: Texts) -> dict[str, Any]:
     """QuantEase with unstructured outliers at no more than ``target`` bits per weight, and at most 0.5 % less."""
     share = share_of_size(model, target)
     for _ in range(4):
-        row = run(model, "quantease-outliers", (BITS, f"solver.outliers={share:.6f}"), texts, windows)
+        row = run(model, "quantease-outliers", (BITS, f"solver.outliers={share:.6f}"), texts)
         if 0.995 * target <= row["bits_per_weight"] <= target:
             break
         share += (target * 0.999 - row["bits_per_weight"]) / 32
@@ -86,19 +106,19 @@ def way(rows: dict[str, Any], name: str, plain: str) -> float:
     return (math.log(rows[name]["perplexity"]) - original) / (math.log(rows[plain]["perplexity"]) - original)
 
 
-def compare(family: str, rows: dict[str, Any], data: Path, windows: int, texts: dict[str, str], save: Any) -> None:
+def compare(family: str, rows: dict[str, Any], data: Path, texts: Texts, save: Any) -> None:
     model = data / "models" / "zoo" / family
     if "original" not in rows:
-        found = evaluate(model, texts["evaluation"], windows=windows, length=512)
+        found = perplexity(model, texts)
         rows["original"] = {"perplexity": found.perplexity, "tokens": found.tokens, "bits_per_weight": 16.0}
         save()
     for name, (recipe, settings) in RUNS.items():
         if name not in rows:
-            rows[name] = run(model, recipe, settings, texts, windows)
+            rows[name] = run(model, recipe, settings, texts)
             save()
     best = min(("spqr", "spqr, damping 0.01"), key=lambda name: rows[name]["perplexity"])
     if SAME_SIZE not in rows:
-        rows[SAME_SIZE] = fit_size(model, rows[best]["bits_per_weight"], texts, windows)
+        rows[SAME_SIZE] = fit_size(model, rows[best]["bits_per_weight"], texts)
         save()
 
 
@@ -121,11 +141,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--windows", type=int, default=100)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/outliers.json"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/outliers-zoo.json"))
     arguments = parser.parse_args()
     quiet_libraries()
     result: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"models": {}}
     result |= {"benchmark": "outliers", "seed": 0, "machine": machine_facts(), "windows": arguments.windows}
+    result["device"] = arguments.device
 
     def save() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -133,14 +155,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         text = (arguments.data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
-        texts = {}
-        for name, part in (("evaluation", text[: len(text) // 2]), ("calibration", text[len(text) // 2 :])):
-            path = Path(folder) / f"{name}.txt"
-            path.write_text(part, encoding="utf-8")
-            texts[name] = str(path)
+        evaluation, calibration = Path(folder) / "evaluation.txt", Path(folder) / "calibration.txt"
+        evaluation.write_text(text[: len(text) // 2], encoding="utf-8")
+        calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
+        texts = Texts(str(calibration), str(evaluation), arguments.windows, arguments.device)
         for family in arguments.families.split(","):
             rows = result["models"].setdefault(family, {})
-            compare(family, rows, arguments.data, arguments.windows, texts, save)
+            compare(family, rows, arguments.data, texts, save)
     result["judgement"] = {family: judge(rows) for family, rows in result["models"].items()}
     save()
     show(result)

@@ -27,7 +27,7 @@ class BlockInputs:
     """Hidden states before the first block, one [B, T, I] per batch, and each block's other arguments.
 
     Attributes:
-        hidden: float tensors [B, T, I], one per batch, on the CPU.
+        hidden: float tensors [B, T, I], one per batch, all on one device.
         kwargs: by number of sequences in a batch, each block's arguments besides the hidden states.
     """
 
@@ -68,6 +68,7 @@ def capture_block_inputs(
     dtype: torch.dtype,
     hidden: MutableSequence[Tensor] | None = None,
     other_sizes: Sequence[int] = (),
+    kept: torch.device | None = None,
 ) -> BlockInputs:
     """Run the model's embedding over all batches and note what each block would be called with.
 
@@ -78,6 +79,7 @@ def capture_block_inputs(
         dtype: float type of the hidden states.
         hidden: where they go, empty; None for a new list.
         other_sizes: note the other arguments for batches of so many sequences too.
+        kept: where the hidden states are kept; None for the CPU.
     """
     hidden = [] if hidden is None else hidden
     fill_except_blocks(skeleton, device, dtype)
@@ -94,7 +96,7 @@ def capture_block_inputs(
             with torch.no_grad():
                 skeleton.model.base_model(input_ids=tokens_BT.to(device), use_cache=False)
             assert recorder.hidden is not None
-            hidden.append(recorder.hidden.to("cpu"))  # that of the extra batch is dropped below
+            hidden.append(recorder.hidden.to(kept or "cpu"))  # that of the extra batch is dropped below
             kwargs.setdefault(tokens_BT.shape[0], recorder.kwargs)
     finally:
         for block, original in zip(blocks, originals, strict=True):

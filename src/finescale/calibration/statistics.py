@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from finescale.errors import NumericsError
+from finescale.kernels.half import add_half_product_
 from finescale.ranks import ALONE, Ranks
+
+TOKENS_TOGETHER = 4096
+"""Tokens whose products are summed on tensor cores at a time."""
 
 
 @dataclass
@@ -29,9 +33,15 @@ class Moments:
     tokens: int = 0
 
     def add(self, x_TI: Tensor) -> None:
-        x_TI = x_TI.reshape(-1, x_TI.shape[-1]).float()
-        self.sum_II.addmm_(x_TI.T, x_TI)
+        x_TI = x_TI.reshape(-1, x_TI.shape[-1])
         self.tokens += x_TI.shape[0]
+        if x_TI.is_cuda and x_TI.dtype in (torch.float16, torch.bfloat16):
+            # Tensor cores cut sums off instead of rounding them: few tokens at a time.
+            for part_TI in x_TI.split(TOKENS_TOGETHER):
+                add_half_product_(self.sum_II, part_TI.T, part_TI)
+        else:
+            x_TI = x_TI.float()
+            self.sum_II.addmm_(x_TI.T, x_TI)
 
     def hessian(self) -> Tensor:
         """Mean of x x^T over the tokens, float32 [I, I]; zero when no token came."""

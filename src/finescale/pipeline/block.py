@@ -144,7 +144,7 @@ def propagate(
     arguments: Sequence[dict[str, Any]],
     device: torch.device,
 ) -> None:
-    """Replace the inputs of a block by its outputs, batch by batch, on the CPU.
+    """Replace the inputs of a block by its outputs, batch by batch, where they are kept.
 
     Args:
         block: as it will be in the result.
@@ -156,10 +156,11 @@ def propagate(
     Raises:
         NumericsError: NaN or Inf came out.
     """
+    kept = hidden[0].device if arguments else device
     for number, kwargs in enumerate(arguments):
         output = run_block(block, hidden[number].to(device), kwargs)
         if not bool(torch.isfinite(output).all()):
             raise NumericsError(
                 f"{name} puts out NaN or Inf on the calibration text; its weights or its dtype are unfit."
             )
-        hidden[number] = output.to("cpu")
+        hidden[number] = output.to(kept)

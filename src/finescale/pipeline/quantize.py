@@ -243,8 +243,24 @@ def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
         )
     hidden = SpilledTensors(journal.folder / f"activations-{job.ranks.rank}") if job.spill else []
     return capture_block_inputs(
-        job.skeleton, job.ranks.share(batches), job.device, job.compute_dtype, hidden, tuning_batches(job.recipe)
+        job.skeleton,
+        job.ranks.share(batches),
+        job.device,
+        job.compute_dtype,
+        hidden,
+        tuning_batches(job.recipe),
+        _where_kept(job),
     )
+
+
+def _where_kept(job: Job) -> torch.device:
+    """Where activations wait for the next block: on the GPU while they take an eighth of its free memory at most."""
+    cpu = torch.device("cpu")
+    if job.device.type != "cuda" or job.spill or job.recipe.tuning or job.recipe.transforms:
+        return cpu
+    tokens = job.calibration.tokens_BT.numel() // job.ranks.count
+    needed = tokens * job.skeleton.model.config.hidden_size * job.compute_dtype.itemsize
+    return job.device if needed * 8 <= torch.cuda.mem_get_info(job.device)[0] else cpu
 
 
 def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, Any]:

@@ -324,7 +324,7 @@ def _release(job: Job, block: nn.Module, hooks: Sequence[Any]) -> None:
 
 def _check_replay(entry: Entry, first_BTI: Tensor, index: int) -> None:
     """Outputs of a replayed block must be those of the first run: else the rest would differ from an unbroken run."""
-    digest = hashlib.sha256(first_BTI.float().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(first_BTI.float().cpu().numpy().tobytes()).hexdigest()
     if entry.setdefault("outputs", digest) != digest:
         raise CheckpointError(
             f"block {index} puts out other numbers than before the interruption (another machine or number of "

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from finescale.kernels.half import add_half_product_
+
 Kind = Literal["float32", "3xtf32", "3xfp16"]
 LARGEST_BATCH = 128
 """Columns that one kernel launch sweeps at most."""
@@ -132,7 +134,7 @@ class Products:
         if first == last:
             return
         if self.kind == "3xfp16":
-            _add_fp16_(beta_IO[first:last], self.parts[0][3 * start : 3 * end, first:last].T, changes)
+            add_half_product_(beta_IO[first:last], self.parts[0][3 * start : 3 * end, first:last].T, changes)
             return
         factors = [part_II[start:end, first:last].T for part_II in self.parts]
         if len(factors) == 1:
@@ -156,11 +158,3 @@ class Products:
                 part = self.changes_of(changes, start - first, end - first)
                 self.write_changes(part, change_CO[start - first : end - first])
             self.add_(beta_IO, changes, first, last, 0, self.columns)
-
-
-def _add_fp16_(sum_IO: Tensor, factor_IC: Tensor, changes_CO: Tensor) -> None:
-    """sum += factor changes, of float16 matrices in float32."""
-    if sum_IO.is_cuda:
-        torch.addmm(sum_IO, factor_IC, changes_CO, out_dtype=torch.float32, out=sum_IO)
-    else:  # the products of float16 numbers are exact in float32
-        sum_IO.addmm_(factor_IC.float(), changes_CO.float())

@@ -1,0 +1,34 @@
+"""Products of half-precision matrices summed in float32, on tensor cores of a GPU.
+
+The product of two float16 or bfloat16 numbers is exact in float32, so that nothing is lost but the rounding of sums.
+
+Shape legend: M rows, N columns, K depth.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def add_half_product_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """sum += left right, for float16 or bfloat16 factors and a float32 sum; anywhere, but fast on a GPU only."""
+    if not sum_MN.is_cuda:
+        sum_MN.addmm_(left_MK.float(), right_KN.float())
+    elif _adds_in_place(sum_MN.device, left_MK.dtype):
+        torch.addmm(sum_MN, left_MK, right_KN, out_dtype=torch.float32, out=sum_MN)
+    else:
+        sum_MN.add_(torch.mm(left_MK, right_KN, out_dtype=torch.float32))
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds half-precision products to a float32 matrix; some versions want one of half precision."""
+    factor, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return float(total[0, 0]) == 17.0
