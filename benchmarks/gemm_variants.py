@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,25 @@ import torch
 from finescale.bench.gemm import AMPLIFIER, GROUP, SHAPES, TOKENS, Layer, median_microseconds
 from finescale.bench.machine import machine_facts
 from finescale.kernels import layout
-from finescale.kernels.hopper.gemm import Variant, run, variants
+from finescale.kernels.hopper.gemm import Variant, capacity, run, variants
+from finescale.kernels.jit import compile_source, source_text
 from finescale.kernels.reference import grouped_int32_product
+
+COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster], equal to the exact product, stages]"
+
+
+def compile_all(tokens: tuple[int, ...], outs: tuple[int, ...] = (0,), groups: tuple[int, ...] = (1,)) -> None:
+    """Compile every variant for these numbers of tokens, side by side."""
+    found = {
+        (v.settings(), v.headers())
+        for count in tokens
+        for folded in (False, True)
+        for out in outs
+        for group in groups
+        for v in variants(count, group, folded, out)
+    }
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), found))
 
 
 def time_size(layer: Layer, count: int) -> dict[str, Any]:
@@ -49,27 +68,58 @@ def time_size(layer: Layer, count: int) -> dict[str, Any]:
     for variant in (v for folded in (False, True) for v in variants(count, 1, folded, 0)):
         equal = torch.equal(call(weights[0], variant), expected_TO)
         time = median_microseconds([lambda w=w, v=variant: call(w, v) for w in weights])  # type: ignore[misc]
-        settings = [variant.tokens, variant.warpgroups, 1, int(variant.folded), 0, variant.split]
+        settings = [variant.tokens, variant.warpgroups, 1, int(variant.folded), 0, variant.split, variant.cluster]
         timings.append([time, settings, equal, variant.depth])
     return {**row, "ours": sorted(timings)}
+
+
+def text_row(row: dict[str, Any], best: int = 3) -> str:
+    """The fastest variants of each form, with speed-ups over bfloat16."""
+    parts = [f"{row['K']:>6} {row['N']:>6} {row['M']:>5}  bf16 {row['bf16']:7.1f}"]
+    for folded in (0, 1):
+        found = [timing for timing in row["ours"] if timing[1][3] == folded][:best]
+        parts += [
+            f"{'folded' if folded else 'integer'} {t[0]:.1f} ({row['bf16'] / t[0]:.2f}) "
+            f"{t[1][0]}x{t[1][1]}{'s' if t[1][5] else ''}{t[1][6]}{'' if t[2] else ' WRONG'}"
+            for t in found
+        ]
+    wrong = [timing[1] for timing in row["ours"] if not timing[2]]
+    return "  ".join(parts) + (f"  NOT EXACT: {wrong}" if wrong else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--shape", action="append", help="INPUTSxOUTPUTS, may be repeated")
+    parser.add_argument("--tokens", help="numbers with commas")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no size is begun")
     options = parser.parse_args()
-    rows = []
-    for inputs, outputs in SHAPES:
+    shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
+    tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
+    start = time.monotonic()
+    compile_all(tokens)
+    print(f"compiled in {time.monotonic() - start:.0f} s; blocks at once by cluster: {capacity(0)}", flush=True)
+    rows: list[dict[str, Any]] = []
+    result = {
+        "machine": machine_facts(),
+        "command": " ".join(["python", *sys.argv]),
+        "columns": COLUMNS,
+        "group_size": GROUP,
+        "blocks_at_once": capacity(0),
+        "rows": rows,
+    }
+    for inputs, outputs in shapes:
         layer = Layer(inputs, outputs, torch.device("cuda", 0))
-        for count in TOKENS:
-            row = time_size(layer, count)
-            rows.append(row)
-            best = {folded: min((t for t in row["ours"] if t[1][3] == folded), default=None) for folded in (0, 1)}
-            print(
-                inputs, outputs, count, f"bf16 {row['bf16']:.1f}", *(f"{b[0]:.1f} {b[1]}" for b in best.values() if b)
-            )
-    command = " ".join(["python", *sys.argv])
-    options.json.write_text(json.dumps({"machine": machine_facts(), "command": command, "rows": rows}, indent=1) + "\n")
+        for count in tokens:
+            if time.monotonic() - start > options.budget:
+                break
+            rows.append(time_size(layer, count))
+            print(text_row(rows[-1]), flush=True)
+            lines = ",\n  ".join(json.dumps(row) for row in rows)
+            text = json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {lines}\n ]')
+            options.json.write_text(text + "\n")
+        del layer
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -72,6 +72,26 @@ def test_equals_the_exact_product(case, adversarial):
     assert torch.equal(out, expected.float() * x_scale[:, None] * own)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [(8, 1000, 1152, 128, False), (20, 520, 1024, 64, True), (64, 4096, 4096, 128, False), (200, 4096, 2048, 128, True),
+     (300, 6144, 1024, 128, True), (96, 3000, 1024, 32, False)],
+    ids=str,
+)  # fmt: skip
+def test_every_variant_equals_the_exact_product(case):
+    tokens, outputs, _, group_size, folded = case
+    x, codes, scale = make(*case, False)
+    packed, packed_x = layout.pack_weight(codes, scale, group_size), layout.pack_tokens(x)
+    x_scale, x_sum = torch.rand(tokens, device=x.device) + 0.5, x.sum(1, dtype=torch.int32)
+    expected = grouped_int32_product(x, codes, scale, group_size)
+    for variant in gemm.variants(tokens, layout.groups_in_block(group_size), folded, 3):
+        for _ in range(2):
+            sums = gemm.run(
+                packed_x, x_scale, x_sum, packed, tokens, outputs, 1, None, torch.int32, folded, variant
+            )  # fmt: skip
+            assert torch.equal(sums, expected), variant
+
+
 def test_no_tokens():
     x, codes, scale = make(0, 128, 256, 128, False, False)
     out = OPS.w4a8_product(

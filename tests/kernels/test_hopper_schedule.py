@@ -28,19 +28,23 @@ def units_of(shares, blocks):
     tokens=st.integers(1, 700),
     outputs=st.integers(1, 3000),
     blocks=st.integers(1, 40),
-    multiprocessors=st.sampled_from([1, 7, 114, 132]),
+    at_once=st.sampled_from([1, 7, 114, 132]),
+    cluster=st.sampled_from([1, 2, 4]),
     folded=st.booleans(),
     split=st.booleans(),
 )
-def test_every_unit_once(tokens, outputs, blocks, multiprocessors, folded, split):
+def test_every_unit_once(tokens, outputs, blocks, at_once, cluster, folded, split):
+    at_once = max(at_once // cluster, 1) * cluster
     for width, warpgroups in ((8, 3), (64, 1), (128, 2)):
-        variant = Variant(width, warpgroups, 1, folded, 0, split)
-        shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
-        assert shares.grid <= multiprocessors
+        variant = Variant(width, warpgroups, 1, folded, 0, split, cluster=cluster)
+        shares = schedule(variant, tokens, outputs, blocks, at_once)
+        assert shares.grid <= at_once and shares.grid % cluster == 0
         done = units_of(shares, blocks)
         assert set(done.values()) == {1} and len(done) == shares.tiles * blocks
         # A block holds one part at most, and every part has a block.
         assert (shares.tiles - shares.whole_tiles) * shares.splits <= shares.grid
+        # The blocks of a cluster share one tile.
+        assert cluster == 1 or shares.splits in (1, cluster)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -52,7 +56,7 @@ def test_variants_fit_the_chip(tokens, groups, folded):
     for variant in found:
         assert variant.shared_bytes <= SHARED_BYTES and variant.depth >= 4
         assert variant.tokens <= (256 if folded else 128)
-    assert choose(tokens, 4096, 32, groups, folded, 0, 132) in found
+    assert choose(tokens, 4096, 32, groups, folded, 0, ((1, 132), (2, 132), (4, 128))) in found
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 114, 132])
@@ -60,6 +64,8 @@ def test_variants_fit_the_chip(tokens, groups, folded):
 def test_the_sums_of_split_tiles_fit_the_one_workspace(tokens, multiprocessors):
     for outputs in range(64, 12000, 448):
         for variant in variants(tokens, 1, True, 0) + variants(tokens, 1, False, 0):
+            if variant.cluster > 1:  # these need none
+                continue
             shares = schedule(variant, tokens, outputs, 32, multiprocessors)
             slots = (shares.tiles - shares.whole_tiles) * variant.warpgroups
             assert slots * variant.tokens * 64 <= workspace_sums(multiprocessors)

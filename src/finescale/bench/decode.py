@@ -230,7 +230,7 @@ def compile_ahead(model: PreTrainedModel, counts: Iterable[int]) -> None:
     device = model.device
     if device.type != "cuda":
         return
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    capacity = gemm.capacity(device.index or 0)
     chosen = set()
     for product in {(type(p), p.packed.shape, p.folded, p.outputs): p for p in _packed_products(model)}.values():
         for count in counts:
@@ -239,7 +239,7 @@ def compile_ahead(model: PreTrainedModel, counts: Iterable[int]) -> None:
                 chosen.add(float_variant(count, product.outputs, blocks, model.dtype, device))
             else:
                 groups, out = (slab_bytes - 4096) // 128, gemm.OUT_TYPES[model.dtype]
-                size = (count, product.outputs, blocks, groups, product.folded, out, multiprocessors)
+                size = (count, product.outputs, blocks, groups, product.folded, out, capacity)
                 chosen.add(gemm.choose(*size))
     with ThreadPoolExecutor() as pool:
         texts = [source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen]

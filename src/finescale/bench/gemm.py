@@ -9,8 +9,6 @@ Run it alone, without the rest of finescale's dependencies: ``python -m finescal
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
 import json
 import statistics
 import sys
@@ -26,7 +24,7 @@ from torch import Tensor
 from finescale.bench.machine import machine_facts
 from finescale.errors import InputError
 from finescale.kernels import layout
-from finescale.kernels.hopper import gemm, quantize
+from finescale.kernels.hopper import gemm
 from finescale.kernels.jit import compile_source, source_text
 from finescale.kernels.reference import grouped_int32_product
 
@@ -94,8 +92,8 @@ def _ours(layer: Layer, x_TI: Tensor, folded: bool, float_scales: bool = False) 
     packed = layout.pack_weight(layer.codes_OI, scale_OG, GROUP)
     packed_x = layout.pack_tokens(x_TI)
     x_sum_T = x_TI.sum(1, dtype=torch.int32)
-    multiprocessors = torch.cuda.get_device_properties(layer.device).multi_processor_count
-    variant = gemm.choose(tokens, outputs, packed.shape[1], 1, folded, 0, multiprocessors)
+    capacity = gemm.capacity(layer.device.index)
+    variant = gemm.choose(tokens, outputs, packed.shape[1], 1, folded, 0, capacity)
     variant = replace(variant, float_scales=float_scales)
 
     def call(weight: Tensor) -> Tensor:
@@ -190,15 +188,14 @@ def bench_gemm(
         "group_size": GROUP,
         "seed": SEED,
         "rows": rows,
-        "quantizers": bench_quantizers(device),
     }
 
 
 def _compile_all(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], device: torch.device) -> None:
     """Compile every variant that will run, side by side."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    capacity = gemm.capacity(device.index)
     chosen = {
-        replace(gemm.choose(count, outputs, inputs // 128, 1, folded, 0, multiprocessors), float_scales=floats)
+        replace(gemm.choose(count, outputs, inputs // 128, 1, folded, 0, capacity), float_scales=floats)
         for inputs, outputs in shapes
         for count in tokens
         for folded, floats in ((False, False), (True, False), (False, True))
@@ -210,35 +207,6 @@ def _compile_all(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], d
                 chosen,
             )
         )
-
-
-def bench_quantizers(device: torch.device) -> list[dict[str, Any]]:
-    """Bytes a second of the fused activation quantizers, beside a plain copy of as many bytes."""
-    rows = []
-    for tokens, inputs in ((4096, 4096), (4096, 11008), (16384, 8192)):
-        for kind in ("plain", "rms", "layer", "silu", "rms+residual"):
-            width = 2 * inputs if kind == "silu" else inputs
-            count = max(3, CACHE_BYTES // (tokens * width * 2))
-            xs = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for _ in range(count)]
-            gain = torch.ones(inputs, device=device, dtype=torch.bfloat16) if kind[0] in "rl" else None
-            residual = torch.zeros(tokens, inputs, device=device, dtype=torch.bfloat16) if "+" in kind else None
-            name = kind.partition("+")[0]
-            calls = [functools.partial(quantize.run, x, name, residual, gain, None, 1e-5) for x in xs]
-            time = median_microseconds(calls)
-            moved = tokens * (2 * width + inputs + (4 * inputs if residual is not None else 0))
-            buffers = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(count + 1)]
-            copy = median_microseconds([functools.partial(a.copy_, b) for a, b in itertools.pairwise(buffers)])
-            rows.append(
-                {
-                    "kind": kind,
-                    "tokens": tokens,
-                    "inputs": inputs,
-                    "microseconds": time,
-                    "terabytes_per_second": moved / time / 1e6,
-                    "copy_terabytes_per_second": moved / copy / 1e6,
-                }
-            )
-    return rows
 
 
 def text_row(row: dict[str, Any]) -> str:
@@ -260,9 +228,6 @@ def main() -> None:
     shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     result = bench_gemm(shapes, tokens, not options.no_peers, lambda row: print(text_row(row), flush=True))
-    for row in result["quantizers"]:
-        share = row["terabytes_per_second"] / row["copy_terabytes_per_second"]
-        print(f"quantize {row['kind']:>12} {row['tokens']:>6} x {row['inputs']:>6}  {share:.0%} of a copy")
     result["command"] = " ".join(["python -m finescale.bench.gemm", *sys.argv[1:]])
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -43,8 +43,8 @@ class FloatScaleProduct(PackedProduct):
 
 def float_variant(tokens: int, outputs: int, blocks: int, dtype: torch.dtype, device: torch.device) -> gemm.Variant:
     """The kernel of ``FloatScaleProduct``: what integer scales would take, with float ones."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    chosen = gemm.choose(tokens, outputs, blocks, 1, False, gemm.OUT_TYPES[dtype], multiprocessors)
+    capacity = gemm.capacity(device.index or 0)
+    chosen = gemm.choose(tokens, outputs, blocks, 1, False, gemm.OUT_TYPES[dtype], capacity)
     return replace(chosen, float_scales=True)
 
 

@@ -5,13 +5,13 @@
 // Weights are the 64-row side of wgmma and go from shared memory through registers; tokens are its wide side. A block has
 // one copying warp and WARPGROUPS computing warpgroups, each of 64 channels. A unit of work is 128 inputs of a tile of
 // 64 * WARPGROUPS channels by TOKENS tokens. Blocks stay for the whole call. The tiles that would not fill a last wave
-// are split along the inputs, so that every block has something to do: their int32 partial sums are added up exactly in a
-// workspace, and whoever comes last writes the result.
+// are split along the inputs, so that every block has something to do: their int32 partial sums are added up exactly,
+// through the shared memory of a cluster of blocks, or in a workspace, where whoever comes last writes the result.
 //
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
-// sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), GROUPED
-// (many weights, one an expert, and rows sorted by expert; grouped.cuh).
+// sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
+// (blocks that share split tiles), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -72,20 +72,31 @@ struct Computer {
         remaining--;
     }
 
-    __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2]) {
-        write_tile(a, total, facts, place, part.group, thread, buffer);
+    __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2], int first = 0, int last = TOKENS) {
+        write_tile(a, total, facts, place, part.group, thread, buffer, first, last);
     }
 
     __device__ __forceinline__ bool inside() { return (place.channel_slab + part.group) * 64 < a.channels; }
 
-    __device__ __forceinline__ void finish_tile(const Sum (&total)[TOKENS / 2]) {
-        if (!inside()) return;
-        if (work.tile >= schedule.whole_tiles) part.add(total, thread);
-        else write(total);
+    __device__ __forceinline__ void finish_tile(Sum (&total)[TOKENS / 2]) {
+        int first = 0, last = TOKENS;
+#if CLUSTER > 1
+        if (work.tile >= schedule.whole_tiles) {
+            add_cluster(total, x_base, place.token_end - place.token0, part.group, thread);
+            first = static_cast<int>(blockIdx.x) % CLUSTER * SHARE, last = first + SHARE;
+        }
+#else
+        if (work.tile >= schedule.whole_tiles) {
+            if (inside()) part.add(total, thread);
+            return;
+        }
+#endif
+        if (inside()) write(total, first, last);
     }
 
     // Writes the split tile, if this block's part came last.
     __device__ __forceinline__ void finish_part(Sum (&total)[TOKENS / 2]) {
+        if (CLUSTER > 1) return;
         Schedule again(a);
         if (!again.has_part) return;
         again.next(work);
@@ -131,6 +142,7 @@ struct Computer {
             wgmma_wait<0>();
             release();
             finish_tile(total);
+            if (remaining == 0) return;
             next_tile();
             issue(total, next, ahead.stage, true);
         }
@@ -233,8 +245,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         int served = thread / 32 - 1;
         Schedule schedule(a);
         Work work;
-        if (thread % 32 == 0 && served >= 0 && served < WARPGROUPS && schedule.has_part && schedule.next(work) &&
-            (find_place(a, work.tile).channel_slab + served) * 64 < a.channels) {
+        if (CLUSTER == 1 && thread % 32 == 0 && served >= 0 && served < WARPGROUPS && schedule.has_part &&
+            schedule.next(work) && (find_place(a, work.tile).channel_slab + served) * 64 < a.channels) {
             wait_for_previous_kernel();
             Part(a, parts, served).count();
         }

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from finescale.kernels.hopper.wgmma import wgmma_header
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import launch
+from finescale.kernels.launch import blocks_at_once, launch
 
 SHARED_BYTES = 227 * 1024
+CLUSTERS = (1, 2, 4)
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3}
 
 
@@ -34,6 +35,8 @@ class Variant:
         stages: units in flight, 0 for the usual number.
         float_scales: bfloat16 scales and float32 sums, to compare with; never folded.
         experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
+        cluster: blocks that share a split tile and add up its sums through their shared memory; with 1, a tile is
+            split as often as it takes, and sums are added up in device memory.
     """
 
     tokens: int
@@ -45,6 +48,7 @@ class Variant:
     stages: int = 0
     float_scales: bool = False
     experts: int = 0
+    cluster: int = 1
 
     @property
     def unit_bytes(self) -> int:
@@ -80,6 +84,7 @@ class Variant:
             ("OUT", self.out),
             ("GROUPED", int(self.experts > 0)),
             ("EXPERTS", self.experts),
+            ("CLUSTER", self.cluster),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -106,15 +111,24 @@ class Schedule:
     splits: int
 
 
-def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, multiprocessors: int) -> Schedule:
-    """How ``variant`` shares out a product of ``tokens`` by ``outputs`` over ``blocks`` times 128 inputs."""
+Capacity = tuple[tuple[int, int], ...]
+"""Pairs of a cluster's size and the blocks that fit on the GPU at once in such clusters."""
+
+
+def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, at_once: int) -> Schedule:
+    """How ``variant`` shares out a product of ``tokens`` by ``outputs`` over ``blocks`` times 128 inputs.
+
+    ``at_once`` blocks fit on the GPU in clusters of the variant's size.
+    """
     token_tiles = -(-tokens // variant.tokens)
     tiles = -(-outputs // (64 * variant.warpgroups)) * token_tiles
-    left = tiles % multiprocessors
-    splits = min(blocks, multiprocessors // left) if left and variant.split else 1
-    if splits == 1:
-        return Schedule(min(tiles, multiprocessors), token_tiles, tiles, tiles, 1)
-    return Schedule(max(left * splits, min(tiles - left, multiprocessors)), token_tiles, tiles, tiles - left, splits)
+    left = tiles % at_once
+    splits = min(blocks, at_once // left) if left and variant.split else 1
+    if variant.cluster > 1:
+        splits = variant.cluster if splits >= variant.cluster else 1
+    whole = tiles if splits == 1 else tiles - left
+    grid = max((tiles - whole) * splits, min(whole, at_once))
+    return Schedule(-(-grid // variant.cluster) * variant.cluster, token_tiles, tiles, whole, splits)
 
 
 class Arguments(ctypes.Structure):
@@ -133,6 +147,12 @@ class Arguments(ctypes.Structure):
 @functools.cache
 def multiprocessors_of(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capacity(device: int) -> Capacity:
+    """Of a CUDA device, for every size of clusters that variants have."""
+    return tuple((cluster, blocks_at_once(device, cluster)) for cluster in CLUSTERS)
 
 
 _workspaces: dict[tuple[int, int], Tensor] = {}
@@ -167,22 +187,23 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
     if tokens > 64:
         widths += [256] if folded and tokens > 128 else [] if folded else [64]
     return [
-        Variant(width, warpgroups, groups, folded, out, split)
+        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster)
         for width in widths
         for warpgroups in (1, 2, 3)
-        for split in (True, False)
+        for split, cluster in ((True, 1), (False, 1), (True, 2), (True, 4))
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
+        if not (width == 256 and cluster == groups == 4)
     ]
 
 
-def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: int, multiprocessors: int) -> float:
+def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: int, at_once: int) -> float:
     """Time of a product on an H100, good enough to rank variants.
 
     Fitted to 620 timings of five layer shapes and 13 numbers of tokens (benchmarks/results/gemm-variants-h100.json):
     following it costs 1 % over always taking the fastest variant, 13 % at worst.
     """
     clock = 1700.0  # cycles a microsecond
-    shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
+    shares = schedule(variant, tokens, outputs, blocks, at_once)
     split_tiles = shares.tiles - shares.whole_tiles
     units = -(-shares.whole_tiles // shares.grid) * blocks + (-(-blocks // shares.splits) if split_tiles else 0)
     weight_bytes = variant.warpgroups * (4096 + 128 * variant.groups)
@@ -192,20 +213,23 @@ def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: 
     from_cache = (variant.tokens * 128 + weight_bytes) / 39.1
     from_memory = units * weight_bytes / 24.7
     compute = units * max(cycles, from_cache)
-    sums = (
-        0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6 if split_tiles else 0.0
-    )
+    sums = 0.0
+    if split_tiles and variant.cluster > 1:
+        sums = 1.0
+    elif split_tiles:
+        sums = 0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6
     return 1.5 + max(compute, from_memory) / clock + sums
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
-    tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int, multiprocessors: int
-) -> Variant:
+def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int, capacity: Capacity) -> Variant:
     """The variant predicted to be fastest for a size."""
+    at_once = dict(capacity)
     return min(
-        variants(tokens, groups, folded, out),
-        key=lambda variant: predicted_microseconds(variant, tokens, outputs, blocks, multiprocessors),
+        (
+            variant for variant in variants(tokens, groups, folded, out) if variant.cluster == 1
+        ),  # others: to be measured
+        key=lambda variant: predicted_microseconds(variant, tokens, outputs, blocks, at_once[variant.cluster]),
     )
 
 
@@ -233,9 +257,9 @@ def run(
     out_TO = torch.empty(tokens, outputs, dtype=out_dtype, device=device)
     if tokens == 0 or outputs == 0:
         return out_TO
-    multiprocessors = multiprocessors_of(device.index)
-    variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors)
-    shares = schedule(variant, tokens, outputs, blocks, multiprocessors)
+    fitting = capacity(device.index)
+    variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], fitting)
+    shares = schedule(variant, tokens, outputs, blocks, dict(fitting)[variant.cluster])
     workspace = zeros_of(device)
     function = load_kernel(
         "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
@@ -262,5 +286,5 @@ def run(
         None,
     )
     threads = variant.warpgroups * 128 + 128
-    launch(function, shares.grid, threads, variant.shared_bytes, arguments, device)
+    launch(function, shares.grid, threads, variant.shared_bytes, arguments, device, variant.cluster)
     return out_TO

@@ -52,11 +52,33 @@ __device__ __forceinline__ Value reduce(Value value, Operator combine, Value* sc
 }
 
 // Eight codes of a row, from input `first` on.
-__device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, const u32 (&words)[2]) {
+__device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, uint2 codes) {
     int slot = static_cast<int>(row % 8);
     long long block = static_cast<long long>(first / 128) * a.slabs + row / 8;
     u8* target = a.codes + block * 1024 + slot * 128 + ((first % 128 / 16) ^ slot) * 16 + first % 16;
-    *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+    *reinterpret_cast<uint2*>(target) = codes;
+}
+
+// Codes of 8 values, round(value / scale), in order of their bytes. Dividing is slow, so the quotient is first taken by
+// the reciprocal, wrong by a few parts in 10^7; where that might round to another integer, or is no number, it is divided.
+__device__ __forceinline__ uint2 codes8(const float (&x)[8], float scale, float reciprocal) {
+    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    u32 bits[8];
+    bool sure = true;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float quotient = x[i] * reciprocal, shifted = __fadd_rn(quotient, SHIFT);
+        sure &= fabsf(__fsub_rn(quotient, __fsub_rn(shifted, SHIFT))) < 0.4999f;
+        bits[i] = __float_as_uint(shifted);
+    }
+    if (!sure) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) bits[i] = max(-127, min(127, __float2int_rn(__fdiv_rn(x[i], scale))));
+    }
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = __byte_perm(bits[2 * i], bits[2 * i + 1], 0x0040);
+    return make_uint2(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
@@ -136,26 +158,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
     float scale = largest ? __fdiv_rn(__uint_as_float(largest), 127.0f) : 1.0f;
     if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
 
+    float reciprocal = __fdiv_rn(1.0f, scale);
     int sum = 0;
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         int first = (p * THREADS + threadIdx.x) * 8;
-        u32 words[2] = {0, 0};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int code = __float2int_rn(__fdiv_rn(x[p][i], scale));
-            code = max(-127, min(127, code));
-            sum += code;
-            words[i / 4] |= (code & 0xFF) << (8 * (i % 4));
-        }
+        uint2 codes = codes8(x[p], scale, reciprocal);
+        sum = __dp4a(static_cast<int>(codes.x), 0x01010101, __dp4a(static_cast<int>(codes.y), 0x01010101, sum));
         if (first >= (a.inputs + 127) / 128 * 128) continue;
 #if ROUTED == 1
         for (int c = 0; c < a.choices; c++) {
             int target = a.position[token * a.choices + c];
-            if (target >= 0) store_codes(a, target, first, words);
+            if (target >= 0) store_codes(a, target, first, codes);
         }
 #else
-        store_codes(a, token, first, words);
+        store_codes(a, token, first, codes);
 #endif
     }
     sum = reduce(sum, AddInt(), reinterpret_cast<int*>(scratch));

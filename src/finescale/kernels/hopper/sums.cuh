@@ -1,4 +1,4 @@
-// Sums of tiles that several blocks share. The computing warps add theirs and go on; a warp that has nothing to copy
+// Sums of tiles that several blocks share, through device memory. The computing warps add theirs and go on; a warp that has nothing to copy
 // counts the parts once they have arrived, and whoever counted last takes the whole sum when its other work is done.
 struct Part {
     const Arguments& a;
@@ -52,3 +52,50 @@ struct Part {
         return true;
     }
 };
+
+#if CLUSTER > 1
+// Sums of a tile that the blocks of a cluster share, through their shared memory: each of the first FINISHERS blocks gets
+// the others' sums of its own SHARE tokens. Four sums of a thread stand together, by sending block, warpgroup, four, thread.
+constexpr int FOURS = SHARE / 8;
+constexpr int SENDER_BYTES = WARPGROUPS * FOURS * 2048;
+static_assert((CLUSTER - 1) * SENDER_BYTES <= STAGES * (X_BYTES + W_BYTES), "the sums need more than the stages' memory");
+
+#if FLOAT_SCALE
+__device__ __forceinline__ u32 sum_bits(float sum) { return __float_as_uint(sum); }
+__device__ __forceinline__ float sum_of(u32 bits) { return __uint_as_float(bits); }
+#else
+__device__ __forceinline__ u32 sum_bits(int sum) { return static_cast<u32>(sum); }
+__device__ __forceinline__ int sum_of(u32 bits) { return static_cast<int>(bits); }
+#endif
+
+// `area` is where the stages were; `tokens` are those from the tile's first to the last of all.
+__device__ __forceinline__ void add_cluster(Sum (&total)[TOKENS / 2], u32 area, int tokens, int group, int thread) {
+    int rank = static_cast<int>(blockIdx.x) % CLUSTER;
+    area += group * (FOURS * 2048) + thread * 16;
+    cluster_barrier();  // from here on nobody reads a stage
+#pragma unroll
+    for (int r = 0; r < FINISHERS; r++) {
+        if (r == rank || r * SHARE >= tokens) continue;
+        u32 target = cluster_address(area + (rank - (rank > r)) * SENDER_BYTES, r);
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            const Sum* four = total + (r * FOURS + i) * 4;
+            store_cluster16(target + i * 2048, sum_bits(four[0]), sum_bits(four[1]), sum_bits(four[2]), sum_bits(four[3]));
+        }
+    }
+    cluster_barrier();
+#pragma unroll
+    for (int r = 0; r < FINISHERS; r++) {
+        if (r != rank) continue;
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            Sum* four = total + (r * FOURS + i) * 4;
+#pragma unroll
+            for (int sender = 0; sender < CLUSTER - 1; sender++) {
+                uint4 bits = load_shared16(area + sender * SENDER_BYTES + i * 2048);
+                four[0] += sum_of(bits.x), four[1] += sum_of(bits.y), four[2] += sum_of(bits.z), four[3] += sum_of(bits.w);
+            }
+        }
+    }
+}
+#endif

@@ -5,7 +5,9 @@ constexpr int SLAB_BYTES = 4096 + 128 * GROUPS;        // 64 channels by 128 inp
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = WARPGROUPS * SLAB_BYTES;
 constexpr int LARGEST_CHUNK = WARPGROUPS == 3 ? 16 : 32;
-constexpr int CHUNK = TOKENS < LARGEST_CHUNK ? TOKENS : LARGEST_CHUNK;  // tokens a warpgroup writes at a time
+constexpr int FINISHERS = CLUSTER < 2 || TOKENS < 16 ? 1 : CLUSTER < 4 || TOKENS < 32 ? 2 : CLUSTER < 8 || TOKENS < 64 ? 4 : 8;
+constexpr int SHARE = TOKENS / FINISHERS;              // tokens of a shared tile that one block of the cluster writes
+constexpr int CHUNK = SHARE < LARGEST_CHUNK ? SHARE : LARGEST_CHUNK;  // tokens a warpgroup writes at a time
 constexpr int PITCH = 144;                             // bytes between tokens in the writing buffers, free of conflicts
 constexpr int PART_BYTES = 24;
 constexpr int META = (TOKENS + 127) / 128;             // token scales a thread fetches
@@ -69,7 +71,8 @@ __device__ __forceinline__ Place find_place(const Arguments& a, int tile) {
 }
 #endif
 
-// What one block does: its part of a split tile first, so that nobody waits for the sum at the end.
+// What one block does. Its part of a split tile comes first, so that nobody waits for the sum at the end; in a cluster,
+// which shares one tile, it comes last, so that its sums may stay in registers and the stages' memory is free.
 struct Schedule {
     int part, next_tile, whole_tiles, blocks, splits;
     bool has_part;
@@ -89,7 +92,7 @@ struct Schedule {
     }
 
     __device__ bool next(Work& work) {
-        if (has_part) {
+        if (has_part && (CLUSTER == 1 || next_tile >= whole_tiles)) {
             has_part = false;
             work.tile = whole_tiles + part / splits;
             work.begin = blocks * (part % splits) / splits;

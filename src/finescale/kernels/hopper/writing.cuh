@@ -20,9 +20,10 @@ __device__ __forceinline__ u32 pack_out(float low, float high) {
     return OUT == 0 ? pack_bf16(low, high) : pack_fp16(low, high);
 }
 
+// Writes the tokens of a tile from `first` to `last`, multiples of CHUNK.
 __device__ __forceinline__ void write_tile(
     const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, const Place& place, int group,
-    int thread, u8* buffer) {
+    int thread, u8* buffer, int first = 0, int last = TOKENS) {
     int token0 = place.token0, channel0 = (place.channel_slab + group) * 64;
     int warp = thread / 32, lane = thread % 32;
     float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 2 * CHUNK * PITCH) + group * TOKENS * 2;
@@ -50,6 +51,7 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
         if (token0 + chunk * CHUNK >= place.token_end) break;
+        if (CLUSTER > 1 && (chunk * CHUNK < first || chunk * CHUNK >= last)) continue;
         u32 packed[CHUNK / 4];
 #pragma unroll
         for (int j = 0; j < CHUNK / 8; j++) {

@@ -1,0 +1,108 @@
+"""The fused activation quantizers beside a plain copy of as many bytes on the same GPU, in one run.
+
+Inputs are rotated so that none is still in the cache, launches sit in CUDA graphs, medians count.
+
+Run it alone, without the rest of finescale's dependencies: ``python -m finescale.bench.quantize --json FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finescale.bench.gemm import CACHE_BYTES, SEED, median_microseconds
+from finescale.bench.machine import machine_facts
+from finescale.errors import InputError
+from finescale.kernels.hopper import quantize
+
+SIZES = (
+    (4096, 4096),
+    (4096, 11008),
+    (16384, 8192),
+    (16384, 576),
+    (4096, 28672),
+    (256, 4096),
+    (64, 28672),
+    (1, 4096),
+    (1, 28672),
+)
+"""Tokens and inputs."""
+KINDS = ("plain", "rms", "layer", "silu", "rms+residual", "layer+residual")
+
+
+def bytes_moved(kind: str, tokens: int, inputs: int) -> int:
+    """Read and written, with bfloat16 inputs: two bytes an input, one a code, four more for a residual and its sum."""
+    return tokens * inputs * ((4 if kind == "silu" else 2) + 1 + (4 if "residual" in kind else 0))
+
+
+def bench_quantizers(
+    sizes: tuple[tuple[int, int], ...] = SIZES, on_row: Callable[[dict[str, Any]], None] = lambda row: None
+) -> dict[str, Any]:
+    """Microseconds and bytes a second of every quantizer at every size, beside a copy of as many bytes.
+
+    Raises:
+        InputError: no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("bench quantize needs a CUDA GPU.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(SEED)
+    rows = []
+    for tokens, inputs in sizes:
+        for kind in KINDS:
+            moved = bytes_moved(kind, tokens, inputs)
+            count = min(max(3, CACHE_BYTES // moved), 64)
+            width = 2 * inputs if kind == "silu" else inputs
+            xs = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for _ in range(count)]
+            gain = torch.ones(inputs, device=device, dtype=torch.bfloat16) if kind[0] in "rl" else None
+            residuals = [torch.zeros_like(x) if "residual" in kind else None for x in xs]
+            name = kind.partition("+")[0]
+            calls = [
+                functools.partial(quantize.run, x, name, residual, gain, None, 1e-5)
+                for x, residual in zip(xs, residuals, strict=True)
+            ]
+            time = median_microseconds(calls)
+            buffers = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(count + 1)]
+            copy = median_microseconds([functools.partial(a.copy_, b) for a, b in itertools.pairwise(buffers)])
+            row = {
+                "kind": kind,
+                "tokens": tokens,
+                "inputs": inputs,
+                "microseconds": time,
+                "copy_microseconds": copy,
+                "terabytes_per_second": moved / time / 1e6,
+                "share_of_copy": copy / time,
+            }
+            rows.append(row)
+            on_row(row)
+    return {"benchmark": "quantize", "machine": machine_facts(), "seed": SEED, "rows": rows}
+
+
+def text_row(row: dict[str, Any]) -> str:
+    """One line."""
+    return (
+        f"{row['kind']:>14} {row['tokens']:>6} x {row['inputs']:>6}  {row['microseconds']:8.2f} us  "
+        f"{row['terabytes_per_second']:5.2f} TB/s  {row['share_of_copy']:4.0%} of a copy"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = bench_quantizers(on_row=lambda row: print(text_row(row), flush=True))
+    result["command"] = " ".join(["python -m finescale.bench.quantize", *sys.argv[1:]])
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Runs every family of Hopper kernels on small sizes under compute-sanitizer: memory errors and races.
+
+    python tools/sanitize_kernels.py --json benchmarks/results/sanitizer-h100.json
+
+Needs a Hopper GPU and compute-sanitizer of the CUDA toolkit. Every result is compared with the exact product too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck")
+SIZES = (
+    # tokens, outputs, inputs, group size, folded
+    (5, 200, 1152, 128, False),
+    (20, 1000, 640, 64, True),
+    (100, 520, 512, 128, False),
+    (300, 520, 1024, 128, True),
+    (40, 264, 384, 32, False),
+    (3, 70, 777, -1, False),
+)
+
+
+def products() -> Iterator[str]:
+    """Every variant at each size; says which, after comparing it with the exact product."""
+    import torch
+
+    from finescale.kernels import layout
+    from finescale.kernels.hopper import gemm
+    from finescale.kernels.reference import grouped_int32_product
+
+    for tokens, outputs, inputs, group_size, folded in SIZES:
+        groups = 1 if group_size == -1 else -(-inputs // group_size)
+        codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, device="cuda")
+        scale_OG = torch.randint(1, 16, (outputs, groups), dtype=torch.int32, device="cuda")
+        x_TI = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8, device="cuda")
+        x_scale_T, x_sum_T = torch.ones(tokens, device="cuda"), x_TI.sum(1, dtype=torch.int32)
+        weight, packed_x = layout.pack_weight(codes_OI, scale_OG, group_size), layout.pack_tokens(x_TI)
+        sums_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, group_size)
+        for variant in gemm.variants(tokens, layout.groups_in_block(group_size), folded, 0):
+            out_TO = gemm.run(
+                packed_x, x_scale_T, x_sum_T, weight, tokens, outputs, 1, None, torch.bfloat16, folded, variant
+            )
+            if not torch.equal(out_TO, sums_TO.float().bfloat16()):
+                raise SystemExit(f"{variant} is not exact at {tokens} x {outputs} x {inputs}.")
+            yield f"{variant} {tokens} x {outputs} x {inputs}"
+
+
+def quantizers() -> Iterator[str]:
+    """Every kind of activation quantizer."""
+    import torch
+
+    from finescale.kernels.hopper import quantize
+
+    for kind in quantize.KINDS:
+        for tokens, inputs in ((3, 777), (70, 4096)):
+            x_TI = torch.randn(tokens, inputs * (2 if kind == "silu" else 1), device="cuda").bfloat16()
+            norm = kind in ("rms", "layer")
+            gain_I = torch.ones(inputs, device="cuda").bfloat16() if norm else None
+            residual_TI = torch.zeros_like(x_TI) if norm else None
+            quantize.run(x_TI, kind, residual_TI, gain_I, None, 1e-5)
+            yield f"{kind} {tokens} x {inputs}"
+
+
+def run_all() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    for family in (products, quantizers):
+        for name in family():
+            torch.cuda.synchronize()
+            print("ran", name)
+
+
+def sanitized(tool: str, checker: str) -> dict[str, object]:
+    """What a tool of compute-sanitizer says about `run_all`."""
+    command = [checker, "--tool", tool, sys.executable, str(Path(__file__).resolve()), "--run"]
+    # Torch's pool would hide accesses beyond a tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    summary = re.findall(r"========= ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout)
+    found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    return {
+        "tool": tool,
+        "summary": summary[-1] if summary else f"no summary, exit code {done.returncode}: {done.stderr[-500:]}",
+        "launches": done.stdout.count("\nran ") + done.stdout.startswith("ran "),
+        "first_messages": found[1:12] if summary and not re.search(r": 0 (errors|hazards)", summary[-1]) else [],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--run", action="store_true", help="only run the kernels, without the sanitizer")
+    options = parser.parse_args()
+    if options.run:
+        return run_all()
+    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(checker).is_file():
+        raise SystemExit("compute-sanitizer was not found; it comes with the CUDA toolkit.")
+    import torch
+
+    results = [sanitized(tool, checker) for tool in TOOLS]
+    for result in results:
+        print(json.dumps(result, indent=1))
+    if options.json:
+        facts = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "sizes": SIZES, "results": results}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
