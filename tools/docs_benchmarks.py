@@ -147,6 +147,36 @@ def gemm(facts: dict[str, Any]) -> str:
     )
 
 
+def decode(facts: dict[str, Any]) -> str:
+    """Whole models: tokens a second, and times faster than bfloat16 of the same run."""
+    setting, rows = facts["setting"], []
+    bf16 = {row["model"]: row for row in facts["rows"] if row["arm"] == "bf16"}
+    batches = list(dict.fromkeys(batch for row in facts["rows"] for batch in row["decode"]))
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found, base = (
+            r.get("prefill") if name == "prefill" else r["decode"].get(name) for r in (row, bf16.get(row["model"], row))
+        )
+        if not found:
+            return "–"
+        ratio = (
+            ""
+            if not base or row["arm"] == "bf16" or row["model"] not in bf16
+            else (f" ({base['milliseconds'] / found['milliseconds']:.2f} x)")
+        )
+        return f"{found['tokens_per_second']:.0f}{ratio}"
+
+    for row in facts["rows"]:
+        names = ("prefill", *batches)
+        rows.append((row["model"], row["arm"], number(row.get("weights_gb")), *(cell(row, name) for name in names)))
+    header = ("model", "layers", "weights, GB", f"prefill of {setting['prefill']}", *(f"batch {b}" for b in batches))
+    return (
+        "Tokens a second, and how many times more than bfloat16 in the same run. Random weights, CUDA graphs, a static "
+        f"cache that holds {setting['context']} tokens when {setting['steps']} more are decoded. "
+        f"{facts.get('note', '')}\n\n" + table(header, rows)
+    )
+
+
 def runs(facts: dict[str, Any]) -> str:
     """Every table of runs in a result: a dictionary whose values are runs, each with its perplexity."""
     return "\n".join(_runs(facts.get("models", {}), ()))
@@ -179,6 +209,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "solver": ("Time of the solvers on a CPU", solver_time),
     "solver_gpu": ("Time of the solvers on a GPU", solver_gpu),
     "gemm_variants": ("The W4A8 kernel", gemm),
+    "decode": ("Whole models", decode),
 }
 
 

@@ -57,6 +57,15 @@ def test_a_model_of_random_weights():
         assert len(set(packed)) == len(packed) and len(packed) in (0, 8)
 
 
+def test_mixtures_of_experts():
+    result = bench_decode(["tiny-experts"], (1,), ("bf16", "w4a8"), "cpu", prefill=8, context=4, steps=2, profiled=())
+    bf16, w4a8 = result["rows"]
+    assert "w4a8-folded only" in bf16["stopped"] and not bf16["decode"]
+    assert w4a8["decode"]["1"]["graph_equals_eager"]
+    weights = 2 * (128 * (128 + 128) + 128 * 128 + 4 * 3 * 128 * 128)
+    assert w4a8["weights_gb"] * 1e9 == pytest.approx(weights * (0.5 + 2 / 128) + 2 * 320 * 128 * 2, rel=0.05)
+
+
 def test_shapes_are_configs_of_transformers():
     for name in SHAPES:
         assert shape_config(name).num_hidden_layers in (2, 32, 40, 48)

@@ -274,7 +274,8 @@ def bench_decode(
         on_row: called after each model and arm with the result so far.
 
     Raises:
-        InputError: an unknown shape or arm, a size that is none, or no Hopper GPU.
+        InputError: an unknown shape or arm, a size that is none, or no Hopper GPU. An arm that a model does not
+            have, or that finds no room, is a row that says so under ``stopped``.
     """
     models, batches, arms, profiled = tuple(models), tuple(batches), tuple(arms), set(profiled)
     for name in models:
@@ -286,6 +287,8 @@ def bench_decode(
         raise InputError("batches, context and steps must be at least 1, the prefill at least 2 tokens.")
     if device == "cuda" and (not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)):
         raise InputError("bench decode needs a Hopper GPU (compute capability 9.0).")
+    if device != "cuda" and "w4a8-float" in arms:
+        raise InputError("float scales on the kernel's skeleton need a Hopper GPU; leave out w4a8-float.")
     target = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     result: dict[str, Any] = {
         "benchmark": "decode",
@@ -315,8 +318,8 @@ def _one_arm(
         row["prefill"] = measure(model, 1, 0, prefill, 5 if device.type == "cuda" else 1, 0 in profiled)
         for batch in batches:
             row["decode"][str(batch)] = measure(model, batch, context, 1, steps, batch in profiled)
-    except torch.OutOfMemoryError as error:
-        row["stopped"] = f"out of memory: {str(error).splitlines()[0]}"
+    except (torch.OutOfMemoryError, InputError) as error:
+        row["stopped"] = str(error).splitlines()[0]
     row["seconds"] = time.perf_counter() - begin
     model = None
     gc.collect()

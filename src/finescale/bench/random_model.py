@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finescale.bench.shapes import shape_config
 from finescale.errors import InputError
+from finescale.kernels.experts import PackedExperts
 from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import pack_weight
+from finescale.runtime.experts import PackedMixture
 from finescale.runtime.fused import FusedBlock, install
 from finescale.runtime.products import DenseProduct, PackedProduct, Product
 
@@ -82,6 +84,32 @@ def product_maker(arm: str, device: torch.device) -> Callable[[int, int], Produc
     return make
 
 
+def random_experts(count: int, inputs: int, outputs: int, arm: str, device: torch.device) -> PackedExperts:
+    """One layer of ``count`` experts: the same random weights for each, in memory of its own."""
+    one = random_packed(inputs, outputs, arm, device)
+    packed = one.packed.expand(count, *one.packed.shape).clone()
+    factor_O = one.channel_scale_O
+    if factor_O is None:
+        factor_O = torch.full((outputs,), 1 / one.amplifier, device=device)
+    return PackedExperts(packed, factor_O.repeat(count, 1), one.folded)
+
+
+def fill_mixture(mlp: Any, config: Any, arm: str, device: torch.device) -> None:
+    """Random experts and router in the place of those of a mixture of experts.
+
+    Raises:
+        InputError: an arm without experts of its kind.
+    """
+    if arm not in ("w4a8", "w4a8-folded"):
+        raise InputError(f"mixtures of experts are measured in w4a8 and w4a8-folded only, not in {arm}.")
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    gate_up = random_experts(count, config.hidden_size, 2 * width, arm, device)
+    mlp.experts = PackedMixture(gate_up, random_experts(count, width, config.hidden_size, arm, device), "random")
+    router = torch.empty_like(mlp.gate.weight, device=device).normal_(0, DEVIATION)
+    mlp.gate.weight = nn.Parameter(router, requires_grad=False)
+
+
 def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
     """A fused model of a shape.
 
@@ -91,7 +119,7 @@ def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
         device: where it is made.
 
     Raises:
-        InputError: an unknown shape or arm, or float scales without a GPU.
+        InputError: an unknown shape or arm, float scales without a GPU, or an arm that experts do not have.
     """
     if arm not in ARMS:
         raise InputError(f"no arm is called {arm}; use some of {', '.join(ARMS)}.")
@@ -111,7 +139,11 @@ def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
             norm.weight = nn.Parameter(torch.ones_like(norm.weight, device=device), requires_grad=False)
         heads = config.num_attention_heads * attention.head_dim
         both = 2 * config.num_key_value_heads * attention.head_dim
-        mlp = (make(hidden, 2 * config.intermediate_size), make(config.intermediate_size, hidden))
+        mlp: tuple[Product, ...] = ()
+        if hasattr(block.mlp, "experts"):
+            fill_mixture(block.mlp, config, arm, device)
+        else:
+            mlp = (make(hidden, 2 * config.intermediate_size), make(config.intermediate_size, hidden))
         blocks.append(FusedBlock(block, make(hidden, heads + both), make(heads, hidden), *mlp))
     core.norm.weight = nn.Parameter(torch.ones_like(core.norm.weight, device=device), requires_grad=False)
     core.rotary_emb = type(core.rotary_emb)(config).to(device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from finescale.cli.common import console, write_json_file
+from finescale.cli.common import console, quiet_libraries, write_json_file
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -117,6 +117,54 @@ def moe(
         table.add_row(row["model"], row["part"], str(row["tokens"]), f"{row['bf16']:.1f}", *times, exact)
     console.print(table)
     write_json_file(json_, result)
+
+
+@app.command()
+def decode(
+    model: Annotated[list[str] | None, typer.Option(help="A model's shape, may be repeated.")] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded at once, numbers with commas.")] = "1,4,16,64,128",
+    arms: Annotated[str, typer.Option(help="How layers multiply, with commas.")] = "bf16,w4a8,w4a8-folded,w4a8-float",
+    profiled: Annotated[str, typer.Option(help="Batches whose kernels are timed; 0 is the prefill.")] = "1,64",
+    device: Annotated[str, typer.Option(help="cuda; cpu only tries it out.")] = "cuda",
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups into this SVG file.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+) -> None:
+    """Prefill and decoding speed of whole models with random weights, W4A8 beside bfloat16, with CUDA graphs."""
+    from finescale.bench.decode import bench_decode, speedups, text_row
+    from finescale.errors import InputError
+
+    try:
+        counts, kernels = ([int(n) for n in text.split(",") if n] for text in (batches, profiled))
+    except ValueError as error:
+        raise InputError("write --batches and --profiled as numbers with commas.") from error
+    quiet_libraries()
+    names = model or ["llama-2-7b"]
+    result = bench_decode(
+        names, counts, arms.split(","), device, profiled=kernels,
+        on_row=lambda result: console.print(text_row(result["rows"][-1]), soft_wrap=True),
+    )  # fmt: skip
+    table = Table("model", "layers", "weights GB", "prefill tok/s (x bf16)", *(f"batch {n} (x bf16)" for n in counts))
+    for row in result["rows"]:
+        found = speedups(result["rows"], row["model"], row["arm"])
+        cells = {"prefill": row.get("prefill"), **{str(n): row["decode"].get(str(n)) for n in counts}}
+        table.add_row(
+            row["model"],
+            row["arm"],
+            f"{row['weights_gb']:.2f}" if "weights_gb" in row else "-",
+            *(
+                "-"
+                if cell is None
+                else f"{cell['tokens_per_second']:.0f}" + (f" ({found[key]:.2f})" if key in found else "")
+                for key, cell in cells.items()
+            ),
+        )
+    console.print(table)
+    write_json_file(json_, result)
+    if plot is not None:
+        from finescale.report.speed import COLOURS, speed_figure
+
+        found_by_model = {name: {arm: speedups(result["rows"], name, arm) for arm in COLOURS} for name in names}
+        plot.write_text(speed_figure(found_by_model), encoding="utf-8")
 
 
 def _explain(json_: Path | None) -> None:
