@@ -44,7 +44,9 @@ struct Computer {
 
     Schedule schedule;
     Work work;
-    Place place;
+#if GROUPED
+    Place noted;
+#endif
     int left, remaining;
     Ring ring, ahead;
     TokenFacts facts;
@@ -73,16 +75,25 @@ struct Computer {
     }
 
     __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2], int first = 0, int last = TOKENS) {
-        write_tile(a, total, facts, place, part.group, thread, buffer, first, last);
+        write_tile(a, total, facts, place(), part.group, thread, buffer, first, last);
     }
 
-    __device__ __forceinline__ bool inside() { return (place.channel_slab + part.group) * 64 < a.channels; }
+    // Where the tile lies: noted if it takes a search, otherwise found again, which keeps registers free.
+    __device__ __forceinline__ Place place() {
+#if GROUPED
+        return noted;
+#else
+        return find_place(a, work.tile);
+#endif
+    }
+
+    __device__ __forceinline__ bool inside() { return (place().channel_slab + part.group) * 64 < a.channels; }
 
     __device__ __forceinline__ void finish_tile(Sum (&total)[TOKENS / 2]) {
         int first = 0, last = TOKENS;
 #if CLUSTER > 1
         if (work.tile >= schedule.whole_tiles) {
-            add_cluster(total, x_base, place.token_end - place.token0, part.group, thread);
+            add_cluster(total, x_base, place().token_end - place().token0, part.group, thread);
             first = static_cast<int>(blockIdx.x) % CLUSTER * SHARE, last = first + SHARE;
         }
 #else
@@ -100,9 +111,11 @@ struct Computer {
         Schedule again(a);
         if (!again.has_part) return;
         again.next(work);
-        place = find_place(a, work.tile);
+#if GROUPED
+        noted = find_place(a, work.tile);
+#endif
         if (inside() && part.take(total, thread)) {
-            facts.fetch(a, place, thread);
+            facts.fetch(a, place(), thread);
             write(total);
         }
     }
@@ -112,11 +125,9 @@ struct Computer {
         if (schedule.next(work)) {
             left = work.end - work.begin;
 #if GROUPED
-            place = noted_place(ahead.stage);
-#else
-            place = find_place(a, work.tile);
+            noted = noted_place(ahead.stage);
 #endif
-            facts.fetch(a, place, thread);
+            facts.fetch(a, place(), thread);
         }
     }
 
