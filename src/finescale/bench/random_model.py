@@ -35,19 +35,20 @@ class FloatScaleProduct(PackedProduct):
 
     def multiply(self, codes: Tensor, scale_T: Tensor, sum_T: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``PackedProduct.multiply``."""
-        tokens, blocks = scale_T.shape[0], self.packed.shape[1]
-        variant = float_variant(tokens, self.outputs, blocks, dtype, codes.device)
         return gemm.run(
-            codes, scale_T, sum_T, self.packed, tokens, self.outputs, self.amplifier, self.bias_O, dtype, False,
-            variant, self.channel_scale_O,
+            codes, scale_T, sum_T, self.packed, scale_T.shape[0], self.outputs, self.amplifier, self.bias_O, dtype,
+            False, kernel_of(self, scale_T.shape[0], dtype), self.channel_scale_O,
         )  # fmt: skip
 
 
-def float_variant(tokens: int, outputs: int, blocks: int, dtype: torch.dtype, device: torch.device) -> gemm.Variant:
-    """The kernel of ``FloatScaleProduct``: what integer scales would take, with float ones."""
-    capacity = gemm.capacity(device.index or 0)
-    chosen = gemm.choose(tokens, outputs, blocks, 1, False, gemm.OUT_TYPES[dtype], capacity)
-    return replace(chosen, float_scales=True)
+def kernel_of(product: PackedProduct, tokens: int, dtype: torch.dtype) -> gemm.Variant:
+    """The form of the kernel that runs a product on its GPU; float scales take the one that integers would."""
+    _, blocks, slab_bytes = product.packed.shape
+    chosen = gemm.choose(
+        tokens, product.outputs, blocks, (slab_bytes - 4096) // 128, product.folded, gemm.OUT_TYPES[dtype],
+        gemm.capacity(product.packed.device.index),
+    )  # fmt: skip
+    return replace(chosen, float_scales=True) if isinstance(product, FloatScaleProduct) else chosen
 
 
 def random_packed(inputs: int, outputs: int, arm: str, device: torch.device) -> PackedProduct:
