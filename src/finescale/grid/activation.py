@@ -44,12 +44,8 @@ def static_range(low: float, high: float, scheme: ActivationScheme) -> StaticRan
 def _token_ranges(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each token, float32 [..., 1]."""
     if scheme.symmetric:
-        absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
-        # By a tensor: CUDA turns division by a number into a product, one rounding away from the kernels and the CPU.
-        scale_T1 = absmax_T1 / torch.full_like(absmax_T1, scheme.code_max)
-        scale_T1 = torch.where(absmax_T1 == 0, torch.ones_like(absmax_T1), scale_T1)
-        # A token so small that its scale underflows would divide by zero.
-        return scale_T1.clamp(min=_TINY), torch.zeros_like(scale_T1)
+        scale_T1 = _symmetric_scale(x_TI, scheme.code_max)
+        return scale_T1, torch.zeros_like(scale_T1)
     low_T1 = x_TI.amin(-1, keepdim=True).clamp(max=0)
     high_T1 = x_TI.amax(-1, keepdim=True).clamp(min=0)
     # Each end by itself: their difference can overflow.
@@ -57,6 +53,15 @@ def _token_ranges(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tenso
     scale_T1 = torch.where(span_T1 == 0, torch.ones_like(span_T1), span_T1).clamp(min=_TINY)
     zero_T1 = (scheme.code_min - low_T1 / scale_T1).round().clamp(scheme.code_min, scheme.code_max)
     return scale_T1, zero_T1
+
+
+def _symmetric_scale(x_TI: Tensor, code_max: int) -> Tensor:
+    """Largest magnitude of each token over the largest code, float32 [..., 1]; 1 for a token of zeros."""
+    absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
+    # By a tensor: CUDA turns division by a number into a product, one rounding away from the kernels and the CPU.
+    scale_T1 = absmax_T1 / torch.full_like(absmax_T1, code_max)
+    # A token so small that its scale underflows would divide by zero.
+    return scale_T1.clamp_(min=_TINY).masked_fill_(absmax_T1 == 0, 1.0)
 
 
 def quantize_activations(
@@ -104,8 +109,9 @@ def quantize_tokens(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Ten
     Returns:
         codes int8 [..., I] and scale float32 [..., 1], x ~ codes * scale.
     """
-    codes_TI, scale_T1, _ = quantize_activations(x_TI, ActivationScheme(scheme.bits))
-    return codes_TI, scale_T1
+    x_TI = x_TI.float()
+    scale_T1 = _symmetric_scale(x_TI, scheme.code_max)
+    return (x_TI / scale_T1).round_().clamp_(-scheme.code_max, scheme.code_max).to(torch.int8), scale_T1
 
 
 def fake_quantize_tokens(x_TI: Tensor, scheme: ActivationScheme, full_range: bool = False) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
 from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight, contiguous_groups
+from finescale.kernels.cpu_int8 import int8_product_is_exact
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE, groups_in_block
 
-Kernel = Literal["hopper-grouped", "hopper-folded", "hopper", "reference", "float"]
+Kernel = Literal["hopper-grouped", "hopper-folded", "hopper", "triton", "cpu-int8", "reference", "float"]
+"""From the fastest to what runs anything."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,28 @@ def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int
     if layer.outliers or not layer.symmetric_activations:
         what = "outliers" if layer.outliers else "static or asymmetric activations"
         return Choice("float", f"{what} have no integer kernel: multiplied in floating point")
-    obstacle = _obstacle(layer)
+    if device.type == "cpu":
+        if int8_product_is_exact():
+            return Choice("cpu-int8", "no CUDA device: int8 products of the CPU, added exactly in int32")
+        if not layer.contiguous_groups:
+            return Choice(
+                "float", "groups of scattered inputs have no integer kernel here: multiplied in floating point"
+            )
+        return Choice("reference", "this CPU has no exact int8 products: the int32 product runs in parts")
+    if not layer.contiguous_groups:
+        return Choice("float", "groups of scattered inputs have no integer kernel: multiplied in floating point")
     if device.type != "cuda":
-        return Choice("reference", f"no CUDA device: the exact int32 product runs in parts on {device.type}")
-    major, minor = capability or torch.cuda.get_device_capability(device)
-    if obstacle is not None:
-        return Choice("reference", f"{obstacle}: the exact int32 product runs in parts")
-    if (major, minor) != (9, 0):
-        return Choice("reference", f"no kernel for compute capability {major}.{minor}: the product runs in parts")
-    if layer.largest_scale <= LARGEST_FOLDED_SCALE:
+        return Choice("reference", f"no kernel for {device.type}: the exact int32 product runs in parts")
+    capability = capability or torch.cuda.get_device_capability(device)
+    obstacle = _hopper_obstacle(layer, capability)
+    if obstacle is None and layer.largest_scale <= LARGEST_FOLDED_SCALE:
         return Choice("hopper-folded", f"scales up to {layer.largest_scale} are multiplied into int8 weights")
-    return Choice("hopper", "int32 sums of groups are scaled and added exactly")
+    if obstacle is None:
+        return Choice("hopper", "int32 sums of groups are scaled and added exactly")
+    other = _triton_obstacle(layer, capability)
+    if other is None:
+        return Choice("triton", f"{obstacle}: exact in Triton")
+    return Choice("reference", f"{other}: the exact int32 product runs in parts")
 
 
 def choose_experts_kernel(
@@ -120,16 +134,29 @@ def choose_experts_kernel(
     return Choice("hopper-grouped", "all experts in one product, int32 sums of groups scaled and added exactly")
 
 
-def _obstacle(layer: LayerFacts) -> str | None:
-    """Why no fused kernel can run the layer, None if one can."""
+def _hopper_obstacle(layer: LayerFacts, capability: tuple[int, int]) -> str | None:
+    """Why the Hopper kernel cannot run a layer with contiguous groups, None if it can."""
+    if capability != (9, 0):
+        return f"no kernel of its own for compute capability {capability[0]}.{capability[1]}"
     if layer.bits != 4 or layer.activation_bits != 8:
         return f"W{layer.bits}A{layer.activation_bits} has no fused kernel, only W4A8"
-    if not layer.contiguous_groups:
-        return "groups of scattered inputs have no fused kernel"
     if layer.largest_scale > LARGEST_SCALE:
         return f"a scale of {layer.largest_scale} exceeds 16 bits"
     try:
         groups_in_block(layer.group_size)
     except InputError:
+        return f"groups of {layer.group_size} have no Hopper kernel"
+    return None
+
+
+def _triton_obstacle(layer: LayerFacts, capability: tuple[int, int]) -> str | None:
+    """Why the Triton kernel cannot run a layer with contiguous groups, None if it can."""
+    if layer.bits != 4 or layer.activation_bits != 8:
+        return f"W{layer.bits}A{layer.activation_bits} has no fused kernel, only W4A8"
+    if capability < (8, 0):
+        return f"no kernel for compute capability {capability[0]}.{capability[1]}, only from 8.0 on"
+    if layer.group_size != -1 and layer.group_size % 32:
         return f"groups of {layer.group_size} have no fused kernel"
+    if find_spec("triton") is None:
+        return "triton is not installed"
     return None

@@ -12,6 +12,7 @@ Shape legend: T tokens, I inputs, O outputs, G groups, C chunks of 2 H inputs, H
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from finescale.errors import InputError
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE
 
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZE_BLOCK = 2048
 """Inputs that the quantizer takes at once; a constant, so that all sizes share one kernel."""
 
@@ -320,3 +322,86 @@ def product(
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out_TO
+
+
+@torch.library.custom_op("finescale::triton_linear", mutates_args=())
+def _linear(
+    x_TI: Tensor,
+    packed_COH: Tensor,
+    scale_GO: Tensor,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    group_size: int,
+    folded: bool,
+    amplifier: int,
+) -> Tensor:
+    chunks, outputs, half = packed_COH.shape
+    inputs = x_TI.shape[-1]
+    if x_TI.dim() != 2 or x_TI.dtype not in OUT_DTYPES or not 2 * half * (chunks - 1) < inputs <= 2 * half * chunks:
+        raise InputError(
+            f"activations {list(x_TI.shape)} of {x_TI.dtype} must be bfloat16, float16 or float32 [T, I] with the "
+            "weight's number of inputs."
+        )
+    if half != half_chunk(group_size):
+        raise InputError(f"the weight was not packed for groups of {group_size}.")
+    groups = 1 if group_size == -1 else -(-inputs // group_size)
+    if tuple(scale_GO.shape) != (groups, outputs):
+        raise InputError(f"scales {list(scale_GO.shape)} must be [{groups}, {outputs}].")
+    for name, tensor in (("bias", bias_O), ("channel scale", channel_scale_O)):
+        if tensor is not None and (tuple(tensor.shape) != (outputs,) or tensor.dtype != torch.float32):
+            raise InputError(f"the {name} must be float32 [{outputs}].")
+    given = [tensor for tensor in (packed_COH, scale_GO, bias_O, channel_scale_O) if tensor is not None]
+    if any(tensor.device != x_TI.device for tensor in given):
+        raise InputError(f"activations are on {x_TI.device}, the weight on {packed_COH.device}.")
+    if not all(tensor.is_contiguous() for tensor in given):
+        raise InputError("the packed weight, its scales and the bias must be contiguous.")
+    # Triton launches on the current device, whatever device its tensors are on.
+    with torch.cuda.device(x_TI.device) if x_TI.device.type == "cuda" else nullcontext():
+        codes_TI, x_scale_T = quantize(x_TI.contiguous())
+        weight = TritonWeight(packed_COH, scale_GO)
+        return product(
+            codes_TI, x_scale_T, weight, group_size, folded, amplifier, bias_O, channel_scale_O, x_TI.dtype
+        )  # fmt: skip
+
+
+@_linear.register_fake
+def _(
+    x_TI: Tensor,
+    packed_COH: Tensor,
+    scale_GO: Tensor,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    group_size: int,
+    folded: bool,
+    amplifier: int,
+) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], packed_COH.shape[1])
+
+
+def triton_linear(
+    x_TI: Tensor,
+    weight: TritonWeight,
+    group_size: int,
+    folded: bool,
+    bias_O: Tensor | None = None,
+    channel_scale_O: Tensor | None = None,
+    amplifier: int = 1,
+) -> Tensor:
+    """A whole layer: tokens are rounded to 8 bits, multiplied, and come back in their type.
+
+    Args:
+        x_TI: bfloat16, float16 or float32 [T, I].
+        weight: from ``pack_weight``.
+        group_size: as packed.
+        folded: all scales are at most 15, and are multiplied into the codes.
+        bias_O: float32 [O] or None, added last.
+        channel_scale_O: float32 [O] or None, multiplies each output.
+        amplifier: the power of two the scales were multiplied by.
+
+    Returns:
+        [T, O], the same bits as ``integer_scale_linear`` of the same codes.
+
+    Raises:
+        InputError: shapes, types or devices that do not fit together.
+    """
+    return _linear(x_TI, *weight, bias_O, channel_scale_O, group_size, folded, amplifier)

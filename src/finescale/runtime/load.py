@@ -16,6 +16,7 @@ from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, has_hopper_kernels, layer_facts
+from finescale.kernels.portable import PORTABLE, PortableProduct
 from finescale.models import Skeleton, linear_modules, open_skeleton
 from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
 from finescale.runtime.attention import quantize_kv_cache
@@ -25,6 +26,7 @@ from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.packed import PackedLinear
+from finescale.runtime.portable import PortableLinear
 
 Rounding = Literal["finescale", "compressed-tensors", "none"]
 LoadPath = Literal["float", "integer", "kernel"]
@@ -59,8 +61,8 @@ def load(
         dtype: type of everything that is not quantized, and of the activations.
         device: where to.
         path: ``float`` multiplies dequantized weights; ``integer`` runs the exact int32 product where scales are
-            integers; ``kernel`` runs the fastest kernel that the device has for each layer
-            (`finescale.kernels.dispatch`), keeping only packed weights where there is a fused one.
+            integers, on the CPU by its int8 instructions where it has them; ``kernel`` runs the fastest kernel that the
+            device has for each layer (`finescale.kernels.dispatch`), keeping only packed weights.
         cache: keep dequantized weights (only for ``float``).
         rounding: of the inputs of W4A8 layers; the others show what other engines make of the file:
             ``compressed-tensors`` what transformers does, ``none`` what engines do that run it as W4A16.
@@ -145,13 +147,14 @@ def _layer(
     path: LoadPath,
     cache: bool,
     full_range: bool,
-) -> QuantizedLinear | PackedLinear:
-    kernel = choose_kernel(layer_facts(weight, inputs), device).kernel if path == "kernel" else None
-    if kernel in ("hopper", "hopper-folded"):
+) -> QuantizedLinear | PackedLinear | PortableLinear:
+    kernel = "float" if path == "float" else choose_kernel(layer_facts(weight, inputs), device).kernel
+    if path == "kernel" and kernel in ("hopper", "hopper-folded"):
         return PackedLinear(weight, bias, inputs, device)
+    if (path == "kernel" and kernel in PORTABLE) or kernel == "cpu-int8":
+        return PortableLinear(weight, bias, inputs, device)
     symmetric = inputs.scheme is not None and inputs.scheme.symmetric
-    wanted = kernel == "reference" if path == "kernel" else path == "integer"
-    integer = wanted and weight.grid.amplifier is not None and symmetric
+    integer = path == "integer" and weight.grid.amplifier is not None and symmetric
     compute: ComputePath = "integer" if integer else "float"
     layer = QuantizedLinear(weight, bias, inputs, compute, cache and not integer, full_range).to(device)
     if layer.dense_OI is not None:
@@ -163,7 +166,7 @@ def _fill_rest(skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> 
     model = skeleton.model
     tied = _tied_head(model)
     for prefix, module in model.named_modules():
-        if isinstance(module, (QuantizedLinear, PackedLinear, PackedMixture)):
+        if isinstance(module, (QuantizedLinear, PackedLinear, PackedMixture, PortableLinear, PortableProduct)):
             continue
         if module is tied and skeleton.source.config.get("tie_word_embeddings", True):
             continue

@@ -25,16 +25,15 @@ from vllm.model_executor.parameter import (
 
 from finescale.errors import InputError
 from finescale.formats import compressed_tensors
-from finescale.grid import ActivationScheme, WeightScheme, contiguous_groups, number_of_groups, quantize_tokens
+from finescale.grid import WeightScheme, contiguous_groups, number_of_groups
 from finescale.grid.integer_scale import common_factor, prove_no_overflow
-from finescale.kernels import integer_scale_linear
 from finescale.kernels.dispatch import LayerFacts, choose_kernel
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
 from finescale.kernels.linear import w4a8_linear
+from finescale.kernels.portable import PortableProduct
 from finescale.runtime.serving import claims, refusal
 
 METHOD = "finescale"
-A8 = ActivationScheme(8)
 
 
 @register_quantization_config(METHOD)
@@ -176,15 +175,16 @@ class FinescaleLinearMethod(LinearMethodBase):
             delattr(layer, name)
         largest = int(scale_OG.abs().max())
         facts = LayerFacts(self.scheme.bits, self.scheme.group_size, True, True, largest, 8, True, False)
-        fused = choose_kernel(facts, device).kernel in ("hopper", "hopper-folded")
+        choice = choose_kernel(facts, device)
         layer.finescale_folded = largest <= LARGEST_FOLDED_SCALE
         layer.register_buffer("channel_scale_O", factor_O1[:, 0].contiguous(), persistent=False)
-        if fused:
+        if choice.kernel in ("hopper", "hopper-folded"):
             packed = pack_weight(weight.codes_OI, scale_OG, self.scheme.group_size)
             layer.register_buffer("packed", packed, persistent=False)
         else:
-            layer.register_buffer("codes_OI", weight.codes_OI.contiguous(), persistent=False)
-            layer.register_buffer("integer_scale_OG", scale_OG, persistent=False)
+            layer.finescale_product = PortableProduct(
+                choice, weight.codes_OI, scale_OG, self.scheme.group_size, 1, layer.channel_scale_O
+            )
 
     def _factors(self, scale_OG: Tensor, partitions: list[int]) -> Tensor:
         """What each output's scales are integers times, float32 [O, 1]: one over the amplifier, or its own (folded)."""
@@ -221,19 +221,7 @@ class FinescaleLinearMethod(LinearMethodBase):
         if hasattr(layer, "packed"):
             outputs = layer.channel_scale_O.shape[0]
             return w4a8_linear(x, layer.packed, bias, layer.channel_scale_O, outputs, 1, layer.finescale_folded)
-        codes_TI, scale_T1 = quantize_tokens(x.reshape(-1, x.shape[-1]), A8)
-        out_TO = integer_scale_linear(
-            codes_TI,
-            scale_T1,
-            layer.codes_OI,
-            layer.integer_scale_OG,
-            self.scheme.group_size,
-            1,
-            layer.channel_scale_O,
-        )
-        if bias is not None:
-            out_TO = out_TO + bias
-        return out_TO.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return layer.finescale_product(x, bias)
 
 
 def register() -> None:

@@ -1,0 +1,215 @@
+"""The exact integer-scale product on a CPU, by its int8 instructions through torch (oneDNN).
+
+Two ways to have scales of groups and one int8 product without groups; both add in int32 modulo 2^32, and the proof that
+the whole sum fits int32 makes the result exact:
+
+- few tokens: the inputs of each group, the others zero, are a column of their own, so that the product gives the sums
+  of groups, which scales then multiply. Codes are read once, a byte each.
+- many tokens: code times scale is written in balanced digits to base 256, each an int8 matrix, once at load;
+  y = sum over digits d of 256^d * (x @ digit_d). One digit where all products fit int8, as with folded scales.
+
+The weight is the left operand, so that it is read as it lies in memory, without reordering.
+
+Shape legend: T tokens, I inputs, O outputs, G groups, D digits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError
+from finescale.grid import ActivationScheme, quantize_tokens
+
+FEW_COLUMNS = 48
+"""Tokens times groups up to which columns of groups beat digits (576 to 4096 inputs, AMX)."""
+
+
+class CpuWeight(NamedTuple):
+    """What a layer keeps; ``codes_OI``, ``scale_OG`` and ``member_GI`` (1 where an input belongs to a group) for few
+    tokens, ``digit_DOI`` for many. One of the two ways is None where the other is as good for all.
+    """
+
+    codes_OI: Tensor | None
+    scale_OG: Tensor | None
+    member_GI: Tensor | None
+    digit_DOI: Tensor | None
+
+
+@functools.cache
+def int8_product_is_exact() -> bool:
+    """Whether torch's int8 product adds in 32 bits here.
+
+    It does on processors with int8 dot products (AVX-VNNI, AVX512-VNNI, AMX). On older ones oneDNN adds pairs in 16
+    bits, which saturate; hence this test at the bounds, over sizes that take different ways through the library.
+    """
+    for tokens, outputs, inputs in ((1, 576, 576), (2, 3, 37), (16, 64, 128), (70, 130, 260)):
+        weight_OI = torch.full((outputs, inputs), -128, dtype=torch.int8)
+        weight_OI[::2] = 127
+        for code in (127, -127):
+            x_TI = torch.full((tokens, inputs), code, dtype=torch.int8)
+            expected_OT = code * weight_OI.to(torch.int32).sum(1, keepdim=True).expand(-1, tokens)
+            try:
+                product_OT = torch._int_mm(weight_OI, x_TI.T)
+            except RuntimeError:
+                return False
+            if not torch.equal(product_OT, expected_OT.to(torch.int32)):
+                return False
+    return True
+
+
+def pack_weight(codes_OI: Tensor, integer_scale_OG: Tensor, group_of_I: Tensor) -> CpuWeight:
+    """A layer for ``product``.
+
+    Args:
+        codes_OI: int8.
+        integer_scale_OG: integers whose overflow bound is proved.
+        group_of_I: the group of each input, in any order.
+
+    Raises:
+        InputError: shapes that do not fit together.
+    """
+    outputs, inputs = codes_OI.shape
+    groups = integer_scale_OG.shape[1]
+    if integer_scale_OG.shape[0] != outputs or tuple(group_of_I.shape) != (inputs,):
+        raise InputError(
+            f"codes [{outputs}, {inputs}], scales {list(integer_scale_OG.shape)} and groups of "
+            f"{list(group_of_I.shape)} inputs must be [O, I], [O, G] and [I]."
+        )
+    codes_OI, scale_OG = codes_OI.to(torch.int8).contiguous(), integer_scale_OG.to(torch.int32).contiguous()
+    member_GI = (group_of_I == torch.arange(groups)[:, None]).to(torch.int8)
+    if groups == 1:
+        return CpuWeight(codes_OI, scale_OG, member_GI, None)
+    digit_DOI = _digits(codes_OI.to(torch.int32) * scale_OG[:, group_of_I])
+    if digit_DOI.shape[0] == 1:
+        return CpuWeight(None, None, None, digit_DOI)
+    return CpuWeight(codes_OI, scale_OG, member_GI, digit_DOI)
+
+
+def _digits(wide_OI: Tensor) -> Tensor:
+    """Balanced digits to base 256, from -128 to 127, the lowest first: int8 [D, O, I]."""
+    digits = []
+    while not digits or bool(wide_OI.any()):
+        low_OI = ((wide_OI + 128) & 255) - 128
+        digits.append(low_OI.to(torch.int8))
+        wide_OI = (wide_OI - low_OI) >> 8
+    return torch.stack(digits)
+
+
+def _multiply(left_OI: Tensor, right_TI: Tensor) -> Tensor:
+    """int8 by int8, int32 [O, T]."""
+    if left_OI.shape[1] == 1:  # torch 2.13 returns memory it never wrote
+        return left_OI.to(torch.int32) * right_TI.T.to(torch.int32)
+    return torch._int_mm(left_OI, right_TI.T)
+
+
+def product(x_TI: Tensor, weight: CpuWeight) -> Tensor:
+    """The int32 sums [T, O] of int8 activations, T at least 1."""
+    tokens, inputs = x_TI.shape
+    codes_OI, scale_OG, member_GI, digit_DOI = weight
+    if codes_OI is not None and scale_OG is not None and member_GI is not None:
+        groups = scale_OG.shape[1]
+        if groups == 1:
+            return _multiply(codes_OI, x_TI).mul_(scale_OG).T
+        if digit_DOI is None or tokens * groups <= FEW_COLUMNS:
+            columns_GTI = x_TI * member_GI[:, None]
+            sums_OGT = _multiply(codes_OI, columns_GTI.view(-1, inputs)).view(-1, groups, tokens)
+            return torch.bmm(scale_OG[:, None], sums_OGT)[:, 0].T
+    assert digit_DOI is not None
+    count, outputs = digit_DOI.shape[:2]
+    by_digit_DOT = _multiply(digit_DOI.view(-1, inputs), x_TI).view(count, outputs, tokens)
+    *lower, total_OT = by_digit_DOT.unbind()
+    for digit_OT in reversed(lower):
+        total_OT = torch.add(digit_OT, total_OT, alpha=256)
+    return total_OT.T
+
+
+torch.library.define(
+    "finescale::cpu_int8_linear",
+    "(Tensor x_TI, Tensor? codes_OI, Tensor? scale_OG, Tensor? member_GI, Tensor? digit_DOI, Tensor? bias_O, "
+    "Tensor? channel_scale_O, int amplifier, int bits) -> Tensor",
+)
+
+
+@torch.library.impl("finescale::cpu_int8_linear", "cpu")
+def _linear(
+    x_TI: Tensor,
+    codes_OI: Tensor | None,
+    scale_OG: Tensor | None,
+    member_GI: Tensor | None,
+    digit_DOI: Tensor | None,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    amplifier: int,
+    bits: int,
+) -> Tensor:
+    weight = CpuWeight(codes_OI, scale_OG, member_GI, digit_DOI)
+    outputs, inputs = _shape(weight)
+    if x_TI.dim() != 2 or x_TI.shape[1] != inputs or not x_TI.is_floating_point():
+        raise InputError(f"activations {list(x_TI.shape)} of {x_TI.dtype} must be float [T, {inputs}].")
+    for name, tensor in (("bias", bias_O), ("channel scale", channel_scale_O)):
+        if tensor is not None and (tuple(tensor.shape) != (outputs,) or tensor.dtype != torch.float32):
+            raise InputError(f"the {name} must be float32 [{outputs}].")
+    if x_TI.shape[0] == 0 or outputs == 0:
+        return x_TI.new_empty(x_TI.shape[0], outputs)
+    codes_TI, x_scale_T1 = quantize_tokens(x_TI, ActivationScheme(bits))
+    # As in the reference: a power of two divides without rounding, then one conversion and one product.
+    out_TO = product(codes_TI, weight).to(torch.float32) * (x_scale_T1 if amplifier == 1 else x_scale_T1 / amplifier)
+    if channel_scale_O is not None:
+        out_TO *= channel_scale_O
+    if bias_O is not None:
+        out_TO += bias_O
+    return out_TO.to(x_TI.dtype).contiguous()
+
+
+@torch.library.register_fake("finescale::cpu_int8_linear")
+def _(
+    x_TI: Tensor,
+    codes_OI: Tensor | None,
+    scale_OG: Tensor | None,
+    member_GI: Tensor | None,
+    digit_DOI: Tensor | None,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    amplifier: int,
+    bits: int,
+) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], _shape(CpuWeight(codes_OI, scale_OG, member_GI, digit_DOI))[0])
+
+
+def _shape(weight: CpuWeight) -> tuple[int, int]:
+    """Outputs and inputs."""
+    tensor = weight.codes_OI if weight.codes_OI is not None else weight.digit_DOI
+    if tensor is None:
+        raise InputError("a layer without weights; make it with cpu_int8.pack_weight.")
+    return tensor.shape[-2], tensor.shape[-1]
+
+
+def cpu_linear(
+    x_TI: Tensor,
+    weight: CpuWeight,
+    bias_O: Tensor | None = None,
+    channel_scale_O: Tensor | None = None,
+    amplifier: int = 1,
+    bits: int = 8,
+) -> Tensor:
+    """A whole layer: tokens are rounded, multiplied, and come back in their type.
+
+    Args:
+        x_TI: float [T, I].
+        weight: from ``pack_weight``.
+        bias_O: float32 [O] or None, added last.
+        channel_scale_O: float32 [O] or None, multiplies each output.
+        amplifier: the power of two the scales were multiplied by.
+        bits: of the activations.
+
+    Returns:
+        [T, O], the same bits as ``integer_scale_linear`` of the same codes.
+
+    Raises:
+        InputError: shapes or types that do not fit together.
+    """
+    return torch.ops.finescale.cpu_int8_linear.default(x_TI, *weight, bias_O, channel_scale_O, amplifier, bits)

@@ -1,0 +1,82 @@
+"""Layers without a kernel of the device's own against the exact product, layer by layer and as a model."""
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from finescale.api import quantize
+from finescale.errors import InputError
+from finescale.grid import (
+    ActivationScheme,
+    InputRule,
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    quantize_to_grid,
+    with_folded_scales,
+    with_integer_scales,
+)
+from finescale.kernels import portable
+from finescale.kernels.dispatch import Choice
+from finescale.runtime.load import load
+from finescale.runtime.modules import QuantizedLinear
+from finescale.runtime.portable import PortableLinear
+from tests.helpers import recipe
+
+CPU = torch.device("cpu")
+
+
+def layer_weight(bits=4, group_size=32, folded=False, integer=True):
+    weight_OI = torch.randn(24, 90, generator=torch.Generator().manual_seed(0))
+    grid = fit_grid(weight_OI, WeightScheme(bits, group_size, True, "mse"))
+    if folded:
+        grid = with_folded_scales(grid, weight_OI)
+    elif integer:
+        grid = with_integer_scales(grid, weight_OI, "auto")
+    return QuantizedWeight(quantize_to_grid(weight_OI, grid), grid)
+
+
+@pytest.mark.parametrize("kind", [{}, {"folded": True}, {"bits": 8, "group_size": -1}, {"group_size": 7}], ids=str)
+@pytest.mark.parametrize("kernel", ["cpu-int8", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_as_the_exact_product(monkeypatch, kernel, kind, dtype):
+    monkeypatch.setattr("finescale.kernels.dispatch.int8_product_is_exact", lambda: kernel == "cpu-int8")
+    weight, bias_O, inputs = layer_weight(**kind), torch.randn(24), InputRule(ActivationScheme(8))
+    layer = PortableLinear(weight, bias_O, inputs, CPU)
+    assert layer.product.kernel == kernel and kernel in repr(layer)
+    exact = QuantizedLinear(weight, bias_O, inputs, "integer")
+    for shape in ((1, 90), (2, 5, 90), (0, 90)):
+        x_TI = torch.randn(shape).to(dtype)
+        assert torch.equal(layer(x_TI), exact(x_TI)) and layer(x_TI).dtype == dtype
+
+
+def test_layers_of_floats_are_refused():
+    with pytest.raises(InputError, match="scales are floats"):
+        PortableLinear(layer_weight(integer=False), None, InputRule(ActivationScheme(8)), CPU)
+
+
+def test_what_runs_is_said_once(caplog):
+    portable._said.clear()
+    with caplog.at_level(logging.WARNING, "finescale"):
+        for _ in range(2):
+            PortableLinear(layer_weight(), None, InputRule(ActivationScheme(8)), CPU)
+    assert len(caplog.messages) == 1 and "no CUDA device" in caplog.text
+
+
+def test_a_model_on_a_cpu_is_the_exact_product(tiny, text, tmp_path, monkeypatch):
+    integer_scale = {"mode": "before", "amplifier": "auto"}
+    chosen = recipe("rtn", 4, 32, weights={"symmetric": True}, activations={"bits": 8}, integer_scale=integer_scale)
+    quantize(tiny("llama"), chosen, calibration=str(text), out=tmp_path / "out")
+    tokens = torch.arange(12).view(2, 6)
+    models = {path: load(tmp_path / "out", path=path) for path in ("integer", "kernel")}
+    by_hand = lambda layer, device: Choice("float", "for this test")  # noqa: E731
+    monkeypatch.setattr(sys.modules["finescale.runtime.load"], "choose_kernel", by_hand)
+    models["parts"] = load(tmp_path / "out", path="integer")
+    kinds = {
+        path: {type(m) for m in model.modules()} & {PortableLinear, QuantizedLinear} for path, model in models.items()
+    }
+    assert kinds == {"integer": {PortableLinear}, "kernel": {PortableLinear}, "parts": {QuantizedLinear}}
+    by_path = {path: model(tokens).logits for path, model in models.items()}
+    assert torch.equal(by_path["kernel"], by_path["parts"]) and torch.equal(by_path["integer"], by_path["parts"])
