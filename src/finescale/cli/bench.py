@@ -74,7 +74,8 @@ def gemm(
     """Microseconds of the W4A8 product on this GPU, beside bfloat16 and others, every result checked."""
     if explain:
         return _explain(json_)
-    from finescale.bench.gemm import PEERS, SHAPES, bench_gemm
+    from finescale.bench.gemm import SHAPES, bench_gemm
+    from finescale.bench.gemm_products import OURS, PEERS
     from finescale.errors import InputError
 
     try:
@@ -83,7 +84,7 @@ def gemm(
     except ValueError as error:
         raise InputError("write --shape as INPUTSxOUTPUTS and --tokens as numbers with commas.") from error
     result = bench_gemm(shapes, counts, peers)
-    names = ("integer", "folded", "float_scale", *(PEERS if peers else ()))
+    names = (*OURS, *(PEERS if peers else ()))
     table = Table("inputs x outputs", "tokens", "bf16 us", *(f"{name} us (x bf16)" for name in names))
     for row in result["rows"]:
         times = [f"{row[name]:.1f} ({row['bf16'] / row[name]:.2f})" if row.get(name) else "-" for name in names]

@@ -35,7 +35,9 @@ def launch(
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     config = _config(grid, threads, shared_bytes, cluster)
     config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
-    (status,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
+    # A function belongs to the context of its device, which must be the current one.
+    with torch.cuda.device(device):
+        (status,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
     if int(status) != 0:
         raise CompileError(f"a kernel could not be launched: {status.name}.")
 

@@ -82,7 +82,7 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(out_TO + at_OT, y_OT.to(out_TO.dtype.element_ty), mask=live_OT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunks", "chunks_of_part", "groups", "halves_of_group"])
 def _product_kernel(  # type: ignore[no-untyped-def]
     x_TI,
     x_scale_T,
@@ -159,7 +159,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def _finish_kernel(  # type: ignore[no-untyped-def]
     sums_PTO,
     x_scale_T,
