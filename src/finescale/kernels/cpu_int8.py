@@ -91,7 +91,7 @@ def pack_weight(codes_OI: Tensor, integer_scale_OG: Tensor, group_of_I: Tensor) 
 
 def _digits(wide_OI: Tensor) -> Tensor:
     """Balanced digits to base 256, from -128 to 127, the lowest first: int8 [D, O, I]."""
-    digits = []
+    digits: list[Tensor] = []
     while not digits or bool(wide_OI.any()):
         low_OI = ((wide_OI + 128) & 255) - 128
         digits.append(low_OI.to(torch.int8))
