@@ -22,6 +22,7 @@ import torch
 
 from finescale.bench.gemm_products import (
     AMPLIFIER,
+    CACHE_BYTES,
     GROUP,
     OURS,
     PEERS,
@@ -39,13 +40,21 @@ from finescale.errors import InputError
 from finescale.kernels.dispatch import has_hopper_kernels
 from finescale.kernels.jit import compile_source, source_text
 
-__all__ = ["AMPLIFIER", "GROUP", "SEED", "SHAPES", "TOKENS", "Layer", "bench_gemm", "median_microseconds"]
+__all__ = [
+    "AMPLIFIER",
+    "CACHE_BYTES",
+    "GROUP",
+    "SEED",
+    "SHAPES",
+    "TOKENS",
+    "Layer",
+    "bench_gemm",
+    "median_microseconds",
+]
 
 SHAPES = ((4096, 22016), (4096, 4096), (11008, 4096), (8192, 28672), (14336, 4096))
 """Inputs and outputs of layers of Llama-2-7B, Llama-2-70B and Llama-3-8B."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-CACHE_BYTES = 300 * 2**20
-"""Copies of an activation together fill the last-level cache several times over."""
 
 
 def median_microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:

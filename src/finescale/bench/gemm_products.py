@@ -21,6 +21,8 @@ from finescale.kernels.reference import grouped_int32_product
 GROUP = 128
 AMPLIFIER = 1024
 SEED = 0
+CACHE_BYTES = 300 * 2**20
+"""Copies of what is read together fill the last-level cache several times over."""
 
 
 class Layer:
@@ -35,9 +37,9 @@ class Layer:
         self.scale_OG = torch.randint(100, 1024, groups, dtype=torch.int32, device=device, generator=generator)
         self.small_scale_OG = torch.randint(1, 16, groups, dtype=torch.int32, device=device, generator=generator)
 
-    def copies(self, weight: Tensor, cache_bytes: int = 300 * 2**20) -> list[Tensor]:
-        """As many of a weight as fill the last-level cache several times over."""
-        count = max(3, -(-cache_bytes // (weight.numel() * weight.element_size())))
+    def copies(self, weight: Tensor) -> list[Tensor]:
+        """As many of a weight as leave the cache."""
+        count = max(3, -(-CACHE_BYTES // (weight.numel() * weight.element_size())))
         return [weight, *(weight.clone() for _ in range(count - 1))]
 
 
