@@ -29,10 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from finescale.bench.machine import machine_facts
-from finescale.bench.random_model import ARMS, FloatScaleProduct, float_variant, random_model, weight_bytes
+from finescale.bench.random_model import ARMS, kernel_of, random_model, weight_bytes
 from finescale.bench.shapes import SHAPES
 from finescale.errors import InputError
-from finescale.kernels.hopper import gemm
 from finescale.kernels.jit import compile_source, source_text
 from finescale.runtime.products import PackedProduct
 
@@ -227,27 +226,14 @@ def kernel_group(name: str) -> str:
 
 def compile_ahead(model: PreTrainedModel, counts: Iterable[int]) -> None:
     """Compiles the product kernels for so many tokens, side by side."""
-    device = model.device
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return
-    capacity = gemm.capacity(device.index or 0)
-    chosen = set()
-    for product in {(type(p), p.packed.shape, p.folded, p.outputs): p for p in _packed_products(model)}.values():
-        for count in counts:
-            _, blocks, slab_bytes = product.packed.shape
-            if isinstance(product, FloatScaleProduct):
-                chosen.add(float_variant(count, product.outputs, blocks, model.dtype, device))
-            else:
-                groups, out = (slab_bytes - 4096) // 128, gemm.OUT_TYPES[model.dtype]
-                size = (count, product.outputs, blocks, groups, product.folded, out, capacity)
-                chosen.add(gemm.choose(*size))
+    products = [module for module in model.modules() if isinstance(module, PackedProduct)]
+    kinds = {(type(p), p.packed.shape, p.folded, p.outputs): p for p in products}.values()
+    chosen = {kernel_of(product, count, model.dtype) for product, count in itertools.product(kinds, counts)}
+    texts = [source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen]
     with ThreadPoolExecutor() as pool:
-        texts = [source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen]
         list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
-
-
-def _packed_products(model: PreTrainedModel) -> list[PackedProduct]:
-    return [module for module in model.modules() if isinstance(module, PackedProduct)]
 
 
 def bench_decode(
