@@ -64,3 +64,19 @@ def test_nan_in_an_input_names_the_layer_in_full():
     with pytest.raises(NumericsError, match=r"model\.layers\.7\.first") as caught:
         collect_moments(Block(), {"first": "model.layers.7.first"}, batches, CPU)
     assert_sentence(str(caught.value))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_of_half_precision_on_tensor_cores(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x_TI = torch.randn(10000, 512, generator=generator, device="cuda").to(dtype)
+    x_TI[:, ::64] *= 30
+    moments = Moments(torch.zeros(512, 512, device="cuda"))
+    moments.add(x_TI)
+    exact_II = x_TI.double().T @ x_TI.double()
+    scale_I = exact_II.diagonal().sqrt()
+    error_II = (moments.sum_II.double() - exact_II) / (scale_I[:, None] * scale_I[None, :])
+    assert float(error_II.abs().max()) < 3e-5  # of what the two inputs' norms allow
+    assert moments.tokens == 10000

@@ -200,7 +200,7 @@ def _solve_stacked(
 ) -> list[Solution]:
     grids = [initial_grid(plan, weight_OI, recipe, scale_dtype) for plan, weight_OI in members]
     if len(members) == 1:
-        return [_solve_rows(members[0][1], hessian_II, grids[0], recipe, ranks)]
+        return [solve_rows(members[0][1], hessian_II, grids[0], recipe, ranks)]
     zeros = [grid.zero_OG for grid in grids if grid.zero_OG is not None]
     stacked = replace(
         grids[0],
@@ -208,7 +208,7 @@ def _solve_stacked(
         zero_OG=torch.cat(zeros) if zeros else None,
         amplifier=None,
     )
-    solution = _solve_rows(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, recipe, ranks)
+    solution = solve_rows(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, recipe, ranks)
     parts, start = [], 0
     for grid in grids:
         rows = slice(start, start + grid.rows)
@@ -218,7 +218,7 @@ def _solve_stacked(
     return parts
 
 
-def _solve_rows(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, recipe: Recipe, ranks: Ranks) -> Solution:
+def solve_rows(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, recipe: Recipe, ranks: Ranks) -> Solution:
     """Solve the rows that are this process's, and get the others'. Where outliers are counted over the whole layer, or
     groups are fitted anew, rows are not apart: then every process solves all of them."""
     entry, options = recipe.solver.entry(), recipe.solver.options()
