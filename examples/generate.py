@@ -18,4 +18,5 @@ tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 tokens = tokenizer(prompt, return_tensors="pt").to(device)
 output = model.generate(**tokens, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
-print(f"by finescale {finescale.__version__}, layers of type {type(model.model.layers[0].mlp.up_proj).__name__}")
+kinds = {type(module).__name__ for module in model.modules()} & {"QuantizedLinear", "PortableLinear", "PackedProduct"}
+print(f"by finescale {finescale.__version__}, layers of type {kinds}")

@@ -9,7 +9,8 @@ from finescale.kernels import plain
 from finescale.kernels.layout import pack_weight
 from finescale.kernels.reference import integer_scale_linear
 from finescale.runtime.fused import FusedDecoder, fuse
-from finescale.runtime.load import load
+from finescale.runtime.load import load, quantized_layers
+from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.products import PackedProduct, check_fusable
 from tests.helpers import make_model, quantize, recipe, save_model, some_tokens
 
@@ -45,6 +46,16 @@ def checkpoint(tiny, text, tokenizer, tmp_path_factory):
     return folder
 
 
+def load_exact(path, dtype=torch.float32):
+    """The model with every layer as the exact int32 product in parts, whatever else this machine could do."""
+    model = load(path, dtype=dtype, cache=False)
+    for name, layer in quantized_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        exact = QuantizedLinear(layer.quantized_weight(), layer.bias, layer.inputs, "integer")
+        setattr(model.get_submodule(parent), leaf, exact)
+    return model
+
+
 def ways(prompt_BT):
     """Ways to generate: caches that grow and that do not, sequences with and without padding at the left."""
     whole, padded = torch.ones_like(prompt_BT), torch.ones_like(prompt_BT)
@@ -57,7 +68,7 @@ def ways(prompt_BT):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_as_before(checkpoint, kind):
-    plain_model, fused_model = (load(checkpoint(kind), path="kernel") for _ in range(2))
+    plain_model, fused_model = (load_exact(checkpoint(kind)) for _ in range(2))
     assert fuse(fused_model) is None
     assert isinstance(fused_model.model.layers[0], FusedDecoder)
     tokens_BT = some_tokens(2, 9)
@@ -69,7 +80,7 @@ def test_same_as_before(checkpoint, kind):
 @pytest.mark.parametrize("mode", ["after", "folded"])
 def test_layers_of_different_scales_become_one(checkpoint, mode):
     path = checkpoint("qwen2", **({"mode": "folded"} if mode == "folded" else {"mode": "after", "amplifier": "auto"}))
-    plain_model, fused_model = (load(path, path="kernel") for _ in range(2))
+    plain_model, fused_model = (load_exact(path) for _ in range(2))
     assert fuse(fused_model) is None
     qkv = fused_model.model.layers[0].blocks[0].qkv
     assert qkv.outputs == 128 and qkv.bias_O is not None
@@ -87,7 +98,7 @@ def test_float_layers_are_fused_too(tiny):
 
 def test_tokens_after_others_in_one_pass(checkpoint):
     """A second prompt after the first, in a cache that holds it."""
-    plain_model, fused_model = (load(checkpoint("llama"), path="kernel") for _ in range(2))
+    plain_model, fused_model = (load_exact(checkpoint("llama")) for _ in range(2))
     fuse(fused_model)
     tokens_BT = some_tokens(2, 12)
     logits = []
@@ -99,7 +110,7 @@ def test_tokens_after_others_in_one_pass(checkpoint):
 
 
 def test_embeddings_of_the_caller_stay_as_they_were(checkpoint):
-    model = load(checkpoint("llama"), path="kernel")
+    model = load_exact(checkpoint("llama"))
     fuse(model)
     embedded = model.get_input_embeddings()(some_tokens(1, 6))
     before = embedded.clone()
@@ -109,7 +120,7 @@ def test_embeddings_of_the_caller_stay_as_they_were(checkpoint):
 
 def test_a_whole_step_is_one_graph(checkpoint):
     """torch.compile traces the step without a break, and gives the same."""
-    model = load(checkpoint("llama"), path="kernel")
+    model = load_exact(checkpoint("llama"))
     fuse(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     tokens_BT = some_tokens(2, 6)
@@ -128,7 +139,7 @@ def test_what_is_left_as_it_was(tiny, checkpoint):
         assert not any(isinstance(module, FusedDecoder) for module in model.modules())
     model = load(checkpoint("llama"))  # computes in floating point
     assert "integer scales" in fuse(model)
-    model = load(checkpoint("llama"), path="kernel")
+    model = load_exact(checkpoint("llama"))
     assert fuse(model) is None and "already" in fuse(model)
     with pytest.raises(InputError, match="no inner outputs"):
         model(some_tokens(1, 4), output_hidden_states=True)
