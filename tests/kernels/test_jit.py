@@ -16,8 +16,9 @@ def text_of(variant):
     return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
 
 
-def quantizer(kind, add, dtype, pieces=2, routed=0):
-    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "THREADS": 256, "ROUTED": routed}
+def quantizer(kind, add, dtype, pieces=2, routed=0, gather=0):
+    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "OUT_PIECES": pieces, "THREADS": 256}
+    settings |= {"ROUTED": routed, "GATHER": gather}
     return source_text("quantize.cu", settings, {})
 
 
@@ -83,6 +84,8 @@ def test_no_variant_spills(groups, folded, tmp_path):
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("kind, add, dtype", [(0, 0, 1), (1, 1, 0), (2, 1, 2), (3, 0, 0)])
-def test_quantizers_compile(kind, add, dtype, tmp_path):
-    assert_clean(compiler_report(quantizer(kind, add, dtype), tmp_path))
+@pytest.mark.parametrize(
+    "kind, add, dtype, gather", [(0, 0, 1, 0), (1, 1, 0, 0), (2, 1, 2, 0), (3, 0, 0, 0), (0, 0, 2, 1), (1, 1, 0, 1)]
+)
+def test_quantizers_compile(kind, add, dtype, gather, tmp_path):
+    assert_clean(compiler_report(quantizer(kind, add, dtype, gather=gather), tmp_path))

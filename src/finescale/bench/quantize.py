@@ -21,6 +21,8 @@ import torch
 from finescale.bench.gemm import CACHE_BYTES, SEED, median_microseconds
 from finescale.bench.machine import machine_facts
 from finescale.errors import InputError
+from finescale.grid import Gather
+from finescale.kernels.gather import GatherTable, gather_table
 from finescale.kernels.hopper import quantize
 
 SIZES = (
@@ -35,12 +37,30 @@ SIZES = (
     (1, 28672),
 )
 """Tokens and inputs."""
-KINDS = ("plain", "rms", "layer", "silu", "rms+residual", "layer+residual")
+KINDS = (
+    "plain",
+    "rms",
+    "layer",
+    "silu",
+    "rms+residual",
+    "layer+residual",
+    "plain+gather",
+    "rms+residual+gather",
+)
 
 
 def bytes_moved(kind: str, tokens: int, inputs: int) -> int:
     """Read and written, with bfloat16 inputs: two bytes an input, one a code, four more for a residual and its sum."""
     return tokens * inputs * ((4 if kind == "silu" else 2) + 1 + (4 if "residual" in kind else 0))
+
+
+def gather_like_qllm(inputs: int, device: torch.device) -> GatherTable:
+    """One channel of 64 is split in two and one pair of 64 merged, and all are moved a little."""
+    channel_J = torch.arange(inputs, device=device)
+    place_J = channel_J % 64
+    index_KJ = torch.stack([torch.where((place_J == 1) | (place_J == 2), channel_J - 1, channel_J), channel_J])
+    gain_KJ = torch.stack([torch.where(place_J < 3, 0.5, 1.0), torch.where(place_J == 2, 0.5, 0.0)])
+    return gather_table(Gather((index_KJ + 37) % inputs, gain_KJ))
 
 
 def bench_quantizers(
@@ -65,8 +85,9 @@ def bench_quantizers(
             gain = torch.ones(inputs, device=device, dtype=torch.bfloat16) if kind[0] in "rl" else None
             residuals = [torch.zeros_like(x) if "residual" in kind else None for x in xs]
             name = kind.partition("+")[0]
+            table = gather_like_qllm(inputs, device) if "gather" in kind else None
             calls = [
-                functools.partial(quantize.run, x, name, residual, gain, None, 1e-5)
+                functools.partial(quantize.run, x, name, residual, gain, None, 1e-5, gather=table)
                 for x, residual in zip(xs, residuals, strict=True)
             ]
             time = median_microseconds(calls)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels import plain
+from finescale.kernels.gather import GatherTable, quantize_gathered
 from finescale.kernels.hopper import gemm, quantize
 from finescale.kernels.layout import BLOCK, SLAB, TOKEN_SLAB, packed_tokens_shape
 
@@ -44,6 +45,14 @@ def quantize_tokens(
     Raises:
         InputError: shapes, types or strides that do not fit together.
     """
+    check_tokens(x_TI, kind, residual_TI, gain_I, shift_I)
+    return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
+
+
+def check_tokens(
+    x_TI: Tensor, kind: str, residual_TI: Tensor | None, gain_I: Tensor | None, shift_I: Tensor | None
+) -> None:
+    """Raises InputError where arguments of ``quantize_tokens`` do not fit together."""
     inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
     if kind not in quantize.KINDS:
         raise InputError(f"kind is {kind}; use one of {', '.join(quantize.KINDS)}.")
@@ -62,7 +71,6 @@ def quantize_tokens(
             raise InputError(f"{name} must be contiguous {x_TI.dtype} {list(shape)}.")
         if tensor.device != x_TI.device:
             raise InputError(f"{name} is on {tensor.device}, the activations on {x_TI.device}.")
-    return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
 
 
 @quantize_tokens.register_fake
@@ -178,18 +186,24 @@ def w4a8_linear(
     outputs: int,
     amplifier: int,
     folded: bool,
+    gather: GatherTable | None = None,
 ) -> Tensor:
     """A whole layer: inputs of any float type are rounded, multiplied, and come back in their type.
 
     Args:
         x_TI: [..., I].
         packed_weight, bias_O, channel_scale_O, outputs, amplifier, folded: see ``w4a8_product``.
+        gather: what channels the weight meets, made of those of x (``kernels.gather``); None for x itself.
 
     Returns:
         [..., O].
     """
     flat_TI = x_TI.reshape(-1, x_TI.shape[-1]).contiguous()
-    codes, scale_T, sum_T = quantize_tokens(flat_TI, "plain", None, None, None, 0.0)
+    before = ("plain", None, None, None, 0.0)
+    if gather is None:
+        codes, scale_T, sum_T = quantize_tokens(flat_TI, *before)
+    else:
+        codes, scale_T, sum_T = quantize_gathered(flat_TI, *before, *gather.tensors())
     out_TO = w4a8_product(
         codes, scale_T, sum_T, packed_weight, bias_O, channel_scale_O, outputs, amplifier, folded, x_TI.dtype
     )

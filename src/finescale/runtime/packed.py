@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, layer_facts
+from finescale.kernels.gather import gather_table
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, SLAB, pack_weight
 from finescale.kernels.linear import w4a8_linear
 
@@ -41,6 +42,9 @@ class PackedLinear(nn.Module):
             raise InputError(f"this layer has no fused kernel here: {choice.why}.")
         self.why = choice.why
         self.inputs = inputs.to(device)
+        # A rotation has no place in the kernel that rounds: with one, the gather stays outside too.
+        gather = self.inputs.gather if self.inputs.rotation is None else None
+        self.gather = None if gather is None else gather_table(gather)
         self.amplifier = weight.grid.amplifier
         self.scheme = weight.grid.scheme
         self.out_features, self.in_features = weight.codes_OI.shape
@@ -60,13 +64,14 @@ class PackedLinear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., O], in the type of the input."""
         return w4a8_linear(
-            self.inputs.rearrange(x_TI),
+            x_TI if self.gather is not None else self.inputs.rearrange(x_TI),
             self.packed,
             self.bias_O,
             self.channel_scale_O,
             self.out_features,
             self.amplifier,
             self.folded,
+            self.gather,
         )
 
     def extra_repr(self) -> str:

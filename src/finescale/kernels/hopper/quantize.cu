@@ -5,9 +5,11 @@
 //   RMS     rmsnorm(x) * gain                 ADD: x + residual first, the sum is written back to the residual
 //   LAYER   layernorm(x) * gain + shift       (likewise)
 //   SILU    silu(x[:, :I]) * x[:, I:]
+// GATHER: then channels are split, merged and permuted (gather.cuh).
 //
 // Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32),
-// PIECES (pieces of 8 inputs a thread holds), THREADS, ROUTED (rows sorted by expert, of which `position` says where each
+// PIECES (pieces of 8 inputs a thread holds), OUT_PIECES (of what is rounded, other than PIECES only if GATHER), THREADS,
+// GATHER, ROUTED (rows sorted by expert, of which `position` says where each
 // choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and writes rows, one a choice).
 
 #include "ptx.cuh"
@@ -25,6 +27,12 @@ struct Arguments {
     int tokens, inputs, slabs;
     int choices;            // of a token, ROUTED == 1
     float epsilon;
+    const int* index;       // GATHER: see gather.cuh
+    const float* index_gain;
+    const int* more_start;
+    const int* more_index;
+    const float* more_gain;
+    int gathered;           // channels that are rounded; `inputs` unless GATHER
 };
 
 struct AddFloat {
@@ -50,6 +58,10 @@ __device__ __forceinline__ Value reduce(Value value, Operator combine, Value* sc
     for (int i = 1; i < THREADS / 32; i++) value = combine(value, scratch[i]);
     return value;
 }
+
+#if GATHER
+#include "gather.cuh"
+#endif
 
 // Eight codes of a row, from input `first` on.
 __device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, uint2 codes) {
@@ -81,18 +93,16 @@ __device__ __forceinline__ uint2 codes8(const float (&x)[8], float scale, float 
     return make_uint2(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
-    __shared__ u32 scratch[32];
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    long long token = blockIdx.x;
+__device__ __forceinline__ void quantize_token(const Arguments& a, long long token, u32* scratch) {
 #if ROUTED == 2
     token = a.position[token];
     if (token < 0) return;
 #endif
     long long row = token * a.inputs;
     float x[PIECES][8];
+#if KIND != 3
     float total = 0;
+#endif
 #pragma unroll
     for (int p = 0; p < PIECES; p++) {
         int first = (p * THREADS + threadIdx.x) * 8, count = a.inputs - first;
@@ -148,12 +158,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
         }
     }
 #endif
+#if GATHER
+    float y[OUT_PIECES][8];
+    gather(a, x, y);
+#else
+    float(&y)[PIECES][8] = x;
+#endif
     // As bits, so that a NaN is the largest of all and reaches the scale.
     u32 largest = 0;
 #pragma unroll
-    for (int p = 0; p < PIECES; p++)
+    for (int p = 0; p < OUT_PIECES; p++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(x[p][i]) & 0x7FFFFFFF);
+        for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(y[p][i]) & 0x7FFFFFFF);
     largest = reduce(largest, MaxBits(), scratch);
     float scale = largest ? __fdiv_rn(__uint_as_float(largest), 127.0f) : 1.0f;
     if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
@@ -161,11 +177,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
     float reciprocal = __fdiv_rn(1.0f, scale);
     int sum = 0;
 #pragma unroll
-    for (int p = 0; p < PIECES; p++) {
+    for (int p = 0; p < OUT_PIECES; p++) {
         int first = (p * THREADS + threadIdx.x) * 8;
-        uint2 codes = codes8(x[p], scale, reciprocal);
+        uint2 codes = codes8(y[p], scale, reciprocal);
         sum = __dp4a(static_cast<int>(codes.x), 0x01010101, __dp4a(static_cast<int>(codes.y), 0x01010101, sum));
-        if (first >= (a.inputs + 127) / 128 * 128) continue;
+        if (first >= (a.gathered + 127) / 128 * 128) continue;
 #if ROUTED == 1
         for (int c = 0; c < a.choices; c++) {
             int target = a.position[token * a.choices + c];
@@ -188,5 +204,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
         a.scale[token] = scale;
         a.sum[token] = sum;
     }
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
+    __shared__ u32 scratch[32];
+    let_next_kernel_start();
+#if GATHER
+    load_table(a);
+    wait_for_previous_kernel();
+    // Blocks stay for many tokens, since each has to load the table.
+    for (int token = blockIdx.x; token < a.tokens; token += gridDim.x) quantize_token(a, token, scratch);
+#else
+    wait_for_previous_kernel();
+    quantize_token(a, blockIdx.x, scratch);
 #endif
 }

@@ -1,0 +1,160 @@
+"""QLLM's gather in the kernel that rounds: channels are split, merged and permuted between the norm and the int8 codes.
+
+Shape legend: T tokens, I channels of the input, J channels that the layer multiplies, K channels that are summed into
+one, P pieces of 8 channels J, M terms beyond each channel's first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finescale.errors import InputError
+from finescale.grid import ActivationScheme, Gather
+from finescale.grid import quantize_tokens as to_codes
+from finescale.kernels import plain
+from finescale.kernels.layout import pack_tokens, packed_tokens_shape
+
+
+@dataclass(frozen=True)
+class GatherTable:
+    """A `Gather` as the kernel reads it.
+
+    Attributes:
+        index_J: int32, the first channel that each one is made of.
+        gain_J: float32.
+        more_start_P: int32 [P + 1], where the further terms of each piece begin.
+        more_index_M: int32, 8 * channel of the input + place in the piece; terms of one channel in the order of k.
+        more_gain_M: float32.
+    """
+
+    index_J: Tensor
+    gain_J: Tensor
+    more_start_P: Tensor
+    more_index_M: Tensor
+    more_gain_M: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (self.index_J, self.gain_J, self.more_start_P, self.more_index_M, self.more_gain_M)
+
+
+def gather_table(gather: Gather) -> GatherTable:
+    """The table of a gather, on its device.
+
+    Raises:
+        InputError: a channel beyond 65535.
+    """
+    index_KJ, gain_KJ = gather.index_KJ, gather.gain_KJ.float()
+    channels, device = index_KJ.shape[1], index_KJ.device
+    if index_KJ.numel() and not 0 <= int(index_KJ.min()) <= int(index_KJ.max()) < 2**16:
+        raise InputError("a gather in the rounding kernel takes inputs of at most 65536 channels.")
+    k_M, j_M = gain_KJ[1:].nonzero(as_tuple=True)
+    order_M = torch.argsort(j_M // 8, stable=True)
+    k_M, j_M = k_M[order_M] + 1, j_M[order_M]
+    counts_P = torch.bincount(j_M // 8, minlength=-(-channels // 8))
+    return GatherTable(
+        index_KJ[0].to(torch.int32).contiguous(),
+        gain_KJ[0].contiguous(),
+        torch.cat([counts_P.new_zeros(1), counts_P.cumsum(0)]).to(torch.int32).to(device),
+        (8 * index_KJ[k_M, j_M] + j_M % 8).to(torch.int32),
+        gain_KJ[k_M, j_M].contiguous(),
+    )
+
+
+@torch.library.custom_op("finescale::quantize_gathered", mutates_args=("residual_TI",), device_types="cuda")
+def quantize_gathered(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+    index_J: Tensor,
+    gain_J: Tensor,
+    more_start_P: Tensor,
+    more_index_M: Tensor,
+    more_gain_M: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear.quantize_tokens`` with a gather between what stands before the rounding and the rounding.
+
+    Args:
+        x_TI, kind, residual_TI, gain_I, shift_I, epsilon: see ``linear.quantize_tokens``.
+        index_J, gain_J, more_start_P, more_index_M, more_gain_M: see ``GatherTable``.
+
+    Returns:
+        codes int8 [B, ceil(T / 8), 1024] of J channels, scales float32 [T], sums of codes int32 [T].
+
+    Raises:
+        InputError: shapes, types or strides that do not fit together.
+    """
+    from finescale.kernels.hopper import quantize
+    from finescale.kernels.linear import check_tokens
+
+    check_tokens(x_TI, kind, residual_TI, gain_I, shift_I)
+    table = GatherTable(index_J, gain_J, more_start_P, more_index_M, more_gain_M)
+    pieces = -(-index_J.shape[0] // 8)
+    for name, tensor, shape, dtype in (
+        ("gains of channels", gain_J, index_J.shape, torch.float32),
+        ("channels", index_J, index_J.shape, torch.int32),
+        ("starts of pieces", more_start_P, (pieces + 1,), torch.int32),
+        ("further channels", more_index_M, more_gain_M.shape, torch.int32),
+        ("further gains", more_gain_M, more_gain_M.shape, torch.float32),
+    ):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise InputError(f"a gather's {name} must be contiguous {dtype} {list(shape)}; see gather_table.")
+        if tensor.device != x_TI.device:
+            raise InputError(f"a gather is on {tensor.device}, the activations on {x_TI.device}.")
+    return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon, gather=table)
+
+
+@quantize_gathered.register_fake
+def _(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+    index_J: Tensor,
+    gain_J: Tensor,
+    more_start_P: Tensor,
+    more_index_M: Tensor,
+    more_gain_M: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x_TI.shape[0]
+    return (
+        x_TI.new_empty(packed_tokens_shape(tokens, index_J.shape[0]), dtype=torch.int8),
+        x_TI.new_empty(tokens, dtype=torch.float32),
+        x_TI.new_empty(tokens, dtype=torch.int32),
+    )
+
+
+@quantize_gathered.register_kernel("cpu")
+def _(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+    index_J: Tensor,
+    gain_J: Tensor,
+    more_start_P: Tensor,
+    more_index_M: Tensor,
+    more_gain_M: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
+    y_TJ = apply(GatherTable(index_J, gain_J, more_start_P, more_index_M, more_gain_M), y_TI)
+    codes_TJ, scale_T1 = to_codes(y_TJ, ActivationScheme(8))
+    return pack_tokens(codes_TJ), scale_T1[:, 0].contiguous(), codes_TJ.sum(1, dtype=torch.int32)
+
+
+def apply(table: GatherTable, x_TI: Tensor) -> Tensor:
+    """What the kernel computes, term by term: float [T, I] -> [T, J]."""
+    y_TJ = x_TI[:, table.index_J] * table.gain_J.to(x_TI.dtype)
+    piece_M = torch.repeat_interleave(table.more_start_P.diff())
+    for piece, place, gain in zip(piece_M.tolist(), table.more_index_M.tolist(), table.more_gain_M, strict=True):
+        y_TJ[:, 8 * piece + place % 8] += x_TI[:, place // 8] * gain.to(x_TI.dtype)
+    return y_TJ
