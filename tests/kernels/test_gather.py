@@ -8,6 +8,7 @@ from finescale.grid import ActivationScheme, Gather
 from finescale.grid import quantize_tokens as to_codes
 from finescale.kernels import layout
 from finescale.kernels.gather import apply, gather_table, quantize_gathered
+from finescale.kernels.plain import before_rounding
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 GPU = pytest.param(
@@ -61,6 +62,8 @@ def test_equals_gather_then_rounding(tokens, inputs, channels, terms, dtype, dev
         other_TI = residual_TI.clone() if normed else None
         x_TI = y_TI if other_TI is None else y_TI - other_TI
         arguments = (gain_I, None, 0.0) if normed else (None, None, 0.0)
+        if device == "cpu" and normed:  # torch's own norm, which is not always exact
+            expected_TI = before_rounding(x_TI, kind, residual_TI.clone(), *arguments)
         codes_TJ, scale_T1 = to_codes(gather.apply(expected_TI), ActivationScheme(8))
         packed, scale_T, sum_T = quantize_gathered(x_TI, kind, other_TI, *arguments, *table.tensors())
         got_TJ = layout.unpack_tokens(packed, tokens, channels)
