@@ -74,7 +74,7 @@ class Products:
 
     def __init__(self, normalized_II: Tensor, kind: Kind = "float32", batch: int = LARGEST_BATCH) -> None:
         self.kind: Kind = kind if normalized_II.dtype == torch.float32 else "float32"
-        if self.kind == "3xfp16" and float(normalized_II.abs().max()) > LARGEST_FP16:
+        if self.kind == "3xfp16" and max(map(abs, map(float, normalized_II.aminmax()))) > LARGEST_FP16:
             self.kind = "3xtf32"
         self.batch = batch
         self.columns = normalized_II.shape[0]
