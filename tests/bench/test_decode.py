@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finescale.bench.decode import bench_decode, kernel_group, speedups, text_row
-from finescale.bench.random_model import random_model, weight_bytes
+from finescale.bench.random_model import fill_mixture, random_model, weight_bytes
 from finescale.bench.shapes import SHAPES, shape_config
 from finescale.errors import InputError
 from finescale.runtime.fused import FusedDecoder
@@ -59,11 +59,12 @@ def test_a_model_of_random_weights():
 
 def test_mixtures_of_experts():
     result = bench_decode(["tiny-experts"], (1,), ("bf16", "w4a8"), "cpu", prefill=8, context=4, steps=2, profiled=())
-    bf16, w4a8 = result["rows"]
-    assert "w4a8-folded only" in bf16["stopped"] and not bf16["decode"]
-    assert w4a8["decode"]["1"]["graph_equals_eager"]
     weights = 2 * (128 * (128 + 128) + 128 * 128 + 4 * 3 * 128 * 128)
-    assert w4a8["weights_gb"] * 1e9 == pytest.approx(weights * (0.5 + 2 / 128) + 2 * 320 * 128 * 2, rel=0.05)
+    for row, bytes_a_weight in zip(result["rows"], (2, 0.5 + 2 / 128), strict=True):
+        assert row["decode"]["1"]["graph_equals_eager"]
+        assert row["weights_gb"] * 1e9 == pytest.approx(weights * bytes_a_weight + 2 * 320 * 128 * 2, rel=0.05)
+    with pytest.raises(InputError, match="no kernel of float scales"):
+        fill_mixture(None, None, "w4a8-float", torch.device("cpu"))
 
 
 def test_shapes_are_configs_of_transformers():

@@ -96,19 +96,25 @@ def random_experts(count: int, inputs: int, outputs: int, arm: str, device: torc
 
 
 def fill_mixture(mlp: Any, config: Any, arm: str, device: torch.device) -> None:
-    """Random experts and router in the place of those of a mixture of experts.
+    """Random experts and router in the place of those of a mixture of experts; bfloat16 ones stay transformers' own,
+    in grouped products on a GPU.
 
     Raises:
         InputError: an arm without experts of its kind.
     """
-    if arm not in ("w4a8", "w4a8-folded"):
-        raise InputError(f"mixtures of experts are measured in w4a8 and w4a8-folded only, not in {arm}.")
+    if arm == "w4a8-float":
+        raise InputError("mixtures of experts have no kernel of float scales to compare with.")
+    router = torch.empty_like(mlp.gate.weight, device=device).normal_(0, DEVIATION)
+    mlp.gate.weight = nn.Parameter(router, requires_grad=False)
+    if arm == "bf16":
+        for leaf, weight in list(mlp.experts.named_parameters()):
+            filled = torch.empty_like(weight, device=device).normal_(0, DEVIATION)
+            setattr(mlp.experts, leaf, nn.Parameter(filled, requires_grad=False))
+        return
     count = getattr(config, "num_local_experts", None) or config.num_experts
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     gate_up = random_experts(count, config.hidden_size, 2 * width, arm, device)
     mlp.experts = PackedMixture(gate_up, random_experts(count, width, config.hidden_size, arm, device), "random")
-    router = torch.empty_like(mlp.gate.weight, device=device).normal_(0, DEVIATION)
-    mlp.gate.weight = nn.Parameter(router, requires_grad=False)
 
 
 def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
