@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 
 from finescale.calibration.data import encode, open_tokenizer, read_text
 from finescale.errors import InputError
+from finescale.evaluate.harness import check_installed, run_hub_tasks
 from finescale.evaluate.perplexity import Evaluation, cut_windows, evaluate_windows
+from finescale.evaluate.tasks import TaskResult, find_tasks, run_task, task_file
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.pipeline.job import Progress
@@ -110,3 +113,46 @@ def evaluate(
     )
     reference = against if isinstance(against, PreTrainedModel) or against is None else load(against)
     return evaluate_windows(loaded, windows_WT, reference, bos, on_progress)
+
+
+def evaluate_tasks(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str],
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    tokenizer_from: str | Path | None = None,
+    bos: bool = False,
+    batch_tokens: int = 4096,
+    on_progress: Any = None,
+) -> list[TaskResult]:
+    """Zero-shot tasks: accuracies with their standard errors.
+
+    Args:
+        model: folder, hub name or loaded model.
+        tasks: of ``finescale.evaluate.tasks.TASKS``.
+        data: folder of jsonl files; None asks lm-eval (the extra ``eval``), which downloads the questions.
+        limit: first questions of each task; None for all.
+        tokenizer_from: folder of the tokenizer when ``model`` is already loaded.
+        bos: begin each sequence with the beginning-of-sequence token.
+        batch_tokens: tokens of a batch.
+        on_progress: ``(task, sequences done, sequences in all)``.
+
+    Raises:
+        FinescaleError: one sentence with the remedy; before any work for a missing file, task or lm-eval.
+    """
+    chosen = find_tasks(tasks)
+    files = [] if data is None else [task_file(task, Path(data)) for task in chosen]
+    if data is None:
+        check_installed()
+    folder = tokenizer_from or (None if isinstance(model, PreTrainedModel) else model)
+    if folder is None:
+        raise InputError("give tokenizer_from, the folder of the tokenizer, with a loaded model.")
+    tokenizer = open_tokenizer(open_checkpoint(local_folder(folder)).path)
+    loaded = model if isinstance(model, PreTrainedModel) else load(model)
+    if data is None:
+        return run_hub_tasks(loaded, tokenizer, chosen, limit, bos, max(1, batch_tokens // 256))
+    return [
+        run_task(loaded, tokenizer, task, path, limit, bos, batch_tokens, on_progress)
+        for task, path in zip(chosen, files, strict=True)
+    ]

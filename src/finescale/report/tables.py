@@ -92,6 +92,22 @@ def inspect_table(layers: Sequence[Mapping[str, object]]) -> Table:
     return table
 
 
+def task_table(tasks: Sequence[Mapping[str, object]]) -> Table:
+    """Zero-shot tasks of one model: mappings with "task", "metric", "value", "standard_error", "questions"."""
+    table = Table(title="Zero-shot tasks", caption="share of right answers, with its standard error")
+    for name in ("task", "metric", "right", "standard error", "questions"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task in tasks:
+        table.add_row(
+            Text(units.clean(task.get("task"))),
+            Text(units.clean(task.get("metric"))),
+            units.percent(units.number(task.get("value"))),
+            units.percent(units.number(task.get("standard_error"))),
+            units.count(units.number(task.get("questions"))),
+        )
+    return table
+
+
 def _inspected(key: str, layer: Mapping[str, object]) -> Text:
     value = layer.get(key)
     if key == "kernel":
