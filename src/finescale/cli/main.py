@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finescale._version import __version__
-from finescale.cli import bench, convert, demo, evaluate, inspect, quantize, recipes, serve, verify
+from finescale.cli import bench, compare, convert, demo, evaluate, inspect, quantize, recipes, serve, verify
 from finescale.cli.common import stderr
 from finescale.environment import wait_without_spinning
 from finescale.errors import FinescaleError
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)

@@ -58,8 +58,8 @@ def longest_input(model: PreTrainedModel) -> int:
 
 
 def encode_request(tokenizer: PreTrainedTokenizerBase, request: Request, bos: int | None, longest: int) -> _Encoded:
-    """Tokens of a request. Context and continuation are encoded as one text, so that the boundary is as in running text;
-    blanks at the end of the context belong to the continuation.
+    """Tokens of a request. Context and continuation are encoded as one text, so that their boundary is as in running
+    text; blanks at the end of the context belong to the continuation.
 
     Args:
         tokenizer: of the model.

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finescale.errors import InputError, NumericsError
+from finescale.evaluate.reference import Reference
 
 Progress = Callable[[int, int], None]
 """``(windows done, windows in all)``."""
@@ -88,7 +89,7 @@ def cut_windows(tokens_T: Tensor, windows: int | None, length: int, bos: int | N
 def evaluate_windows(
     model: PreTrainedModel,
     windows_WT: Tensor,
-    reference: PreTrainedModel | None = None,
+    reference: PreTrainedModel | Reference | None = None,
     bos: bool = False,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -97,7 +98,7 @@ def evaluate_windows(
     Args:
         model: loaded model.
         windows_WT: int64 [windows, length].
-        reference: the original model.
+        reference: the original model, or what was kept of it on the same windows.
         bos: recorded in the result.
         on_progress: called after each window.
 
@@ -111,7 +112,7 @@ def evaluate_windows(
         before = loss
         logits_TV = _logits(model, tokens_T)
         target_T = tokens_T[1:].to(logits_TV.device)
-        reference_TV = None if reference is None else _logits(reference, tokens_T)
+        reference_TV = None if reference is None else _reference_logits(reference, number, tokens_T)
         for rows in _chunks(target_T.shape[0]):
             log_TV = logits_TV[rows].float().log_softmax(-1)
             loss -= float(log_TV.gather(1, target_T[rows, None]).double().sum())
@@ -149,6 +150,10 @@ def _logits(model: PreTrainedModel, tokens_T: Tensor) -> Tensor:
         output = model(input_ids=tokens_T[None].to(model.device), use_cache=False)
     logits: Tensor = output.logits[0, :-1]
     return logits
+
+
+def _reference_logits(reference: PreTrainedModel | Reference, number: int, tokens_T: Tensor) -> Tensor:
+    return reference.logits(number) if isinstance(reference, Reference) else _logits(reference, tokens_T)
 
 
 def _chunks(rows: int) -> Iterator[slice]:

@@ -73,10 +73,12 @@ def prepare(
     allow_unknown_family: bool = False,
     deterministic: bool = False,
     spill: bool = False,
+    tokens_T: Tensor | None = None,
 ) -> Job:
     """Check everything that can be checked before the work.
 
-    Started by torchrun, the processes share it: each prepares and runs the same job.
+    Started by torchrun, the processes share it: each prepares and runs the same job. ``tokens_T`` are the calibration
+    text's, where another job on the same model has already encoded it.
 
     Raises:
         InputError, CheckpointError: what cannot work, with the remedy.
@@ -98,7 +100,7 @@ def prepare(
     plan = make_plan(skeleton, recipe, fmt, allow_partial)
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
-    data, notes = _calibration(skeleton, recipe, calibration or BUILTIN, seed)
+    data, notes = _calibration(skeleton, recipe, calibration or BUILTIN, seed, tokens_T)
     scale_dtype = source.float_dtype()
     compute_dtype = torch.float32 if target.type == "cpu" else scale_dtype
     size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
@@ -121,11 +123,14 @@ def prepare(
     )  # fmt: skip
 
 
-def _calibration(skeleton: Skeleton, recipe: Recipe, source: str, seed: int) -> tuple[CalibrationData, tuple[str, ...]]:
+def _calibration(
+    skeleton: Skeleton, recipe: Recipe, source: str, seed: int, tokens_T: Tensor | None
+) -> tuple[CalibrationData, tuple[str, ...]]:
     """Windows as the recipe asks; what it does not ask for by name gives way to short texts and short models."""
     part = recipe.calibration
     asked = part.model_fields_set
-    tokens_T = encode(open_tokenizer(skeleton.source.path), read_text(source))
+    if tokens_T is None:
+        tokens_T = encode(open_tokenizer(skeleton.source.path), read_text(source))
     notes = []
     longest = getattr(skeleton.model.config, "max_position_embeddings", None) or part.length
     length = part.length

@@ -18,7 +18,8 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this package by its file's name."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -26,7 +27,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _figures(
@@ -76,7 +77,7 @@ def render_html(
             return 0
         return min(accuracy.RAMP - 1, int(math.log(value / low) / math.log(high / low) * accuracy.RAMP))
 
-    return _template().render(
+    return template("report.html.j2").render(
         model=units.clean(units.mapping(report.get("model")).get("name") or "unnamed model"),
         family=units.clean(units.mapping(report.get("model")).get("family") or ""),
         recipe_name=units.clean(report.get("recipe_name") or "custom recipe"),
@@ -109,7 +110,11 @@ def write_html(
 
     Raises OSError where the folder cannot be written. See `render_html` for the arguments.
     """
-    text = render_html(report, run, comparisons)
+    write_whole(path, render_html(report, run, comparisons))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that appears whole or not at all; parent folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")

@@ -1,0 +1,115 @@
+"""``finescale compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finescale.cli.common import console, progress_bar, quiet_libraries, stderr, write_json_file
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name or a .gguf file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the comparison; an unfinished one there goes on.")],
+    recipes: Annotated[str | None, typer.Option(help="Recipes: names or YAML files, with commas between.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Bits of the weights, as 4,3 (default: the recipes').")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Group sizes, as -1,64; -1 is per channel (default: the recipes').")
+    ] = None,
+    grid: Annotated[
+        list[Path] | None, typer.Option(help="YAML file with grids of recipes, bits, groups, settings.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over every recipe.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Plain text or jsonl file, or hub data set, for all cells.")
+    ] = "builtin:calibration",
+    samples: Annotated[int | None, typer.Option(help="Calibration windows (default: the recipes', 128).")] = None,
+    sample_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    text: Annotated[str, typer.Option(help="Evaluation text.")] = "builtin:evaluation",
+    windows: Annotated[int | None, typer.Option(help="How many windows (default: the whole text).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: 2048 or the model's limit).")] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before each window.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the evaluation: float32, bfloat16 or float16.")] = "float32",
+    tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, with commas between; needs --task-data.")] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder of the tasks' jsonl files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Time every cell's model at the end, one after another.")] = (
+        False
+    ),
+    peers: Annotated[Path | None, typer.Option(help="JSON file with rows of other tools.")] = None,
+    devices: Annotated[str, typer.Option(help="Devices, as cuda:0,cuda:1.")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per device).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    drop_checkpoints: Annotated[
+        bool, typer.Option("--drop-checkpoints", help="Keep only the numbers of finished cells.")
+    ] = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the comparison here.")] = None,
+) -> None:
+    """Many recipes on one model: tables of accuracy, size and speed, in one page."""
+    quiet_libraries()
+    from finescale.compare.grid import cells_of, make_grid, read_grids
+    from finescale.compare.run import Options, read_peers
+    from finescale.compare.run import compare as run_comparison
+    from finescale.compare.speed import add_speeds
+    from finescale.errors import InputError
+    from finescale.report.compare import comparison_tables, write_comparison
+
+    grids = [part for path in grid or [] for part in read_grids(path)]
+    if recipes is not None:
+        values = {"recipes": _words(recipes), "bits": _numbers(bits, "--bits"), "groups": _numbers(groups, "--groups")}
+        grids.append(make_grid(values, "--recipes"))
+    elif bits or groups:
+        raise InputError("--bits and --groups belong to --recipes; name the recipes.")
+    settings = [*(set_ or ())]
+    settings += [f"calibration.samples={samples}"] if samples is not None else []
+    settings += [f"calibration.length={sample_length}"] if sample_length is not None else []
+    cells = cells_of(grids, settings)
+    options = Options(
+        calibration=calibration,
+        text=text,
+        windows=windows,
+        length=length,
+        bos=bos,
+        dtype=dtype,
+        seed=seed,
+        tasks=tuple(_words(tasks or "")),
+        task_data=None if task_data is None else str(task_data),
+        limit=limit,
+        devices=tuple(_words(devices)),
+        jobs=jobs,
+        keep=not drop_checkpoints,
+    )
+    others = [] if peers is None else read_peers(peers)
+    with progress_bar("cells") as update:
+
+        def told(what: str, done: int, total: int) -> None:
+            update(what, done, total)
+            if not stderr.is_terminal:
+                stderr.print(f"{done}/{total} {what}", markup=False)
+
+        result = run_comparison(model, cells, out, options, others, told)
+        if speed:
+            result = add_speeds(result, model, out, options.devices[0], told)
+    for table in comparison_tables(result):
+        console.print(table)
+    page = write_comparison(result, out)
+    console.print(f"tables, figures: {out}\npage:            {page}")
+    write_json_file(json_, result)
+    failed = [row["key"] for row in result["rows"] if "error" in row]
+    if failed:
+        raise InputError(f"{len(failed)} of {len(cells)} cells failed ({', '.join(failed[:3])}); {out} says why.")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str | None, option: str) -> list[int]:
+    from finescale.errors import InputError
+
+    try:
+        return [int(word) for word in _words(text or "")]
+    except ValueError as error:
+        raise InputError(f"{option} {text}: write whole numbers with commas between, as 4,3.") from error

@@ -1,0 +1,1 @@
+"""Many recipes on one model, side by side."""
