@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finescale._version import __version__
-from finescale.cli import bench, compare, convert, demo, evaluate, inspect, quantize, recipes, serve, verify
+from finescale.cli import bench, compare, convert, demo, evaluate, inspect, mix, quantize, recipes, serve, verify
 from finescale.cli.common import stderr
 from finescale.environment import wait_without_spinning
 from finescale.errors import FinescaleError
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("mix")(mix.mix)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)

@@ -23,6 +23,18 @@ def quantize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the recipe, as weights.bits=3.")
     ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Choose bits layer by layer: most stored bits per weight on average, as 3.5.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The same for a loss: most KL divergence, summed over layers quantized alone.")
+    ] = None,
+    choices: Annotated[str | None, typer.Option(help="Bits to choose from, as 2,3,4 (default: around the target).")] = (
+        None
+    ),
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="Where these measurements are kept and found (default: beside OUT).")
+    ] = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2, awq, dense.")
     ] = None,
@@ -46,6 +58,9 @@ def quantize(
     """Quantize a model into a folder that transformers, vLLM and finescale load."""
     quiet_libraries()
     from finescale.api import write_report
+    from finescale.cli.mix import mixed_recipe
+    from finescale.environment import launch
+    from finescale.errors import InputError
     from finescale.pipeline.quantize import prepare, run
     from finescale.ranks import leave
     from finescale.recipe import Recipe
@@ -56,6 +71,13 @@ def quantize(
     settings += [f"calibration.length={length}"] if length is not None else []
     settings += [f"format={format_}"] if format_ is not None else []
     chosen = Recipe.load(recipe, tuple(settings))
+    if target_bits is not None or max_kl is not None:
+        if launch().count > 1:
+            raise InputError("bits are chosen in one process; run finescale mix first and give its recipe to torchrun.")
+        place = sensitivity or out.with_name(f"{out.name}.sensitivity.json")
+        chosen, _ = mixed_recipe(model, chosen, place, target_bits, max_kl, choices, calibration, seed, device)
+    elif choices is not None or sensitivity is not None:
+        raise InputError("--choices and --sensitivity belong to --target-bits or --max-kl; give one of them.")
     job = prepare(
         model, chosen, out, calibration, seed, device, tp, allow_partial, allow_unknown_family,
         deterministic, spill,

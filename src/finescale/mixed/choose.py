@@ -1,0 +1,120 @@
+"""From measured sensitivities to a recipe: bits for each unit, within a size or within a loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finescale.errors import InputError
+from finescale.mixed.budget import Choice, least_cost, least_loss
+from finescale.mixed.sensitivity import (
+    WINDOWS,
+    Progress,
+    Sensitivities,
+    measure,
+    prepare_measurement,
+)
+from finescale.pipeline.journal import write_json
+from finescale.recipe import Recipe
+
+BITS = (2, 3, 4, 6, 8)
+
+
+def bits_around(target: float) -> tuple[int, ...]:
+    """Choices that a target of average bits calls for: two below it to three above, where there are such."""
+    return tuple(bits for bits in BITS if math.floor(target) - 1 <= bits <= math.ceil(target) + 2)
+
+
+def choose_bits(
+    recipe: Recipe, found: Sensitivities, target_bits: float | None = None, max_kl: float | None = None
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with bits for each layer, and what was chosen.
+
+    Args:
+        recipe: everything but the bits.
+        found: measured for this recipe.
+        target_bits: most stored bits per quantized weight, scales and zero points included; the least sum of
+            divergences is sought.
+        max_kl: largest sum of divergences, nats per token; the least size is sought.
+
+    Returns:
+        The recipe, whose ``overrides`` name the layers that differ from its own bits; and facts: ``bits_per_weight``,
+        ``predicted_kl`` (the sum: layers together lose more), ``gap``, ``by_bits`` (weights at each number of bits).
+
+    Raises:
+        InputError: not exactly one goal, or one that no choice of bits reaches.
+    """
+    if (target_bits is None) == (max_kl is None):
+        raise InputError("give either --target-bits or --max-kl.")
+    choices = [[Choice(option.stored_bits, option.kl) for option in unit.options] for unit in found.units]
+    weights = sum(unit.parameters for unit in found.units)
+    if target_bits is not None:
+        least = sum(min(choice.cost for choice in unit) for unit in choices) / weights
+        if target_bits < least:
+            raise InputError(
+                f"--target-bits {target_bits:g} is below the least size, {least:.3f} bits per weight with scales; "
+                "raise it, choose larger groups, or allow fewer bits."
+            )
+        selection = least_loss(choices, math.floor(target_bits * weights))
+    else:
+        selection = least_cost(choices, float(max_kl or 0.0))
+    bits = [unit.options[number].bits for unit, number in zip(found.units, selection.chosen, strict=True)]
+    by_bits: Counter[int] = Counter()
+    for unit, own in zip(found.units, bits, strict=True):
+        by_bits[own] += unit.parameters
+    usual = by_bits.most_common(1)[0][0]
+    overrides = [
+        {"pattern": layer, "weights": {"bits": own}}
+        for unit, own in zip(found.units, bits, strict=True)
+        if own != usual
+        for layer in unit.layers
+    ]
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    values["overrides"] = [*values.get("overrides", ()), *overrides]
+    values["weights"] = values.get("weights", {}) | {"bits": usual}
+    goal = f"{target_bits:g}b" if target_bits is not None else f"kl{max_kl:g}"
+    values["name"] = f"{recipe.name}-{goal}"
+    values["description"] = f"{recipe.name} with bits chosen layer by layer."
+    facts = {
+        "target_bits": target_bits,
+        "max_kl": max_kl,
+        "bits_per_weight": selection.cost / weights,
+        "predicted_kl": selection.loss,
+        "gap": selection.gap,
+        "by_bits": {str(key): by_bits[key] / weights for key in sorted(by_bits)},
+    }
+    return Recipe.from_dict(values), facts
+
+
+def sensitivities(
+    model: str | Path,
+    recipe: Recipe,
+    file: Path,
+    bits: Sequence[int],
+    calibration: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    windows: int = WINDOWS,
+    on_progress: Progress | None = None,
+) -> Sensitivities:
+    """What ``file`` holds if it was measured in the same setting, else measured now and kept there.
+
+    Raises:
+        InputError: what cannot work; or ``file`` is something else.
+    """
+    job = prepare_measurement(model, recipe, bits, calibration, seed, device, windows)
+    if file.is_file():
+        try:
+            kept = Sensitivities.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{file} holds no sensitivities; remove it or name another --sensitivity.") from error
+        if kept.signature == job.signature:
+            return kept
+    found = measure(job, on_progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, found.to_dict())
+    return found
