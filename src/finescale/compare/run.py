@@ -94,12 +94,6 @@ def compare(
     size = {"size_bytes": source.total_bytes(), "bits_per_weight": 8 * source.float_dtype().itemsize}
     rows = [_original(shared, options.devices[0]) | size]
     on_progress("original", 0, len(cells))
-    made = {}
-    for number, result in enumerate(_run_all(shared, cells, options), 1):
-        made[result["key"]] = result
-        ending = f"failed: {result['error']}" if "error" in result else f"perplexity {result['perplexity']:.4g}"
-        on_progress(f"{result['key']}: {ending}", number, len(cells))
-    rows += [made[cell.key] for cell in cells]
     result = {
         "benchmark": "compare",
         "finescale": __version__,
@@ -109,7 +103,13 @@ def compare(
         "rows": rows,
         "peers": list(peers),
     }
-    write_json(out / RESULT, result)
+    made = {}
+    for number, row in enumerate(_run_all(shared, cells, options), 1):
+        made[row["key"]] = row
+        result["rows"] = rows + [made[cell.key] for cell in cells if cell.key in made]
+        write_json(out / RESULT, result)  # a comparison that is stopped has a table of what it did
+        ending = f"failed: {row['error']}" if "error" in row else f"perplexity {row['perplexity']:.4g}"
+        on_progress(f"{row['key']}: {ending}", number, len(cells))
     return result
 
 
@@ -213,13 +213,15 @@ def _run_all(shared: Shared, cells: Sequence[Cell], options: Options) -> Iterato
     with ThreadPoolExecutor(jobs) as lanes:
         for number in range(jobs):
             lanes.submit(_lane, shared, options.devices[number % len(options.devices)], threads, waiting, done)
-        for _ in cells:
-            result = done.get()
-            if isinstance(result, BaseException):
-                while not waiting.empty():
-                    waiting.get()
-                raise result
-            yield result
+        try:
+            for _ in cells:
+                result = done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:  # after an interrupt too: lanes end when nothing is waiting
+            while not waiting.empty():
+                waiting.get()
 
 
 def _lane(
