@@ -220,12 +220,12 @@ def _definition(task, path, folder, limit):
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     if task.name == "lambada":
-        definition |= {"output_type": "loglikelihood", "doc_to_text": "{{context}}",
-                       "doc_to_target": "{{' ' + continuation}}",
-                       "metric_list": [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc"}]}  # fmt: skip
+        definition |= {"output_type": "loglikelihood", "doc_to_text": "{{context}}"}
+        definition["doc_to_target"] = "{{' ' + continuation}}"
+        definition["metric_list"] = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc"}]
     elif task.name == "winogrande":
-        definition |= {"doc_to_text": "{{gold}}", "doc_to_target": "continuation",
-                       "doc_to_choice": "{{context_options}}", "metric_list": [{"metric": "acc"}]}  # fmt: skip
+        definition |= {"doc_to_text": "{{gold}}", "doc_to_target": "continuation"}
+        definition |= {"doc_to_choice": "{{context_options}}", "metric_list": [{"metric": "acc"}]}
     else:
         definition |= {"doc_to_text": "{{query}}" + task.ending, "doc_to_target": "gold", "doc_to_choice": "choices"}
     copy.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

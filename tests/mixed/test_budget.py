@@ -74,7 +74,10 @@ def test_a_model_of_many_layers_is_solved_within_its_gap(monkeypatch):
 
 def test_a_plain_model_is_solved_exactly():
     """Layers come in a few sizes, so that few different costs occur and nothing is thinned out."""
-    units = [[Choice(bits * size, loss * 4.0**-bits) for bits in (2, 3, 4, 6)]
-             for size, loss in zip([9, 3, 18, 9] * 30, np.random.default_rng(1).exponential(size=120), strict=True)]  # fmt: skip
+    weights = np.random.default_rng(1).exponential(size=120)
+    units = [
+        [Choice(bits * size, weight * 4.0**-bits) for bits in (2, 3, 4, 6)]
+        for size, weight in zip([9, 3, 18, 9] * 30, weights, strict=True)
+    ]
     found = least_loss(units, int(3.5 * 39 * 30))
     assert found.gap == 0 and found.cost == int(3.5 * 39 * 30)

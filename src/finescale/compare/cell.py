@@ -93,9 +93,15 @@ def finished(shared: Shared, key: str, recipe: dict[str, Any] | None, device: st
     path = cell_folder(shared.folder, key) / RESULT
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = _read(path)
     same = found.get("signature") == cell_signature(shared, recipe, device)
     return found if same and "error" not in found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A result as the file has it: what was just made is no different from what is found."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def run_cell(shared: Shared, cell: Cell, device: str) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def run_cell(shared: Shared, cell: Cell, device: str) -> dict[str, Any]:
     write_json(folder / RESULT, facts)
     if not shared.keep:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    return facts
+    return _read(folder / RESULT)
 
 
 def run_original(shared: Shared, device: str, loaded: PreTrainedModel | None = None) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def run_original(shared: Shared, device: str, loaded: PreTrainedModel | None = N
         **_evaluated(shared, Path(shared.model), device, loaded),
     }
     write_json(folder / RESULT, facts)
-    return facts
+    return _read(folder / RESULT)
 
 
 def _quantized(shared: Shared, recipe: Recipe, out: Path, device: str) -> dict[str, Any]:

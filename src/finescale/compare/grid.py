@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finescale.errors import InputError
 from finescale.recipe import Recipe
@@ -39,6 +39,7 @@ class Grid(BaseModel):
         bits: of the weights; empty leaves each recipe's own.
         groups: group sizes, -1 for one scale per channel; empty leaves each recipe's own.
         set: ``key=value`` over every recipe, as with ``--set``.
+        name: stands in the place of a single recipe's name.
         label: stands behind the names, for settings that they do not show.
     """
 
@@ -47,7 +48,14 @@ class Grid(BaseModel):
     bits: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     set: tuple[str, ...] = ()
+    name: str = ""
     label: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Grid:
+        if self.name and len(self.recipes) > 1:
+            raise ValueError("name is for a single recipe; use label")
+        return self
 
 
 def read_grids(path: Path) -> list[Grid]:
@@ -69,7 +77,10 @@ def make_grid(values: Any, origin: str) -> Grid:
     try:
         return Grid.model_validate(values)
     except ValidationError as error:
-        parts = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
+        parts = [
+            f"{'.'.join(map(str, entry['loc'])) or 'grid'}: {entry['msg'].removeprefix('Value error, ')}"
+            for entry in error.errors()
+        ]
         raise InputError(f"{origin}: {'; '.join(parts)}.") from error
 
 
@@ -89,11 +100,12 @@ def cells_of(grids: Sequence[Grid], settings: Sequence[str] = ()) -> list[Cell]:
             if facts in seen:  # grids may overlap
                 continue
             seen.add(facts)
-            key = _slug(" ".join([Path(name).stem, _scheme(recipe), grid.label]))
+            title = grid.name or Path(name).stem
+            key = _slug(" ".join([title, _scheme(recipe), grid.label]))
             count = sum(other == key or other.startswith(f"{key}~") for other in cells)
             if count:
                 key = f"{key}~{count + 1}"
-            label = f"{recipe.name}{f' {grid.label}' if grid.label else ''}"
+            label = f"{grid.name or recipe.name}{f' {grid.label}' if grid.label else ''}"
             cells[key] = Cell(key, label, recipe)
     return list(cells.values())
 

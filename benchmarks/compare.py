@@ -1,0 +1,213 @@
+"""The comparison of all methods on one model, mixed precision, and integer scales on zero-shot tasks.
+
+    python benchmarks/compare.py --data ../shared --model SMOLLM2.gguf --device cuda --jobs 12 --work WORK
+
+makes ``compare-NAME.json`` (every method of ``grids/methods.yaml``, mixed precision at three sizes, other tools' rows),
+``tasks-NAME.json`` (eight tasks with float and integer scales) and figures, in ``--results``. Calibration is 64 windows
+of 512 tokens from the start of the text, evaluation 20 windows of 2048, the setting of the other tools' rows in
+``peers/NAME.json``. What ``WORK`` holds already is not made again; ``--minutes`` ends the run early with what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from finescale.calibration.data import encode, open_tokenizer
+from finescale.evaluate.tasks import TASKS, paired_change
+from finescale.formats.gguf import local_folder
+from finescale.report.compare import write_comparison
+
+HERE = Path(__file__).parent
+SAMPLES, LENGTH, JUDGING = 64, 512, 8
+TARGETS = (3.5, 3.75, 4.0)
+"""Stored bits per weight, scales included: groups of 64 make 3.25 of all 3 bits and 4.25 of all 4."""
+MIXED = ("--set", "weights.symmetric=true", "--set", "weights.group_size=64", "--set", "weights.clip=mse",
+         "--set", "solver.sweeps=10")  # fmt: skip
+
+
+def beginning(text: str, tokenizer: Any, windows: int) -> str:
+    """The start of a text that holds so many windows and less than one more."""
+    low, high = 0, len(text)
+    while high - low > LENGTH // 2:  # a token is at least one character, so the rest is below a window
+        middle = (low + high) // 2
+        if encode(tokenizer, text[:middle]).shape[0] >= windows * LENGTH:
+            high = middle
+        else:
+            low = middle
+    return text[:high]
+
+
+def setting_of(name: str, data: Path, work: Path, model: str) -> dict[str, Any]:
+    """Texts and sizes; calibration and evaluation never overlap."""
+    if name == "smollm2":
+        calibration = (data / "data" / "wikitext2" / "wiki.valid.raw").read_text(encoding="utf-8")
+        evaluation = (data / "data" / "wikitext2" / "wiki.test.joined.txt").read_text(encoding="utf-8")
+        windows, length = 20, 2048
+    else:
+        books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
+        calibration, evaluation = books[len(books) // 2 :], books[: len(books) // 2]
+        windows, length = 40, 512
+    tokenizer = open_tokenizer(Path(model))
+    texts = {
+        "calibration.txt": beginning(calibration, tokenizer, SAMPLES),
+        "mixing.txt": beginning(calibration, tokenizer, SAMPLES + JUDGING),
+        "evaluation.txt": evaluation,
+    }
+    for file, text in texts.items():
+        (work / file).write_text(text, encoding="utf-8")
+    return {"windows": windows, "length": length}
+
+
+class Runner:
+    """Commands of finescale with what they have in common."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model = str(local_folder(arguments.model))
+        self.work, self.device, self.jobs = arguments.work, arguments.device, arguments.jobs
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.setting = setting_of(arguments.name, arguments.data, self.work, self.model)
+        self.end = time.monotonic() + 60 * arguments.minutes
+
+    def start(self, *words: Any) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "finescale.cli.main", *map(str, words)]
+        print("$ finescale", *words, flush=True)
+        return subprocess.Popen(command, start_new_session=True)
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Exit code; at the end of the time the process and its workers are interrupted, results so far stay."""
+        try:
+            return process.wait(max(1.0, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            import os
+
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                return process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return process.wait()
+
+    def compare(self, out: Path, *words: Any) -> subprocess.Popen[bytes]:
+        work = self.work
+        return self.start(
+            "compare", self.model, "--out", out, "--calibration", work / "calibration.txt", "--samples", SAMPLES,
+            "--sample-length", LENGTH, "--text", work / "evaluation.txt", "--windows", self.setting["windows"],
+            "--length", self.setting["length"], "--devices", self.device, "--jobs", self.jobs, *words,
+        )  # fmt: skip
+
+    def mix(self, target: float) -> Path:
+        out: Path = self.work / f"mixed-{target:g}.yaml"
+        process = self.start(
+            "mix", self.model, "--recipe", "quantease", *MIXED, "--target-bits", target, "--choices", "2,3,4,6",
+            "--calibration", self.work / "mixing.txt", "--samples", SAMPLES, "--length", LENGTH, "--windows", JUDGING,
+            "--sensitivity", self.work / "sensitivity.json", "--device", self.device, "--out", out,
+            "--json", out.with_suffix(".json"),
+        )  # fmt: skip
+        self.wait(process)
+        return out
+
+
+def methods(runner: Runner, name: str, results: Path) -> None:
+    """The grid, beside it the sensitivities, then the mixed recipes into the same table."""
+    out = runner.work / "compare"
+    grids = [word for file in ("methods", "omniquant", "halves") for word in ("--grid", HERE / "grids" / f"{file}.yaml")
+             if file != "omniquant" or any(HERE.parent.glob("src/finescale/recipes/omniquant-w3.yaml"))]  # fmt: skip
+    peers = HERE / "peers" / f"{name}.json"
+    beside = ["--peers", peers] if peers.is_file() else []
+    grid = runner.compare(out, *grids, *beside)
+    recipes = [path for path in map(runner.mix, TARGETS) if path.is_file()]
+    runner.wait(grid)
+    if recipes and time.monotonic() < runner.end:
+        # The mixed recipes bring their own sizes; cells that are done are only looked up.
+        grids += ["--recipes", ",".join(map(str, recipes))]
+        runner.wait(runner.compare(out, *grids, *beside))
+    keep(out, results, f"compare-{name}")
+    if recipes:
+        chosen = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in recipes}
+        sensitivity = json.loads((runner.work / "sensitivity.json").read_text())
+        found = {"setting": sensitivity["setting"], "chosen": chosen, "units": sensitivity["units"]}
+        (results / f"sensitivity-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def tasks(runner: Runner, name: str, results: Path, data: Path, limit: int) -> None:
+    """Eight tasks with float scales and with every form of integer scales, and the changes question by question."""
+    out = runner.work / "tasks"
+    words = ["--tasks", ",".join(TASKS), "--task-data", data / "data" / "tasks", "--limit", limit]
+    runner.wait(runner.compare(out, "--grid", HERE / "grids" / "scales.yaml", *words))
+    keep(out, results, f"tasks-{name}")
+    path = results / f"tasks-{name}.json"
+    if not path.is_file():
+        return
+    result = json.loads(path.read_text())
+    result["changes"] = changes(result["rows"])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["changes"]:
+        print(f"{row['label']:45} {row['task']:15} {100 * row['change']:+.2f} ± {100 * (row['error'] or 0):.2f} points")
+
+
+def changes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy with integer scales minus that with float scales, over the same questions, with its standard error."""
+    done = [row for row in rows if row.get("tasks")]
+    base = next((row for row in done if row["label"].startswith("w4a8-float-scale")), None)
+    if base is None:
+        return []
+    found = []
+    for row in done:
+        if row is base or row["recipe"] is None:
+            continue
+        every, other = "", ""
+        for own, of_base in zip(row["tasks"], base["tasks"], strict=True):
+            mean, error = paired_change(own["right"], of_base["right"])
+            found.append({"label": row["label"], "task": own["task"], "change": mean, "error": error})
+            every, other = every + own["right"], other + of_base["right"]
+        mean, error = paired_change(every, other)
+        found.append({"label": row["label"], "task": "all", "change": mean, "error": error})
+    return found
+
+
+def keep(out: Path, results: Path, name: str) -> None:
+    """Numbers and figures of a comparison, without its checkpoints."""
+    if not (out / "compare.json").is_file():
+        return
+    write_comparison(json.loads((out / "compare.json").read_text(encoding="utf-8")), out)  # an interrupted one too
+    for file, target in (
+        ("compare.json", f"{name}.json"),
+        ("compare.html", f"{name}.html"),
+        ("tables.md", f"{name}.md"),
+    ):
+        shutil.copyfile(out / file, results / target)
+    for figure in (out / "figures").glob("*.svg"):
+        shutil.copyfile(figure, results / f"{name}-{figure.name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or a GGUF file")
+    parser.add_argument("--name", default="smollm2", help="smollm2 or zoo-llama: which texts, and the results' names")
+    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with data/")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints and numbers so far")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--parts", default="methods,tasks")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=500, help="questions of each task")
+    parser.add_argument("--minutes", type=float, default=600.0)
+    arguments = parser.parse_args()
+    runner = Runner(arguments)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    if "methods" in arguments.parts.split(","):
+        methods(runner, arguments.name, arguments.results)
+    if "tasks" in arguments.parts.split(","):
+        tasks(runner, arguments.name, arguments.results, arguments.data, arguments.limit)
+
+
+if __name__ == "__main__":
+    main()
