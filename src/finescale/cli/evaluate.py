@@ -83,7 +83,7 @@ def evaluate(
 def _perplexity(
     model: str,
     loaded: Any,
-    folder: Path,
+    folder: str | Path,
     text: str,
     windows: int | None,
     length: int | None,

@@ -46,7 +46,7 @@ def capture_reference(model: PreTrainedModel, windows_WT: Tensor) -> Reference |
         return None
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    rows = []
+    rows: list[Tensor] = []
     try:
         for tokens_T in windows_WT:
             with torch.no_grad():

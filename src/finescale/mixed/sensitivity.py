@@ -150,11 +150,14 @@ def prepare_measurement(
     judging = torch.zeros(samples + windows, dtype=torch.bool)
     judging[torch.arange(windows) * (samples + windows) // windows] = True  # spread over the text
     setting = data.facts() | {"samples": samples, "windows": windows, "bits": list(choices), "device": device[:4]}
+    left_out = {"name": "", "description": "", "tuning": [], "transforms": []}
+    decisive = recipe.to_dict() | left_out
+    del decisive["weights"]["bits"]
     facts = {
         "finescale": __version__,
         "torch": torch.__version__,
         "source": source.fingerprint(),
-        "recipe": recipe.to_dict() | {"name": "", "description": "", "tuning": [], "transforms": []},
+        "recipe": decisive,
         "setting": setting,
     }
     return Measurement(

@@ -162,9 +162,8 @@ def metric_sheet(metric: Metric, rows: Sequence[Row]) -> page.Sheet:
             cells.append(_cell(metric, same, best.get(scheme)))
         body.append(tuple(cells))
     if original is not None:
-        value = original.values.get(metric.key)
         title = page.Cell(f"original: {_with_error(metric, original)}", kind="reference")
-        body.insert(0, (title, *(page.Cell("", repr(value) if value is not None else "") for _ in schemes)))
+        body.insert(0, (title, *(page.Cell("") for _ in schemes)))
     return page.Sheet(heads, tuple(body))
 
 

@@ -1,0 +1,137 @@
+"""Measured divergences against the plainest computation, and recipes that keep their size."""
+
+import json
+
+import pytest
+import torch
+
+import finescale.api as api
+from finescale.errors import InputError
+from finescale.mixed.choose import bits_around, choose_bits, sensitivities
+from finescale.mixed.sensitivity import Option, Sensitivities, Unit, measure, prepare_measurement
+from finescale.models.skeleton import set_weight_OI
+from finescale.runtime.checkpoint import open_quantized
+from finescale.runtime.load import load
+from tests.helpers import assert_sentence, recipe
+
+
+def prepared(path, text, chosen=None, bits=(2, 4), **changes):
+    return prepare_measurement(path, chosen or recipe("rtn", group=32), bits, str(text), windows=2, **changes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "falcon-new", "mixtral"])
+def test_divergences_are_those_of_the_whole_model(tiny, text, tmp_path, kind):
+    """One unit at a time, put into the model that transformers runs from its beginning."""
+    job = prepared(tiny(kind), text)
+    found = measure(job)
+    assert [layer for unit in found.units for layer in unit.layers].count(job.plan.layers[0].name) == 1
+    assert sum(len(unit.layers) for unit in found.units) == len(job.plan.layers)
+    api.quantize(tiny(kind), recipe("rtn", 2, 32), out=tmp_path / "o", calibration=str(text))
+    weights = dict(open_quantized(tmp_path / "o").layers())
+    model, paths = load(tiny(kind)), {}
+    for index, block in enumerate(job.plan.blocks):
+        paths |= {plan.name: f"{job.skeleton.block_path(index)}.{path}" for path, plan in block.items()}
+
+    def log_probabilities():
+        with torch.no_grad():
+            return model(input_ids=job.judged_BT, use_cache=False).logits.double().log_softmax(-1)
+
+    original = log_probabilities()
+    for unit in [*found.units[:2], found.units[-1]]:
+        before = {layer: model.get_submodule(paths[layer]).weight.data.clone() for layer in unit.layers}
+        for layer in unit.layers:
+            set_weight_OI(model.get_submodule(paths[layer]), weights[layer].dequantize())
+        kl = float((original.exp() * (original - log_probabilities())).sum(-1).mean())
+        assert unit.options[0].bits == 2 and unit.options[0].kl == pytest.approx(kl, rel=2e-3)
+        stored = sum(weights[layer].stored_bits() for layer in unit.layers)
+        assert unit.options[0].stored_bits == stored and unit.options[1].kl < unit.options[0].kl
+        for layer, weight in before.items():
+            model.get_submodule(paths[layer]).weight.data.copy_(weight)
+
+
+def test_layers_with_one_input_are_one_unit(tiny, text):
+    units = measure(prepared(tiny("llama"), text)).units
+    names = [tuple(layer.rpartition(".")[2] for layer in unit.layers) for unit in units]
+    assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
+    moe = measure(prepared(tiny("mixtral"), text)).units
+    assert [len(unit.layers) for unit in moe] == [3, 1, 8, 4] * 2
+
+
+def test_judging_text_is_not_the_solvers(tiny, text):
+    job = prepared(tiny("llama"), text)
+    assert job.tokens_BT.shape == (6, 48) and job.judged_BT.shape == (2, 48)
+    own, other = ({tuple(row) for row in rows.tolist()} for rows in (job.tokens_BT, job.judged_BT))
+    assert not own & other
+
+
+def units(*losses):
+    """Units of 100 weights at 2, 3 and 4 bits with these losses at 2 bits."""
+    options = [tuple(Option(bits, 100 * bits, loss * 4.0 ** (2 - bits), 0.0) for bits in (2, 3, 4)) for loss in losses]
+    found = [Unit((f"layers.{n}.a", f"layers.{n}.b"), 100, own) for n, own in enumerate(options)]
+    return Sensitivities("s", {}, tuple(found))
+
+
+def test_bits_go_where_they_matter():
+    found = units(1.0, 0.01, 1.0, 0.01)
+    chosen, facts = choose_bits(recipe("rtn", 8), found, target_bits=3.0)
+    assert [chosen.weights_of(f"layers.{n}.a").bits for n in range(4)] == [4, 2, 4, 2]
+    assert facts["bits_per_weight"] == 3.0 and facts["by_bits"] == {"2": 0.5, "4": 0.5} and facts["gap"] == 0
+    assert facts["predicted_kl"] == pytest.approx(2 / 16 + 0.02)
+    assert chosen.weights_of("layers.0.b").bits == 4 and chosen.weights.group_size == -1
+    uniform, _ = choose_bits(recipe("rtn", 8), units(1.0, 1.0), target_bits=3.0)
+    assert uniform.overrides == () and uniform.weights.bits == 3
+    least, facts = choose_bits(recipe("rtn", 8), found, max_kl=0.6)
+    assert facts["predicted_kl"] <= 0.6 and facts["bits_per_weight"] == 2.5 and least.name == "rtn-kl0.6"
+
+
+def test_goals_that_cannot_be_reached():
+    for goal, words in (({"target_bits": 1.9}, "below the least size"), ({"max_kl": 1e-9}, "allow more"),
+                        ({}, "either"), ({"target_bits": 3.0, "max_kl": 1.0}, "either")):  # fmt: skip
+        with pytest.raises(InputError, match=words) as caught:
+            choose_bits(recipe("rtn"), units(1.0), **goal)
+        assert_sentence(str(caught.value))
+
+
+def test_what_cannot_be_measured_is_refused(tiny, text):
+    path = tiny("llama")
+    with pytest.raises(InputError, match="overrides"):
+        prepared(path, text, recipe("rtn", overrides=[{"pattern": "*", "weights": {"bits": 4}}]))
+    with pytest.raises(InputError, match="two numbers"):
+        prepared(path, text, bits=(4, 4))
+    with pytest.raises(InputError, match="4-bit weights"):
+        prepared(path, text, recipe("rtn", group=32, format="awq"), bits=(3, 4))
+    assert bits_around(3.5) == (2, 3, 4, 6) and bits_around(4.25) == (3, 4, 6) and bits_around(2.0) == (2, 3, 4)
+
+
+def test_measurements_are_kept_and_not_mistaken(tiny, text, tmp_path, monkeypatch):
+    from finescale.mixed import choose
+
+    file, made, real = tmp_path / "s.json", [], choose.measure
+    monkeypatch.setattr(choose, "measure", lambda job, told: made.append(job.bits) or real(job, told))
+    given = (tiny("llama"), recipe("rtn", group=32), file, (2, 4), str(text))
+    first = sensitivities(*given, windows=2)
+    assert sensitivities(*given, windows=2) == first and len(made) == 1
+    # Bits of the recipe's own play no part; another solver does.
+    sensitivities(tiny("llama"), recipe("rtn", 8, group=32), file, (2, 4), str(text), windows=2)
+    sensitivities(tiny("llama"), recipe("gptq", group=32), file, (2, 4), str(text), windows=2)
+    assert len(made) == 2
+    file.write_text("{}")
+    with pytest.raises(InputError, match="no sensitivities"):
+        sensitivities(*given, windows=2)
+
+
+def test_a_quantized_model_has_the_promised_size(tiny, text, tmp_path):
+    """And the layers the bits that were chosen for them."""
+    chosen = recipe("gptq", group=32)
+    found = sensitivities(tiny("llama"), chosen, tmp_path / "s.json", (2, 3, 4), str(text), windows=2)
+    mixed, facts = choose_bits(chosen, found, target_bits=4.0)
+    report = api.quantize(tiny("llama"), mixed, out=tmp_path / "o", calibration=str(text))
+    assert (
+        report["size"]["bits_per_weight"] == pytest.approx(facts["bits_per_weight"]) and facts["bits_per_weight"] <= 4
+    )
+    bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
+    assert len(set(bits.values())) > 1 and {"2": 2, "3": 3, "4": 4}.keys() >= facts["by_bits"].keys()
+    assert all(
+        bits[layer.name] == mixed.weights_of(layer.name).bits for layer in prepared(tiny("llama"), text).plan.layers
+    )
+    assert load(tmp_path / "o") is not None and json.loads((tmp_path / "s.json").read_text())["units"]
