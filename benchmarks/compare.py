@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,7 @@ class Runner:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model = str(local_folder(arguments.model))
         self.work, self.device, self.jobs = arguments.work, arguments.device, arguments.jobs
+        self.grids = arguments.grids
         self.work.mkdir(parents=True, exist_ok=True)
         self.setting = setting_of(arguments.name, arguments.data, self.work, self.model)
         self.end = time.monotonic() + 60 * arguments.minutes
@@ -86,8 +88,6 @@ class Runner:
         try:
             return process.wait(max(1.0, self.end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            import os
-
             os.killpg(process.pid, signal.SIGINT)
             try:
                 return process.wait(20)
@@ -116,39 +116,46 @@ class Runner:
 
 
 def methods(runner: Runner, name: str, results: Path) -> None:
-    """The grid, beside it the sensitivities, then the mixed recipes into the same table."""
-    out = runner.work / "compare"
-    grids = [word for file in ("methods", "omniquant", "halves") for word in ("--grid", HERE / "grids" / f"{file}.yaml")
+    """The grid of methods, and beside it sensitivities, mixed recipes, and what they are held against; one table."""
+    out, mixed = runner.work / "compare", runner.work / "mixed"
+    grids = [word for file in ("methods", "omniquant") for word in ("--grid", runner.grids / f"{file}.yaml")
              if file != "omniquant" or any(HERE.parent.glob("src/finescale/recipes/omniquant-w3.yaml"))]  # fmt: skip
     peers = HERE / "peers" / f"{name}.json"
-    beside = ["--peers", peers] if peers.is_file() else []
-    grid = runner.compare(out, *grids, *beside)
+    grid = runner.compare(out, *grids, *(["--peers", peers] if peers.is_file() else []))
     recipes = [path for path in map(runner.mix, TARGETS) if path.is_file()]
-    runner.wait(grid)
-    if recipes and time.monotonic() < runner.end:
-        # The mixed recipes bring their own sizes; cells that are done are only looked up.
-        grids += ["--recipes", ",".join(map(str, recipes))]
-        runner.wait(runner.compare(out, *grids, *beside))
-    keep(out, results, f"compare-{name}")
     if recipes:
         chosen = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in recipes}
         sensitivity = json.loads((runner.work / "sensitivity.json").read_text())
         found = {"setting": sensitivity["setting"], "chosen": chosen, "units": sensitivity["units"]}
         (results / f"sensitivity-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        words = ["--recipes", ",".join(map(str, recipes)), "--grid", runner.grids / "halves.yaml"]
+        runner.wait(runner.compare(mixed, *words))
+    runner.wait(grid)
+    joined = joined_result(out, mixed)
+    if joined is not None:
+        keep(joined, runner.work / "joined", results, f"compare-{name}")
+
+
+def joined_result(*folders: Path) -> dict[str, Any] | None:
+    """Comparisons in one setting as one, the original once; interrupted ones with what they have."""
+    files = [folder / "compare.json" for folder in folders if (folder / "compare.json").is_file()]
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not parts:
+        return None
+    rows = {row["key"]: row for part in parts for row in part["rows"]}
+    return parts[0] | {"rows": list(rows.values())}
 
 
 def tasks(runner: Runner, name: str, results: Path, data: Path, limit: int) -> None:
     """Eight tasks with float scales and with every form of integer scales, and the changes question by question."""
     out = runner.work / "tasks"
     words = ["--tasks", ",".join(TASKS), "--task-data", data / "data" / "tasks", "--limit", limit]
-    runner.wait(runner.compare(out, "--grid", HERE / "grids" / "scales.yaml", *words))
-    keep(out, results, f"tasks-{name}")
-    path = results / f"tasks-{name}.json"
-    if not path.is_file():
+    runner.wait(runner.compare(out, "--grid", runner.grids / "scales.yaml", *words))
+    result = joined_result(out)
+    if result is None:
         return
-    result = json.loads(path.read_text())
     result["changes"] = changes(result["rows"])
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, out, results, f"tasks-{name}")
     for row in result["changes"]:
         print(f"{row['label']:45} {row['task']:15} {100 * row['change']:+.2f} ± {100 * (row['error'] or 0):.2f} points")
 
@@ -173,16 +180,11 @@ def changes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def keep(out: Path, results: Path, name: str) -> None:
-    """Numbers and figures of a comparison, without its checkpoints."""
-    if not (out / "compare.json").is_file():
-        return
-    write_comparison(json.loads((out / "compare.json").read_text(encoding="utf-8")), out)  # an interrupted one too
-    for file, target in (
-        ("compare.json", f"{name}.json"),
-        ("compare.html", f"{name}.html"),
-        ("tables.md", f"{name}.md"),
-    ):
+def keep(result: dict[str, Any], out: Path, results: Path, name: str) -> None:
+    """Numbers, page and figures of a comparison, without its checkpoints."""
+    write_comparison(result, out)
+    (results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for file, target in (("compare.html", f"{name}.html"), ("tables.md", f"{name}.md")):
         shutil.copyfile(out / file, results / target)
     for figure in (out / "figures").glob("*.svg"):
         shutil.copyfile(figure, results / f"{name}-{figure.name}")
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with data/")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and numbers so far")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--grids", type=Path, default=HERE / "grids", help="folder of the grid files")
     parser.add_argument("--parts", default="methods,tasks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
