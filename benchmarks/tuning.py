@@ -1,204 +1,159 @@
 """Learned rounding beside one-shot solvers and AutoRound: same model, calibration, text and bits, in one run.
 
     python3 -m venv VENV && VENV/bin/pip install auto-round==0.16.1
-    python benchmarks/tuning.py --data ../shared --autoround VENV/bin/python --json benchmarks/results/tuning.json
+    python benchmarks/tuning.py --data ../shared --autoround VENV/bin/python
+    python benchmarks/tuning.py --data ../shared --device cuda --jobs 8 --rows '3/*;2/*'
 
 Weights of all linears in the blocks, symmetric, groups of 64. Calibration: 64 windows of 512 tokens from the start of
-the text. Rows: round to nearest, GPTQ, QuantEase; learned rounding from round to nearest; from QuantEase; AutoRound
-with 50 iterations (without ``--autoround`` that row is left out). W4A8 rows have inputs rounded to int8 per token,
-float and integer scales; AutoRound's are its 4-bit weights with the same rounding of the inputs. Columns: perplexity,
-KL to the original, processor seconds of one thread. Rows already in the JSON file are kept, so that a run can go on.
+the text. Rows: round to nearest, GPTQ, QuantEase; OmniQuant's learned clipping; learned rounding from round to nearest,
+from GPTQ, from QuantEase; AutoRound with 50 iterations (without ``--autoround`` that row is left out; it runs on the
+CPU). W4A8 rows have inputs rounded to int8 per token, float and integer scales; AutoRound's are its 4-bit weights with
+the same rounding of the inputs. Columns: perplexity, KL to the original, seconds of the clock and of the processor.
+``--rows``, ``--jobs`` and the files of the rows are those of ``benchmarks/activations.py``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from activations import GPTQ, LEARNED, QUANTEASE, ROTATION, RTN, method, pairs_of, parser_of, part, write
 from rich.console import Console
 from rich.table import Table
+from rows import Row, Setting, calibration_of, chosen, measure, quality, recipe_of, run_rows
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
-from finescale.api import evaluate, quantize
-from finescale.bench.machine import machine_facts
-from finescale.calibration.data import encode, open_tokenizer
 from finescale.cli.common import quiet_libraries
-from finescale.demo import find_demo_model
-from finescale.formats.gguf import local_folder
 from finescale.grid import ActivationScheme, fake_quantize_tokens
 from finescale.pipeline.quantize import prepare
-from finescale.recipe import Recipe
 from finescale.runtime.load import load
 
-SAMPLES, LENGTH, GROUP = 64, 512, 64
 PEER = "AutoRound 0.16.1, 50 iterations"
-RTN = {"name": "rtn"}
-GPTQ = {"name": "gptq", "damping": 0.01}
-QUANTEASE = {"name": "quantease", "sweeps": 10, "start": "gptq", "damping": 0.01}
-ROUNDING = {"name": "rounding"}
+GROUP = 64
+GPTQ_DAMPED = GPTQ | {"damping": 0.01}
+ROUNDING = part("rounding")
+CLIPPING = part("omniquant", equivalence=False, **LEARNED)
 SOLVERS: dict[str, dict[str, Any]] = {
-    "rtn": {"solver": RTN},
-    "gptq": {"solver": GPTQ},
-    "quantease": {"solver": QUANTEASE},
-    "rounding from rtn": {"solver": RTN, "tuning": {"name": "rounding", "options": {"start": "weight"}}},
-    "rounding from quantease": {"solver": QUANTEASE, "tuning": ROUNDING},
+    "rtn": method(),
+    "gptq": method(GPTQ_DAMPED),
+    "quantease": method(QUANTEASE),
+    "omniquant, clipping": method(RTN, [CLIPPING]),
+    "rounding from rtn": method(RTN, [], [part("rounding", start="weight")]),
+    "rounding from gptq": method(GPTQ_DAMPED, [], [ROUNDING]),
+    "rounding from quantease": method(QUANTEASE, [], [ROUNDING]),
+}
+MORE: dict[str, dict[str, Any]] = {
+    "rounding from quantease, 512 steps": method(QUANTEASE, [], [part("rounding", iterations=512)]),
+    "rounding from quantease, learned clipping": method(QUANTEASE, [CLIPPING], [ROUNDING]),
+    "rounding from quantease, coarser steps": method(
+        QUANTEASE, [], [part("rounding", iterations=512, rate=0.01, scale_rate=0.003, bound=1.0)]
+    ),
+    "rounding from quantease, rotated": method(QUANTEASE, [part("quarot")], [ROUNDING]),
+    "rounding from quantease, rotated online": method(QUANTEASE, [ROTATION], [ROUNDING]),
 }
 INT8 = {"activations": {"bits": 8}}
 W4A8: dict[str, dict[str, Any]] = {
-    "quantease, float scales": {"solver": QUANTEASE} | INT8,
-    "rounding from quantease, float scales": {"solver": QUANTEASE, "tuning": ROUNDING} | INT8,
-    "rounding from quantease, integer scales": {
-        "solver": QUANTEASE, "tuning": ROUNDING, "integer_scale": {"mode": "before"},
-    } | INT8,
+    "quantease, float scales": method(QUANTEASE) | INT8,
+    "rounding from quantease, float scales": method(QUANTEASE, [], [ROUNDING]) | INT8,
+    "rounding from quantease, integer scales": method(
+        QUANTEASE, [], [ROUNDING], integer_scale={"mode": "before"}
+    ) | INT8,
 }  # fmt: skip
 
 
-def settings_of(data: Path) -> dict[str, dict[str, Any]]:
-    """Models with their texts: calibration and evaluation never overlap."""
-    wiki = data / "data" / "wikitext2"
-    books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
-    return {
-        "smollm2": {
-            "model": str(local_folder(find_demo_model())),
-            "calibration": (wiki / "wiki.valid.raw").read_text(encoding="utf-8"),
-            "evaluation": (wiki / "wiki.test.joined.txt").read_text(encoding="utf-8"),
-            "windows": 20,
-            "window_length": 2048,
-        },
-        "zoo-llama": {
-            "model": str(data / "models" / "zoo" / "llama"),
-            "calibration": books[len(books) // 2 :],
-            "evaluation": books[: len(books) // 2],
-            "windows": 40,
-            "window_length": 512,
-        },
-    }
+def weights_of(bits: int) -> dict[str, Any]:
+    return {"weights": {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": "mse"}}
 
 
-def beginning(text: str, model: str) -> str:
-    """The start of a text that holds ``SAMPLES`` windows of ``LENGTH`` tokens and less than one more."""
-    tokenizer = open_tokenizer(Path(model))
-    low, high = 0, len(text)
-    while high - low > LENGTH // 2:  # a token is at least one character, so the rest is below a window
-        middle = (low + high) // 2
-        if encode(tokenizer, text[:middle]).shape[0] >= SAMPLES * LENGTH:
-            high = middle
-        else:
-            low = middle
-    return text[:high]
+def all_rows(peer: bool) -> list[Row]:
+    """Rows of every part; AutoRound's are marked by their name."""
+    rows = [Row(str(bits), name, weights_of(bits) | SOLVERS[name]) for bits in (4, 3, 2) for name in SOLVERS]
+    rows += [Row(str(bits), name, weights_of(bits) | MORE[name]) for bits in (4, 3, 2) for name in MORE]
+    rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
+    if peer:
+        rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]
+        rows.append(Row("w4a8", PEER, weights_of(4) | method() | INT8))
+    return rows
 
 
-class Runner:
-    """Quantizes and evaluates one model many times on the same texts."""
-
-    def __init__(self, setting: dict[str, Any], work: Path) -> None:
-        self.model, self.work = setting["model"], work
-        self.windows, self.length = setting["windows"], setting["window_length"]
-        work.mkdir(parents=True, exist_ok=True)
-        self.calibration, self.evaluation = work / "calibration.txt", work / "evaluation.txt"
-        self.calibration.write_text(beginning(setting["calibration"], self.model), encoding="utf-8")
-        self.evaluation.write_text(setting["evaluation"], encoding="utf-8")
-        self.original = load(self.model)
-
-    def quality(self, model: PreTrainedModel | Path) -> dict[str, Any]:
-        """Perplexity, and the mean KL divergence from the original in nats per token."""
-        loaded = model if isinstance(model, PreTrainedModel) else load(model)
-        result = evaluate(
-            loaded,
-            str(self.evaluation),
-            windows=self.windows,
-            length=self.length,
-            against=self.original,
-            tokenizer_from=self.model,
-        )
-        return {"perplexity": result.perplexity, "kl": result.kl, "original": result.reference_perplexity}
-
-    def recipe(self, bits: int, parts: dict[str, Any]) -> Recipe:
-        weights = {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": "mse"}
-        return Recipe.from_dict({"weights": weights, "calibration": {"samples": SAMPLES, "length": LENGTH}} | parts)
-
-    def quantized(self, name: str, bits: int, parts: dict[str, Any]) -> dict[str, Any]:
-        out = self.work / f"{bits}-{name}".replace(" ", "-").replace(",", "")
-        clock = time.process_time()
-        report = quantize(self.model, self.recipe(bits, parts), out=out, calibration=str(self.calibration), fresh=True)
-        seconds = time.process_time() - clock
-        used = max((layer["overflow_use"] or 0.0) for layer in report["layers"])
-        return self.quality(out) | {"cpu_seconds": seconds, "overflow_use": used or None}
-
-    def peer(self, python: str, bits: int, int8: bool) -> dict[str, Any]:
-        """AutoRound's row; its weights are made once and used for W4A8 too."""
-        out = self.work / f"autoround-{bits}"
-        if not (out / "facts.json").is_file():
-            tokens = self.work / "tokens.safetensors"
-            job = prepare(self.model, self.recipe(bits, {}), self.work / "unused", str(self.calibration))
-            save_file({"calibration": job.calibration.tokens_BT.contiguous()}, tokens)
-            script = Path(__file__).parent / "peers" / "autoround.py"
-            values = {"model": self.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP, "iterations": 50}
-            arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-            subprocess.run([python, str(script), *arguments], check=True)
-        model = load(self.model)
-        scheme = ActivationScheme(8)
-        for name, weight_OI in load_file(out / "weights.safetensors").items():
-            module: Any = model.get_submodule(name)
-            module.weight.data.copy_(weight_OI)
-            if int8:
-                module.register_forward_pre_hook(lambda _, args: (fake_quantize_tokens(args[0], scheme),))
-        facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
-        return self.quality(model) | {"cpu_seconds": facts["cpu_seconds"], "versions": facts["versions"]}
+def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, Any]:
+    """A row of ours, or AutoRound's."""
+    if row.name != PEER:
+        return measure(row, setting, work, proof)
+    assert python is not None
+    return autoround(python, threads, row, setting, work)
 
 
-def print_table(console: Console, model: str, title: str, rows: dict[str, dict[str, Any]]) -> None:
-    original = next(iter(rows.values()))["original"]
-    table = Table(title=f"{model}, {title}: symmetric, group {GROUP}; original {original:.2f}")
-    for column in ("method", "perplexity", "KL", "processor seconds"):
-        table.add_column(column)
-    for name, row in rows.items():
-        table.add_row(name, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['cpu_seconds']:.0f}")
-    console.print(table)
+def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path) -> dict[str, Any]:
+    """AutoRound's row; its weights are made once and used for W4A8 too."""
+    bits = row.values["weights"]["bits"]
+    out = work / f"autoround-{setting.name}-{bits}"
+    start = time.perf_counter()
+    if not (out / "facts.json").is_file():
+        tokens = work / f"tokens-{setting.name}-{bits}.safetensors"
+        text = calibration_of(setting, setting.samples, work)
+        job = prepare(setting.model, recipe_of(row, setting), work / "unused", str(text))
+        save_file({"calibration": job.calibration.tokens_BT.contiguous()}, tokens)
+        values = {
+            "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP, "iterations": 50,
+            "threads": threads,
+        }  # fmt: skip
+        arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        script = Path(__file__).parent / "peers" / "autoround.py"
+        done = subprocess.run([python, str(script), *arguments], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"AutoRound failed: {done.stderr[-600:]}")
+    model = load(setting.model, device=setting.device)
+    scheme = ActivationScheme(8)
+    for name, weight_OI in load_file(out / "weights.safetensors").items():
+        module: Any = model.get_submodule(name)
+        module.weight.data.copy_(weight_OI)
+        if "activations" in row.values:
+            module.register_forward_pre_hook(lambda _, args: (fake_quantize_tokens(args[0], scheme),))
+    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+    seconds = {"seconds": facts.get("seconds", time.perf_counter() - start), "cpu_seconds": facts["cpu_seconds"]}
+    return quality(setting, model) | seconds | {"versions": facts["versions"]}
+
+
+def print_tables(console: Console, models: dict[str, Any]) -> None:
+    for model, entry in models.items():
+        for title, rows in entry["rows"].items():
+            heading = f"{model}, {title} bits: symmetric, group {GROUP}; original {entry['original_perplexity']:.2f}"
+            table = Table("method", "perplexity", "KL", "seconds", "processor seconds", title=heading)
+            for name, row in sorted(rows.items(), key=lambda item: item[1]["perplexity"]):
+                table.add_row(
+                    name, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['seconds']:.0f}",
+                    f"{row['cpu_seconds']:.0f}",
+                )  # fmt: skip
+            console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
-    parser.add_argument("--models", default="zoo-llama,smollm2")
-    parser.add_argument("--parts", default="4,3,2,w4a8")
-    parser.add_argument("--rows", default="", help="only rows whose name begins with one of these, by commas")
+    parser = parser_of(__doc__, "benchmarks/results/tuning.json")
     parser.add_argument("--autoround", help="the Python of an environment with auto-round")
-    parser.add_argument("--work", type=Path, help="keep checkpoints here")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tuning.json"))
     arguments = parser.parse_args()
     quiet_libraries()
-    torch.set_num_threads(1)
     console = Console()
-    result: dict[str, Any] = {"benchmark": "tuning", "machine": machine_facts(), "seed": 0, "models": {}}
-    if arguments.json.is_file():
-        result |= {"models": json.loads(arguments.json.read_text(encoding="utf-8"))["models"]}
+    folder = arguments.json.with_suffix("")
     with tempfile.TemporaryDirectory() as temporary:
-        for model in arguments.models.split(","):
-            runner = Runner(settings_of(arguments.data)[model], (arguments.work or Path(temporary)) / model)
-            for part in arguments.parts.split(","):
-                bits = 4 if part == "w4a8" else int(part)
-                rows = result["models"].setdefault(model, {}).setdefault(part, {})
-                methods: dict[str, dict[str, Any]] = W4A8 if part == "w4a8" else SOLVERS
-                for name in [*methods, *([PEER] if arguments.autoround else [])]:
-                    if name in rows or not name.startswith(tuple(arguments.rows.split(","))):
-                        continue
-                    if name == PEER:
-                        rows[name] = runner.peer(arguments.autoround, bits, part == "w4a8")
-                    else:
-                        rows[name] = runner.quantized(f"{part}-{name}", bits, methods[name])
-                    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-                    console.print(f"{model}, {part}, {name}: {rows[name]['perplexity']:.3f}")
-                if rows:
-                    print_table(console, model, part, rows)
+        work = arguments.work or Path(temporary)
+        pairs = pairs_of(arguments, all_rows(True), work)
+        todo = pairs_of(arguments, chosen(all_rows(bool(arguments.autoround)), arguments.rows), work)
+        if arguments.list:
+            console.print("\n".join(f"{setting.name} {row.part}/{row.name}" for row, setting in todo))
+            return
+        peer = partial(work_of, arguments.autoround, arguments.threads)
+        for line in run_rows(todo, folder, work, arguments.jobs, arguments.proof, arguments.threads, peer):
+            console.print(line, soft_wrap=True)
+            write(arguments.json, "tuning", pairs, folder)
+        models = write(arguments.json, "tuning", pairs, folder)
+    print_tables(console, models)
+    console.print(f"written to {arguments.json}")
 
 
 if __name__ == "__main__":

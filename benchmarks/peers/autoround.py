@@ -13,16 +13,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from auto_round import AutoRound  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class _Absent(ModuleType):
+    """Stands for a package that AutoRound imports at its start and that tokens given as tensors never use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def auto_round() -> Any:
+    """The class AutoRound, whether or not the packages for data sets are there."""
+    for package in ("pandas", "datasets"):
+        if find_spec(package) is None:
+            sys.modules[package] = _Absent(package)
+            sys.modules[package].__spec__ = ModuleSpec(package, None)
+    return import_module("auto_round").AutoRound
 
 
 def dequantized(layer: Any, group: int) -> Tensor:
@@ -43,14 +65,15 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     windows = load_file(arguments.tokens)["calibration"]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     batches = [{"input_ids": batch} for batch in windows.split(arguments.batch)]
     wall, processor = time.perf_counter(), time.process_time()
-    tuner = AutoRound(
+    tuner = auto_round()(
         model,
         tokenizer,
         bits=arguments.bits,

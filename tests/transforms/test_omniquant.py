@@ -9,8 +9,9 @@ from torch.func import functional_call
 from finescale.errors import InputError
 from finescale.grid import ActivationScheme, InputRule, WeightScheme, dequantize, fit_grid, quantize_to_grid
 from finescale.models.skeleton import weight_OI_of
-from finescale.transforms.omniquant import OmniQuantOptions, _Learned, apply_omniquant, rendered, rounded
+from finescale.transforms.omniquant import OmniQuantOptions, _Learned, apply_omniquant, rendered
 from finescale.transforms.view import Learning, Target
+from finescale.tuning.nearest import rounded
 from finescale.tuning.reconstruction import RoundInput, Windows
 from tests.helpers import KINDS
 from tests.transforms.blocks import assert_function_kept, make_view, output

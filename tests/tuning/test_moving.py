@@ -83,12 +83,12 @@ def test_a_step_follows_the_signs_of_the_traced_gradients(scheme, seed, small_pi
     (traced(state, offset_OGP, scale_OG) * gradient_OI).sum().backward()
     expected_offset = (offset_OGP.detach() - 0.01 * offset_OGP.grad.sign()).clamp(-0.5, 0.5)
     expected_factor = state.factor_OG - 0.002 * scale_OG.grad.sign()
-    whole = moving.PIECE
-    moving.PIECE = 30 if small_pieces else whole
+    whole = moving.PIECE["cpu"]
+    moving.PIECE["cpu"] = 30 if small_pieces else whole
     try:
         step(state, gradient_OI, 0.01, 0.002, 0.5)
     finally:
-        moving.PIECE = whole
+        moving.PIECE["cpu"] = whole
     width = state.position_OGP[0].numel()
     columns = torch.arange(width) < 21  # padding may move: it is never shown
     assert torch.equal(state.offset_OGP.flatten(1)[:, columns], expected_offset.flatten(1)[:, columns])

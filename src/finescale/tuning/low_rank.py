@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from finescale.errors import NumericsError
-from finescale.grid import InputRule, WeightScheme, dequantize, fit_grid, quantize_to_grid
+from finescale.grid import InputRule, WeightScheme
+from finescale.tuning.nearest import rounded
 from finescale.tuning.reconstruction import (
     ReconstructionOptions,
     Windows,
@@ -100,6 +101,7 @@ def correct_weights(
     Raises:
         NumericsError: the error is NaN or Inf.
     """
+    windows = windows.near(device)
     modules = [block.get_submodule(path) for path in schemes]
     generator = torch.Generator().manual_seed(seed)
     layers = [
@@ -149,18 +151,13 @@ def _start(weight_OI: Tensor, scheme: WeightScheme, options: LowRankOptions, gen
     a_RI = (torch.rand(options.rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
     b_OR = torch.zeros(rows, options.rank)
     device = weight_OI.device
-    return _Correction(weight_OI, scheme, a_RI.to(device), b_OR.to(device), _rounded(weight_OI, scheme))
-
-
-def _rounded(weight_OI: Tensor, scheme: WeightScheme) -> Tensor:
-    grid = fit_grid(weight_OI, scheme)
-    return dequantize(quantize_to_grid(weight_OI, grid), grid)
+    return _Correction(weight_OI, scheme, a_RI.to(device), b_OR.to(device), rounded(weight_OI, scheme))
 
 
 def _show(modules: Sequence[nn.Module], layers: Sequence[_Correction], options: LowRankOptions, merged: bool) -> None:
     for module, layer in zip(modules, layers, strict=True):
         addition_OI = layer.addition(options.scaling)
-        value_OI = _rounded(layer.weight_OI + addition_OI, layer.scheme) if merged else layer.base_OI + addition_OI
+        value_OI = rounded(layer.weight_OI + addition_OI, layer.scheme) if merged else layer.base_OI + addition_OI
         shown_weight(module).copy_(value_OI)
 
 

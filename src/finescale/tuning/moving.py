@@ -30,8 +30,9 @@ from finescale.grid import Grid, QuantizedWeight
 from finescale.grid.fit import smallest_scale
 from finescale.grid.integer_scale import integer_scales
 
-PIECE = 1 << 16
-"""Weights handled at a time: a few float32 arrays of this size stay in the second-level cache."""
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Weights handled at a time: on a CPU a few float32 arrays of this size stay in the second-level cache; a GPU has its
+launches to save, and memory for a few."""
 EDGE = 0.45
 """How far from its code's centre a starting position may lie; at 0.5 the first step would turn the code."""
 
@@ -114,7 +115,8 @@ def _clipped(rounded_OGP: Tensor, grid: Grid, rows: slice) -> Tensor:
 
 
 def _pieces(state: MovingWeight) -> list[slice]:
-    step = max(1, PIECE // max(1, state.position_OGP[0].numel()))
+    position_OGP = state.position_OGP
+    step = max(1, PIECE[position_OGP.device.type] // max(1, position_OGP[0].numel()))
     return [slice(start, min(start + step, state.rows)) for start in range(0, state.rows, step)]
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from finescale.grid import InputRule
 from finescale.tuning.options import TunerOptions
 
+_SMALL_PART = 0.1
+
 
 class ReconstructionOptions(TunerOptions):
     """What all tuners of a block's output have in common.
@@ -43,13 +45,22 @@ class ReconstructionOptions(TunerOptions):
 
 @dataclass(frozen=True)
 class Windows:
-    """What a block is fed and what it should put out, float [B, T, C] per batch, on the CPU."""
+    """What a block is fed and what it should put out, float [B, T, C] per batch, on the CPU or `near` the block."""
 
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
 
     def __len__(self) -> int:
         return sum(batch.shape[0] for batch in self.inputs)
+
+    def near(self, device: torch.device) -> Windows:
+        """The same on a GPU, if it takes only a small part of what is free there."""
+        tensors = [*self.inputs, *self.targets]
+        if device.type != "cuda" or not tensors:
+            return self
+        if sum(x_BTC.nbytes for x_BTC in tensors) > torch.cuda.mem_get_info(device)[0] * _SMALL_PART:
+            return self
+        return Windows([x_BTC.to(device) for x_BTC in self.inputs], [x_BTC.to(device) for x_BTC in self.targets])
 
     def pick(self, numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some windows, [len(numbers), T, C] each, float32 or better."""

@@ -93,6 +93,7 @@ def tune_rounding(
     Raises:
         NumericsError: the error is NaN or Inf.
     """
+    windows = windows.near(device)
     states = [start_from(layer.weight, layer.target_OI) for layer in layers]
     modules = [block.get_submodule(layer.path) for layer in layers]
     size = min(options.batch_size, len(windows))

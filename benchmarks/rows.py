@@ -1,0 +1,253 @@
+"""Rows of a benchmark's table: one recipe, quantized, proved and evaluated; many of them side by side.
+
+Each row is kept in a file of its own as soon as it is done, so that a run can be broken off, go on, and be spread over
+processes. What a row's file holds for the same setting and recipe is not computed again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import multiprocessing
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from finescale.api import evaluate, quantize
+from finescale.bench.machine import machine_facts
+from finescale.calibration.data import encode, open_tokenizer
+from finescale.cli.common import quiet_libraries
+from finescale.demo import find_demo_model
+from finescale.formats.gguf import is_gguf, local_folder, unpack_gguf
+from finescale.pipeline.verify import verify
+from finescale.recipe import Recipe
+from finescale.runtime.load import load
+
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Model, texts and sizes of a run; ``calibration`` begins with the windows that are used."""
+
+    name: str
+    model: str
+    calibration: str
+    text: str
+    samples: int
+    windows: int
+    window_length: int
+    device: str
+
+    def shown(self) -> dict[str, Any]:
+        """As plain values, without folders."""
+        names = {key: Path(getattr(self, key)).name for key in ("model", "calibration", "text")}
+        return asdict(self) | names | {"length": LENGTH}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: where it stands in the table (part, name), and what its recipe says."""
+
+    part: str
+    name: str
+    values: Mapping[str, Any]
+    samples: int | None = None
+
+
+def settings(
+    name: str, data: Path, work: Path, smollm2: str | None, samples: int, windows: int | None, device: str
+) -> Setting:
+    """The setting of ``smollm2`` or ``zoo-FAMILY``.
+
+    SmolLM2 calibrates on the start of WikiText-2 valid and is evaluated on the start of its test part (20 windows x
+    2048); the zoo's models on the second and first half of the books (40 x 512).
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if name == "smollm2":
+        file = Path(smollm2) if smollm2 else find_demo_model()
+        # A GPU computes in the type of the file: in float32 then, as a CPU does.
+        wide = device != "cpu" and is_gguf(file)
+        model = str(unpack_gguf(file, work / "smollm2", torch.float32) if wide else local_folder(file))
+        wiki = data / "data" / "wikitext2"
+        texts = wiki / "wiki.valid.raw", wiki / "wiki.test.joined.txt"
+        return Setting(name, model, str(texts[0]), str(texts[1]), samples, windows or 20, 2048, device)
+    books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
+    parts = work / "books-second-half.txt", work / "books-first-half.txt"
+    parts[0].write_text(books[len(books) // 2 :], encoding="utf-8")
+    parts[1].write_text(books[: len(books) // 2], encoding="utf-8")
+    model = str(data / "models" / "zoo" / name.removeprefix("zoo-"))
+    return Setting(name, model, str(parts[0]), str(parts[1]), samples, windows or 40, LENGTH, device)
+
+
+def calibration_of(setting: Setting, samples: int, work: Path) -> Path:
+    """A file with the start of the calibration text that holds ``samples`` windows and less than one more."""
+    out = work / f"calibration-{setting.name}-{samples}.txt"
+    if not out.is_file():
+        text = Path(setting.calibration).read_text(encoding="utf-8")
+        tokenizer = open_tokenizer(Path(setting.model))
+        low, high = 0, len(text)
+        while high - low > LENGTH // 2:  # a token is at least one character, so the rest is below a window
+            middle = (low + high) // 2
+            if encode(tokenizer, text[:middle]).shape[0] >= samples * LENGTH:
+                high = middle
+            else:
+                low = middle
+        out.write_text(text[:high], encoding="utf-8")
+    return out
+
+
+@lru_cache(maxsize=1)
+def original(model: str, device: str) -> PreTrainedModel:
+    """The float model, once in each process."""
+    return load(model, device=device)
+
+
+def quality(setting: Setting, model: PreTrainedModel) -> dict[str, Any]:
+    """Perplexity, and the mean KL divergence from the original in nats per token."""
+    result = evaluate(
+        model,
+        setting.text,
+        windows=setting.windows,
+        length=setting.window_length,
+        against=original(setting.model, setting.device),
+        tokenizer_from=setting.model,
+    )
+    return {"perplexity": result.perplexity, "kl": result.kl, "original": result.reference_perplexity}
+
+
+def recipe_of(row: Row, setting: Setting) -> Recipe:
+    """The recipe of a row."""
+    calibration = {"samples": row.samples or setting.samples, "length": LENGTH}
+    return Recipe.from_dict({"name": f"{row.part} {row.name}", "calibration": calibration} | dict(row.values))
+
+
+def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, Any]:
+    """Quantize, prove and evaluate one row."""
+    recipe = recipe_of(row, setting)
+    out = work / re.sub(r"\W+", "-", f"{setting.name}-{row.part}-{row.name}")
+    calibration = calibration_of(setting, recipe.calibration.samples, work)
+    clock, processor = time.perf_counter(), time.process_time()
+    report = quantize(setting.model, recipe, out=out, calibration=str(calibration), fresh=True, device=setting.device)
+    seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
+    if proof:
+        verify(out)
+    result = quality(setting, load(out, device=setting.device)) | seconds
+    result |= _of_the_report(report)
+    shutil.rmtree(out)
+    return result
+
+
+def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:
+    """Channels that splitting added, how much of int32 is used, seconds by phase."""
+    transforms = [part for block in report.get("transforms", []) for part in block]
+    added = [layer["extra"] for part in transforms for layer in part["layers"].values() if "extra" in layer]
+    used = [layer["overflow_use"] for layer in report["layers"] if layer["overflow_use"]]
+    return ({"extra_channels": sum(added)} if added else {}) | ({"overflow_use": max(used)} if used else {})
+
+
+def _file_of(folder: Path, setting: Setting, row: Row) -> Path:
+    return folder / (re.sub(r"\W+", "-", f"{setting.name} {row.part} {row.name}").strip("-").lower() + ".json")
+
+
+def _signature(row: Row, setting: Setting) -> dict[str, Any]:
+    shown = {key: value for key, value in setting.shown().items() if key != "device"}
+    return {"setting": shown, "recipe": recipe_of(row, setting).to_dict(), "part": row.part, "row": row.name}
+
+
+def stored(folder: Path, setting: Setting, row: Row) -> dict[str, Any] | None:
+    """What the row's file holds, if it was made with this setting and recipe."""
+    file = _file_of(folder, setting, row)
+    if not file.is_file():
+        return None
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(_signature(row, setting)))
+    return facts if all(facts.get(key) == value for key, value in wanted.items()) else None
+
+
+def store(folder: Path, setting: Setting, row: Row, result: dict[str, Any]) -> None:
+    """Write the row's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = _signature(row, setting) | {"device": setting.device, "machine": machine_facts(), "result": result}
+    _file_of(folder, setting, row).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def chosen(rows: list[Row], patterns: str) -> list[Row]:
+    """Rows whose ``part/name`` matches one of the shell patterns, divided by semicolons, in the order of these."""
+    if not patterns:
+        return rows
+    found: dict[tuple[str, str], Row] = {}
+    for pattern in patterns.split(";"):
+        for row in rows:
+            if fnmatch.fnmatchcase(f"{row.part}/{row.name}", pattern):
+                found.setdefault((row.part, row.name), row)
+    return list(found.values())
+
+
+Work = Callable[[Row, Setting, Path, bool], dict[str, Any]]
+
+
+def _one(work_of: Work, row: Row, setting: Setting, work: Path, folder: Path, proof: bool, threads: int) -> str:
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    try:
+        result = work_of(row, setting, work, proof)
+    except Exception as error:  # the other rows go on
+        return f"{setting.name} {row.part}/{row.name}: FAILED, {error}\n{traceback.format_exc(limit=-3)}"
+    store(folder, setting, row, result)
+    return f"{setting.name} {row.part}/{row.name}: {result['perplexity']:.3f} ({result['seconds']:.0f} s)"
+
+
+def run_rows(
+    rows: list[tuple[Row, Setting]],
+    folder: Path,
+    work: Path,
+    jobs: int = 1,
+    proof: bool = True,
+    threads: int = 1,
+    work_of: Work = measure,
+) -> Iterator[str]:
+    """Do what is not stored yet, ``jobs`` rows at a time, in order; yields a line for each that is done."""
+    todo = [(row, setting) for row, setting in rows if stored(folder, setting, row) is None]
+    for setting, samples in {(setting, row.samples or setting.samples) for row, setting in todo}:
+        calibration_of(setting, samples, work)
+    arguments = [(work_of, row, setting, work, folder, proof, threads) for row, setting in todo]
+    if jobs == 1:
+        yield from (_one(*some) for some in arguments)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_one, *some) for some in arguments]):
+            yield done.result()
+
+
+def merged(rows: list[tuple[Row, Setting]], folder: Path, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All stored rows by model and part: ``{model: {setting, rows: {part: {name: result}}}}``."""
+    models: dict[str, Any] = {}
+    for row, setting in rows:
+        facts = stored(folder, setting, row)
+        if facts is not None:
+            shown = replace(setting, device=facts["device"]).shown()
+            entry = models.setdefault(setting.name, {"setting": shown, "rows": {}})
+            result = {key: value for key, value in facts["result"].items() if not keep or key in keep}
+            entry["original_perplexity"] = result.pop("original")
+            entry["rows"].setdefault(row.part, {})[row.name] = result
+    return models
+
+
+def machine_of(rows: list[tuple[Row, Setting]], folder: Path) -> dict[str, Any]:
+    """The machine of the first stored row."""
+    for row, setting in rows:
+        facts = stored(folder, setting, row)
+        if facts is not None:
+            return dict(facts["machine"])
+    return machine_facts()
