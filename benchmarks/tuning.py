@@ -108,7 +108,7 @@ def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path)
         done = subprocess.run([python, str(script), *arguments], check=False, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"AutoRound failed: {done.stderr[-600:]}")
-    model = load(setting.model, device=setting.device)
+    model = load(setting.model, device=setting.evaluation)
     scheme = ActivationScheme(8)
     for name, weight_OI in load_file(out / "weights.safetensors").items():
         module: Any = model.get_submodule(name)

@@ -283,3 +283,21 @@ def test_gradients_pass_through_a_rounded_cache():
         torch.testing.assert_close(found, expected)
     sum(x.sum() for x in tuned_on).backward()
     torch.testing.assert_close(x_BHTD.grad, torch.ones_like(x_BHTD))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "opt", "mixtral"])
+def test_on_a_gpu_everything_that_learns_does_and_repeats_itself(kind, tiny, text, tmp_path):
+    options = {"iterations": 8, "batch_size": 2}
+    transforms = [{"name": "omniquant", "options": options}, "qllm"]
+    tuning = [{"name": "low_rank", "options": options | {"blocks": 2}}, part(8)]
+    chosen = recipe("quantease", 4, 32, activations={"bits": 4}, transforms=transforms, tuning=tuning)
+    reports = [quantize(tiny(kind), tmp_path / name, chosen, text, device="cuda") for name in ("first", "second")]
+    for block in reports[0]["transforms"]:
+        learned = block[0]["layers"]["block"]
+        assert learned["error_after"] <= learned["error_before"]
+    for block in reports[0]["tuning"]:
+        assert all(fact["error_after"] < fact["error_before"] for fact in block)
+    files = lasting_files(tmp_path / "first")
+    assert hashes(tmp_path / "first", files) == hashes(tmp_path / "second", files)
+    verify(tmp_path / "first", tiny(kind))

@@ -11,7 +11,8 @@ Everything is tuned together by AdamW through the rounding of weights and inputs
 rounding but not through the ranges: where a range comes from the largest element, its gradient goes there. At the end
 scales and shifts are moved into norms and weights, which keeps what the block computes, and the solver gets the ranges.
 Differences to the authors' code: s is tuned as its logarithm, rates fall linearly to zero, and the best of some
-iterates is kept. There is no scale between queries and keys, which only their own rounding would notice.
+iterates is kept, or the block left as it is where none is better. There is no scale between queries and keys, which
+only their own rounding would notice.
 
 Shape legend: O outputs, I inputs, G groups, P columns of one group, B windows of a batch, T tokens.
 """
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +45,7 @@ from finescale.tuning.reconstruction import (
     block_loss,
     fixed_windows,
     is_check,
+    reproducible,
     round_inputs,
     window_batches,
 )
@@ -73,6 +75,12 @@ class OmniQuantOptions(ReconstructionOptions, TransformOptions):
     scale_rate: float = Field(default=5e-3, gt=0.0)
     iterations: int = Field(default=2560, ge=1)
     batch_size: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> OmniQuantOptions:
+        if not self.clip and not self.equivalence:
+            raise ValueError("clip and equivalence are both false: nothing is left to learn")
+        return self
 
 
 @dataclass
@@ -120,7 +128,11 @@ def apply_omniquant(view: BlockView, options: OmniQuantOptions) -> Changes:
         raise InputError("omniquant learns through scales per token; set activations.granularity token.")
     weights = {path: weight_OI_of(view.block.get_submodule(path)) for path in view.targets}
     learned = _start(view, weights, options)
+    if not learned.scales() + learned.ends():
+        return Changes()
     facts = _learn(view, learned, options)
+    if facts["block"]["error_after"] >= facts["block"]["error_before"]:
+        return Changes(facts)  # nothing better than the block as it is was found
     for edge_part in learned.edges:
         norm = view.block.get_submodule(edge_part.edge.norm)
         consumers = [view.block.get_submodule(path) for path in edge_part.edge.consumers]
@@ -191,8 +203,6 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
     arguments_of, device = view.learning.arguments_of, view.device
     originals = {name: _working(value) for name, value in view.block.named_parameters()}
     tuned = learned.scales() + learned.ends()
-    if not tuned:
-        return {}
     for value in tuned:
         value.requires_grad_()
     groups = [
@@ -217,28 +227,29 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
         return block_error(run, windows, fixed, arguments_of, options, device)
 
     try:
-        plain = error(_Learned([], [], dict.fromkeys(view.targets, ())))
-        best = error(learned)
-        kept = [value.detach().clone() for value in tuned]
-        for iteration in range(options.iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * (1 - iteration / options.iterations)
-            optimizer.zero_grad()
-            run = as_it_is(rendered(view, originals, learned))
-            block_loss(run, windows, next(order), arguments_of, options, device).backward()
-            optimizer.step()
-            if is_check(iteration, options.iterations, options.checks):
-                now = error(learned)
-                if not math.isfinite(now):
-                    raise NumericsError("omniquant met NaN or Inf; learn with precision float32.")
-                if now < best:
-                    best, kept = now, [value.detach().clone() for value in tuned]
+        with reproducible(device):
+            plain = error(_Learned([], [], dict.fromkeys(view.targets, ())))
+            best = error(learned)
+            kept = [value.detach().clone() for value in tuned]
+            for iteration in range(options.iterations):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * (1 - iteration / options.iterations)
+                optimizer.zero_grad()
+                run = as_it_is(rendered(view, originals, learned))
+                block_loss(run, windows, next(order), arguments_of, options, device).backward()
+                optimizer.step()
+                if is_check(iteration, options.iterations, options.checks):
+                    now = error(learned)
+                    if not math.isfinite(now):
+                        raise NumericsError("omniquant met NaN or Inf; learn with precision float32.")
+                    if now < best:
+                        best, kept = now, [value.detach().clone() for value in tuned]
     finally:
         for hook in hooks:
             hook.remove()
     for value, found in zip(tuned, kept, strict=True):
         value.requires_grad_(False).copy_(found)
-    return {"block": {"error_before": plain, "error_after": best}}
+    return {"block": {"error_before": plain, "error_after": min(best, plain)}}
 
 
 def rendered(view: BlockView, originals: Mapping[str, Tensor], learned: _Learned) -> dict[str, Tensor]:

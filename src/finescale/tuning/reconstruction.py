@@ -5,6 +5,7 @@ Shape legend: N windows, B windows of a batch, T tokens, C channels, I inputs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -120,6 +121,27 @@ def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
 
 
 @contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """On a GPU, gradients that add up in a fixed order, which those of attention and of gathered channels do not by
+    themselves. What PyTorch warns of then is the multiplication library: on one stream it is reproducible anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        settings.fill_uninitialized_memory = fills
+
+
+@contextmanager
 def weights_with_gradients(
     block: nn.Module, modules: Sequence[Any], options: ReconstructionOptions, device: torch.device
 ) -> Iterator[None]:
@@ -135,7 +157,8 @@ def weights_with_gradients(
         block.float()
         for module, parameter in zip(modules, empty, strict=True):
             module.weight = parameter
-        yield
+        with reproducible(device):
+            yield
     finally:
         for module in modules:
             module.weight = None
