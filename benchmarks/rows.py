@@ -190,12 +190,8 @@ def stored(folder: Path, setting: Setting, row: Row) -> dict[str, Any] | None:
 def store(folder: Path, setting: Setting, row: Row, result: dict[str, Any]) -> None:
     """Write the row's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = _signature(row, setting) | {
-        "device": setting.device,
-        "evaluation": setting.evaluation,
-        "machine": machine_facts(),
-        "result": result,
-    }
+    where = {"device": setting.device, "evaluation": setting.evaluation, "machine": machine_facts()}
+    facts = _signature(row, setting) | where | {"result": result}
     _file_of(folder, setting, row).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
