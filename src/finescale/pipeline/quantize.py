@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finescale._version import __version__
 from finescale.calibration.capture import BlockInputs, capture_block_inputs
