@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from finescale.kernels.hopper import grouped
 from finescale.kernels.hopper.gemm import Variant, variants
 from finescale.kernels.jit import source_text
 
@@ -53,6 +54,8 @@ def assert_clean(report):
         Variant(256, 2, 1, True, 0),
         Variant(256, 2, 1, True, 0, cluster=4),
         Variant(64, 2, 1, False, 0, cluster=2),
+        Variant(8, 3, 1, False, 0, experts=8),
+        Variant(96, 2, 1, False, 0, experts=128),
     ],
     ids=str,
 )
@@ -83,9 +86,30 @@ def test_no_variant_spills(groups, folded, tmp_path):
         assert_clean(compiler_report(text_of(variant), tmp_path))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("folded", [False, True])
+def test_no_variant_of_grouped_products_spills(groups, folded, tmp_path):
+    for variant in grouped.variants(5000, groups, folded, 0, 128):
+        assert_clean(compiler_report(text_of(variant), tmp_path))
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(
-    "kind, add, dtype, gather", [(0, 0, 1, 0), (1, 1, 0, 0), (2, 1, 2, 0), (3, 0, 0, 0), (0, 0, 2, 1), (1, 1, 0, 1)]
+    "kind, add, dtype, gather, routed",
+    [
+        (0, 0, 1, 0, 0), (1, 1, 0, 0, 0), (2, 1, 2, 0, 0), (3, 0, 0, 0, 0), (0, 0, 2, 1, 0), (1, 1, 0, 1, 0),
+        (0, 0, 0, 0, 1), (3, 0, 0, 0, 2),
+    ],
+)  # fmt: skip
+def test_quantizers_compile(kind, add, dtype, gather, routed, tmp_path):
+    assert_clean(compiler_report(quantizer(kind, add, dtype, gather=gather, routed=routed), tmp_path))
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    "name, settings", [("route.cu", {"WARPS": 32, "WIDE": 1}), ("combine.cu", {"IN": 0, "THREADS": 256})]
 )
-def test_quantizers_compile(kind, add, dtype, gather, tmp_path):
-    assert_clean(compiler_report(quantizer(kind, add, dtype, gather=gather), tmp_path))
+def test_routing_compiles(name, settings, tmp_path):
+    assert_clean(compiler_report(source_text(name, settings, {}), tmp_path))
