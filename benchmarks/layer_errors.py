@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from finescale.bench.machine import machine_facts
 from finescale.calibration.capture import capture_block_inputs, run_block
-from finescale.calibration.data import calibration_windows, encode, open_tokenizer, read_text
+from finescale.calibration.data import CalibrationData, calibration_windows, encode, open_tokenizer, read_text
 from finescale.calibration.statistics import collect_moments
 from finescale.cli.common import progress_bar, quiet_libraries
 from finescale.demo import find_demo_model
@@ -35,39 +38,58 @@ from finescale.runtime.load import usable_device
 from finescale.solvers import relative_error
 
 
-def compare(
-    model: str, calibration: str, samples: int, length: int, bits: list[int], device: str = "cpu"
-) -> dict[str, Any]:
-    """Facts of the calibration, errors by bits, solver and layer, and a summary by bits."""
+@dataclass(frozen=True)
+class LayerAt:
+    """A layer with what its input is like: weight [O, I] and mean of x x^T [I, I]."""
+
+    name: str
+    weight_OI: Tensor
+    hessian_II: Tensor
+
+
+def calibration_of(model: str, calibration: str, samples: int, length: int) -> CalibrationData:
+    tokens_T = encode(open_tokenizer(open_checkpoint(model).path), read_text(calibration))
+    return calibration_windows(tokens_T, samples, length, 0, calibration)
+
+
+def layers_of(model: str, data: CalibrationData, device: str = "cpu", blocks: int | None = None) -> Iterator[LayerAt]:
+    """All linear layers of the first ``blocks``, with the statistics of the full-precision model."""
     target, dtype = usable_device(device), torch.float32
-    source = open_checkpoint(model)
-    skeleton = open_skeleton(source)
-    tokens_T = encode(open_tokenizer(source.path), read_text(calibration))
-    data = calibration_windows(tokens_T, samples, length, 0, calibration)
+    skeleton = open_skeleton(open_checkpoint(model))
     inputs = capture_block_inputs(skeleton, data.batches(8), target, dtype)
     hidden = inputs.hidden
-    errors: dict[str, dict[str, dict[str, float]]] = {str(b): {"gptq": {}, "quantease": {}} for b in bits}
+    count = min(blocks or skeleton.block_count, skeleton.block_count)
     with progress_bar("blocks") as update:
-        for index in range(skeleton.block_count):
-            update("solving", index, skeleton.block_count)
+        for index in range(count):
+            update("solving", index, count)
             path = skeleton.block_path(index)
             block = fill_module(skeleton, path, target, dtype)
             batches = [(x_BTI.to(target), inputs.kwargs[x_BTI.shape[0]][index]) for x_BTI in hidden]
             steps = trace_steps(block, batches[0][0], batches[0][1])
-            moments = collect_moments(block, [step.linears[0] for step in steps], batches, target)
+            leaders = {step.linears[0]: f"{path}.{step.linears[0]}" for step in steps}
+            moments = collect_moments(block, leaders, batches, target)
             for step in steps:
                 hessian_II = moments[step.linears[0]].hessian()
                 for name in step.linears:
-                    weight_OI = weight_OI_of(block.get_submodule(name))
-                    for b in bits:
-                        grid = fit_grid(weight_OI, WeightScheme(b, -1, False, "mse"))
-                        for solver, rows in errors[str(b)].items():
-                            part = Recipe.named(solver).solver
-                            solution = part.entry().solve(weight_OI, hessian_II, grid, part.options())
-                            value_OI = solution.weight.dequantize()
-                            rows[f"{path}.{name}"] = relative_error(weight_OI, value_OI, hessian_II)
+                    yield LayerAt(f"{path}.{name}", weight_OI_of(block.get_submodule(name)), hessian_II)
             hidden = [run_block(block, x_BTI, kwargs) for x_BTI, kwargs in batches]
             release_module(block)
+
+
+def compare(
+    model: str, calibration: str, samples: int, length: int, bits: list[int], device: str = "cpu"
+) -> dict[str, Any]:
+    """Facts of the calibration, errors by bits, solver and layer, and a summary by bits."""
+    data = calibration_of(model, calibration, samples, length)
+    errors: dict[str, dict[str, dict[str, float]]] = {str(b): {"gptq": {}, "quantease": {}} for b in bits}
+    for layer in layers_of(model, data, device):
+        for b in bits:
+            grid = fit_grid(layer.weight_OI, WeightScheme(b, -1, False, "mse"))
+            for solver, rows in errors[str(b)].items():
+                part = Recipe.named(solver).solver
+                solution = part.entry().solve(layer.weight_OI, layer.hessian_II, grid, part.options())
+                value_OI = solution.weight.dequantize()
+                rows[layer.name] = relative_error(layer.weight_OI, value_OI, layer.hessian_II)
     return {
         "calibration": data.facts(),
         "summary": {b: summarize(rows) for b, rows in errors.items()},
