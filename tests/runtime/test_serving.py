@@ -5,13 +5,13 @@ from finescale.runtime.serving import claims, refusal
 LAYER = {"bits": 4, "group_size": 64, "symmetric": True, "amplifier": 1024, "bound": 5}
 
 
-def config(bits=8, **layers):
+def config(bits=8, version=1, **layers):
     inputs = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}, "input_activations": inputs}}
     return {
         "format": "pack-quantized",
         "config_groups": groups,
-        "finescale": {"version": 1, "kv_cache": None, "layers": layers},
+        "finescale": {"version": version, "kv_cache": None, "layers": layers},
     }
 
 
@@ -21,9 +21,11 @@ def with_rounded_cache():
     return config_
 
 
-def test_claims_integer_scales_only():
-    assert claims(config(a=LAYER, b=LAYER))
-    assert not claims(config(a=LAYER, b=LAYER | {"amplifier": None}))
+def test_claims_what_vllm_alone_would_compute_otherwise():
+    plain = LAYER | {"amplifier": None}
+    assert claims(config(a=LAYER, b=LAYER)) and claims(config(a=LAYER, b=plain))
+    assert claims(config(a=plain) | {"quant_method": "finescale"}) and claims(config(a=plain | {"outliers": 3}))
+    assert not claims(config(a=plain))
     assert not claims(config())
     assert not claims({"format": "pack-quantized", "quant_method": "compressed-tensors"})
 
@@ -31,12 +33,13 @@ def test_claims_integer_scales_only():
 @pytest.mark.parametrize(
     "changed, words",
     [
-        (config(a=LAYER) | {"format": "int-quantized"}, "not int-quantized"),
-        (config(a=LAYER | {"inputs": {"gather": True}}), "a gathers"),
+        (config(a=LAYER) | {"format": "marlin"}, "not marlin"),
         (config(a=LAYER | {"outliers": 12}), "a has outliers"),
-        (config(bits=6, a=LAYER), "a does not take 8-bit inputs"),
+        (config(b=LAYER, a=LAYER | {"bound": None}), "a has integer scales without the proof"),
+        (config(version=2, a=LAYER), "newer finescale"),
         (with_rounded_cache(), "key-value cache"),
-        (config(a=LAYER), None),
+        (config(a=LAYER | {"inputs": {"gather": True, "rotation": None}}), None),
+        (config(bits=6, a=LAYER), None),
     ],
 )
 def test_refusals_name_the_reason(changed, words):

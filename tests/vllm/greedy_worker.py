@@ -4,10 +4,11 @@
 
 REQUEST: {"checkpoints": [folder, ...], "prompts": [[token id, ...], ...], "tokens": 16, "dtype": "float32",
           "max_model_len": 128, "top": 5, "seconds": 300,
-          "plugins": "" (names of the vLLM plugins to load, with commas; none by default)}
+          "plugins": "" (names of the vLLM plugins to load, with commas; none by default),
+          "emulate": false (whether to emulate the kernels of a Hopper GPU), "ranks": 1, "options": {} (more of LLM's)}
 ANSWER: one entry per checkpoint: {"checkpoint", "tokens": [[id, ...], ...],
           "logprobs": [[{id: logprob, ...}, ...], ...], "prompt_logprobs": [[logprob of each prompt token but the
-          first], ...], "kernels": [kernels that vLLM says it uses], "seconds"}
+          first], ...], "kernels": [kernels that vLLM says it uses], "modules": [classes of the model's modules], "seconds"}
         or {"checkpoint", "error": last lines of the log, "returncode"}.
 
 Every checkpoint is loaded in a process of its own, one after the other: an engine that dies (of an instruction the
@@ -30,12 +31,16 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+ROOT = str(Path(__file__).parents[2])
 KERNEL = re.compile(r"Using (\w*(?:Kernel|Experts|MoEMethod|MoE backend)\w*(?: for \w+)?)")
 
 
 def generate(request: dict) -> dict:
     """Load the one checkpoint of the request and generate."""
     from vllm import LLM, SamplingParams
+
+    if request.get("emulate"):
+        from tests.vllm import emulated_kernels  # noqa: F401
 
     llm = LLM(
         model=request["checkpoints"][0],
@@ -45,6 +50,8 @@ def generate(request: dict) -> dict:
         skip_tokenizer_init=True,
         max_num_seqs=max(2, len(request["prompts"])),
         seed=0,
+        tensor_parallel_size=request.get("ranks", 1),
+        **request.get("options", {}),
     )
     sampling = SamplingParams(
         temperature=0.0,
@@ -56,7 +63,9 @@ def generate(request: dict) -> dict:
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
     prompts = request["prompts"]
+    modules = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
     return {
+        "modules": modules,
         "prompt_logprobs": [
             [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, prompts, strict=True)
@@ -82,7 +91,7 @@ def run_alone(request: dict, checkpoint: str, folder: Path) -> dict:
                 command,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT | {"VLLM_PLUGINS": request.get("plugins", "")},
+                env=os.environ | ENVIRONMENT | {"VLLM_PLUGINS": request.get("plugins", ""), "PYTHONPATH": ROOT},
                 timeout=request.get("seconds", 300),
                 check=False,
             ).returncode

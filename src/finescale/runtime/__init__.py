@@ -1,6 +1,1 @@
-"""Quantized modules and loading models made of them."""
-
-from finescale.runtime.load import load
-from finescale.runtime.modules import QuantizedLinear
-
-__all__ = ["QuantizedLinear", "load"]
+"""Quantized modules, loading models made of them, and the engines that run them."""

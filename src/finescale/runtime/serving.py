@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from finescale.formats.compressed_tensors import layer_activations
-from finescale.grid import ActivationScheme
+from finescale.formats.compressed_tensors import INT8, PACKED
+from finescale.formats.registry import OWN_METHOD
+from finescale.runtime.checkpoint import METADATA_VERSION
 
 
 def claims(config: dict[str, Any]) -> bool:
-    """Whether a quantization config is that of a checkpoint this plugin serves: integer scales in all its layers."""
+    """Whether a quantization config is that of a checkpoint of finescale which vLLM alone would compute wrongly, or
+    not with integers: it has integer scales, rearranges inputs, or keeps outliers beside its weights."""
     layers = config.get("finescale", {}).get("layers", {})
-    return bool(layers) and all(facts.get("amplifier") for facts in layers.values())
+    own = config.get("quant_method") == OWN_METHOD
+    return bool(layers) and (own or any(facts.get("amplifier") or facts.get("outliers") for facts in layers.values()))
 
 
 def refusal(config: dict[str, Any], family: str | None = None) -> str | None:
@@ -21,21 +24,20 @@ def refusal(config: dict[str, Any], family: str | None = None) -> str | None:
         config: the quantization config.
         family: ``model_type`` of the model, where it is known.
     """
-    if family == "bloom":
+    own = config["finescale"]
+    if int(own.get("version", 0)) > METADATA_VERSION:
+        return f"it was written by a newer finescale ({own.get('finescale')}); update finescale."
+    if family == "bloom" and config.get("format") == PACKED:
         return (
             "vLLM's loader of BLOOM cannot read packed query_key_value tensors; use finescale.load or --format dense."
         )
-    if config.get("format") != "pack-quantized":
-        return f"finescale's vLLM plugin serves pack-quantized files, not {config.get('format')}; quantize to 4 bits."
-    if config["finescale"].get("kv_cache"):
+    if config.get("format") not in (PACKED, INT8):
+        return f"finescale's vLLM plugin serves {PACKED} and {INT8} files, not {config.get('format')}; quantize again."
+    if own.get("kv_cache"):
         return "it rounds its key-value cache, which finescale's vLLM plugin does not do; use finescale.load."
-    for name, facts in config["finescale"]["layers"].items():
-        if layer_activations(config, name) != ActivationScheme(8):
-            return f"{name} does not take 8-bit inputs with a scale per token, all that finescale's vLLM plugin serves."
-        if facts.get("inputs"):
-            return (
-                f"{name} gathers or rotates its inputs, which finescale's vLLM plugin does not do; use finescale.load."
-            )
+    for name, facts in own["layers"].items():
         if facts.get("outliers"):
             return f"{name} has outliers, which finescale's vLLM plugin does not add; use finescale.load."
+        if facts.get("amplifier") and not facts.get("bound"):
+            return f"{name} has integer scales without the proof that int32 cannot overflow; quantize again."
     return None
