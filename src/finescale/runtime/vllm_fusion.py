@@ -54,8 +54,10 @@ class QuantizingNorm(nn.Module):
         self, x_TI: Tensor, residual_TI: Tensor | None = None
     ) -> QuantizedTokens | tuple[QuantizedTokens, Tensor]:
         """The rounded norm of x, or of x + residual, together with that sum (which overwrites the residual)."""
-        tokens = quantize_tokens(x_TI.contiguous(), "rms", residual_TI, self.weight, None, self.variance_epsilon)
-        quantized = QuantizedTokens(*tokens, x_TI.dtype)
+        codes, scale_T, sum_T = quantize_tokens(
+            x_TI.contiguous(), "rms", residual_TI, self.weight, None, self.variance_epsilon
+        )
+        quantized = QuantizedTokens(codes, scale_T, sum_T, x_TI.dtype)
         return quantized if residual_TI is None else (quantized, residual_TI)
 
 
@@ -64,8 +66,8 @@ class QuantizingSilu(nn.Module):
 
     def forward(self, x_TI: Tensor) -> QuantizedTokens:
         """silu(gate) * up of [T, 2 * I], rounded."""
-        tokens = quantize_tokens(x_TI.contiguous(), "silu", None, None, None, 0.0)
-        return QuantizedTokens(*tokens, x_TI.dtype)
+        codes, scale_T, sum_T = quantize_tokens(x_TI.contiguous(), "silu", None, None, None, 0.0)
+        return QuantizedTokens(codes, scale_T, sum_T, x_TI.dtype)
 
 
 class Ancestry:
