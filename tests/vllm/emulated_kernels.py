@@ -1,4 +1,4 @@
-"""Importing this makes the plugin take the path of Hopper GPUs on a CPU, where the same operators run in plain torch."""
+"""Importing this makes the plugin take the path of Hopper GPUs on a CPU, whose operators are plain torch there."""
 
 from finescale.kernels.dispatch import Choice
 from finescale.runtime import vllm_linear

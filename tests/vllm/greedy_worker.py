@@ -8,7 +8,7 @@ REQUEST: {"checkpoints": [folder, ...], "prompts": [[token id, ...], ...], "toke
           "emulate": false (whether to emulate the kernels of a Hopper GPU), "ranks": 1, "options": {} (more of LLM's)}
 ANSWER: one entry per checkpoint: {"checkpoint", "tokens": [[id, ...], ...],
           "logprobs": [[{id: logprob, ...}, ...], ...], "prompt_logprobs": [[logprob of each prompt token but the
-          first], ...], "kernels": [kernels that vLLM says it uses], "modules": [classes of the model's modules], "seconds"}
+          first], ...], "kernels": [kernels that vLLM says it uses], "modules": [classes in the model], "seconds"}
         or {"checkpoint", "error": last lines of the log, "returncode"}.
 
 Every checkpoint is loaded in a process of its own, one after the other: an engine that dies (of an instruction the
