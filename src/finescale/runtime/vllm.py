@@ -19,9 +19,12 @@ from finescale.errors import InputError
 from finescale.formats import compressed_tensors
 from finescale.runtime.serving import claims, refusal
 from finescale.runtime.vllm_fusion import Ancestry
-from finescale.runtime.vllm_linear import FinescaleLinearMethod, LayerDescription
+from finescale.runtime.vllm_layer import LayerDescription
+from finescale.runtime.vllm_linear import FinescaleLinearMethod
 
 METHOD = "finescale"
+EXPERT_NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
+"""Gate, up and down of an expert in checkpoints."""
 
 
 @register_quantization_config(METHOD)
@@ -69,9 +72,30 @@ class FinescaleVllmConfig(QuantizationConfig):
             if quantized != names:
                 raise InputError(f"{prefix}: of its parts only {', '.join(quantized)} are quantized; vLLM fuses them.")
             return FinescaleLinearMethod(self._describe(prefix, names), self._noted_ancestry())
-        if "FusedMoE" in {base.__name__ for base in type(layer).__mro__}:
-            raise InputError("finescale's vLLM plugin does not serve mixtures of experts yet; use finescale.load.")
+        # RoutedExperts in newer versions, below a FusedMoE that has no method of its own.
+        if {base.__name__ for base in type(layer).__mro__} & {"FusedMoE", "RoutedExperts"}:
+            return self._experts_method(layer, prefix)
         return None
+
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        from finescale.runtime.vllm_experts import FinescaleMoEMethod
+
+        experts = self._experts(prefix.removesuffix(".routed_experts"))
+        # No experts of this block in the file: they are not quantized.
+        return FinescaleMoEMethod(layer.moe_config, experts, layer) if experts else None
+
+    def _experts(self, prefix: str) -> list[tuple[LayerDescription, LayerDescription]]:
+        """Of each expert gate and up, then down; empty where they are not quantized."""
+        layers = self.config["finescale"]["layers"]
+        for gate, up, down in EXPERT_NAMES:
+            found = []
+            while f"{prefix}.{len(found)}.{gate}" in layers:
+                name = f"{prefix}.{len(found)}"
+                pair = [f"{name}.{gate}", f"{name}.{up}"], [f"{name}.{down}"]
+                found.append((self._describe(name, pair[0]), self._describe(name, pair[1])))
+            if found:
+                return found
+        return []
 
     def _describe(self, prefix: str, names: list[str]) -> LayerDescription:
         schemes = {compressed_tensors.layer_scheme(self.config, name) for name in names}

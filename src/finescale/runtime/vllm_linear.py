@@ -6,8 +6,8 @@ Shape legend: T tokens, O outputs, I inputs, G groups, J inputs after a gather, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,77 +17,19 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from finescale.errors import CheckpointError, InputError
 from finescale.formats.compressed_tensors import INT8
-from finescale.grid import (
-    ActivationScheme,
-    Grid,
-    InputRule,
-    QuantizedWeight,
-    WeightScheme,
-    contiguous_groups,
-    input_rule,
-    number_of_groups,
-    quantize_tokens,
-)
+from finescale.grid import Grid, InputRule, QuantizedWeight, contiguous_groups, input_rule, number_of_groups
 from finescale.grid.inputs import SUFFIXES
-from finescale.grid.integer_scale import common_factor, prove_no_overflow
 from finescale.grid.packing import packed_words, to_signed, unpack_rows
-from finescale.kernels import integer_scale_linear
-from finescale.kernels.dispatch import LayerFacts, choose_kernel
+from finescale.kernels.dispatch import choose_kernel
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
 from finescale.kernels.linear import w4a8_linear, w4a8_product
+from finescale.kernels.portable import PORTABLE, PortableProduct
 from finescale.runtime.vllm_fusion import Ancestry, QuantizedTokens, quantize_on_the_way
+from finescale.runtime.vllm_layer import LayerDescription
 
 logger = init_logger("vllm.finescale")
 Loader = Callable[..., Any]
 PARAMETERS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", *SUFFIXES)
-
-
-@dataclass(frozen=True)
-class LayerDescription:
-    """What the checkpoint says of a layer, or of several that vLLM fuses into one.
-
-    Attributes:
-        name: for messages.
-        layout: `pack-quantized` or `int-quantized`.
-        scheme: bits and groups.
-        activations: how the inputs are rounded, None if they are not.
-        parts: of each of the fused layers, in their order: amplifier, proved bound, gather, rotation.
-    """
-
-    name: str
-    layout: str
-    scheme: WeightScheme
-    activations: ActivationScheme | None
-    parts: Sequence[dict[str, Any]]
-
-    @property
-    def integer(self) -> bool:
-        """Whether the exact int32 product computes it."""
-        rounded = self.activations is not None and self.activations.symmetric and self.activations.dynamic
-        return rounded and all(part.get("amplifier") for part in self.parts)
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Gather and rotation, the same for all parts.
-
-        Raises:
-            InputError: the parts differ.
-        """
-        found = [part.get("inputs") or {} for part in self.parts]
-        if any(one != found[0] for one in found):
-            raise InputError(f"{self.name}: its parts rearrange their inputs differently; vLLM fuses them.")
-        return found[0]
-
-    def check_cut(self, inputs: int, ranks: int) -> None:
-        """Refuse to give each of several ranks ``inputs`` inputs where that cannot be."""
-        size = self.scheme.group_size
-        if self.inputs.get("gather") or self.inputs.get("rotation"):
-            raise InputError(f"{self.name} gathers or rotates its inputs, which cannot be cut; use one rank.")
-        if (size != -1 and inputs % size) or inputs * self.scheme.bits % 32:
-            raise InputError(
-                f"{self.name}: {inputs * ranks} inputs over {ranks} ranks would cut groups of {size}; "
-                f"use fewer ranks, or quantize with --tp {ranks}."
-            )
 
 
 class FinescaleLinearMethod(LinearMethodBase):
@@ -169,19 +111,21 @@ class FinescaleLinearMethod(LinearMethodBase):
         device = weight.codes_OI.device
         scale_OG, factor_O, largest = None, None, 0
         if self.description.integer:
-            scale_OG, factor_O = self._integers(weight.grid.scale_OG, layer.finescale_partitions)
-            self._prove(weight, scale_OG, layer.finescale_partitions, layer.finescale_whole)
+            partitions = layer.finescale_partitions
+            scale_OG, factor_O = self.description.integers(weight.grid.scale_OG, partitions)
+            self.description.prove(weight.codes_OI, scale_OG, partitions, layer.finescale_whole)
             largest = int(scale_OG.abs().max())
-        choice = choose_kernel(self._facts(largest), device)
+        choice = choose_kernel(self.description.facts(largest), device)
         layer.register_buffer("finescale_factor_O", factor_O, persistent=False)
         if scale_OG is None or choice.kernel == "float":
             dense_OI = weight.dequantize().to(layer.finescale_dtype)
             layer.register_buffer("finescale_dense_OI", dense_OI, persistent=False)
             logger.warning_once("finescale: %s.", choice.why)
-        elif choice.kernel == "reference":
-            layer.register_buffer("finescale_codes_OI", weight.codes_OI.contiguous(), persistent=False)
-            layer.register_buffer("finescale_scale_OG", scale_OG, persistent=False)
-            logger.warning_once("finescale: %s.", choice.why)
+        elif choice.kernel in PORTABLE:
+            assert inputs.scheme is not None
+            layer.finescale_product = PortableProduct(
+                choice, weight.codes_OI, scale_OG, scheme.group_size, 1, factor_O, inputs.scheme.bits
+            )
         else:
             packed = pack_weight(weight.codes_OI, scale_OG, scheme.group_size)
             layer.register_buffer("finescale_packed", packed, persistent=False)
@@ -189,19 +133,6 @@ class FinescaleLinearMethod(LinearMethodBase):
             if self.ancestry is not None and inputs.is_plain:
                 quantize_on_the_way(layer, self.ancestry)
         logger.debug("finescale: %s: %s", name, choice.why)
-
-    def _facts(self, largest: int) -> LayerFacts:
-        activations = self.description.activations
-        return LayerFacts(
-            bits=self.description.scheme.bits,
-            group_size=self.description.scheme.group_size,
-            contiguous_groups=True,
-            integer_scales=all(part.get("amplifier") for part in self.description.parts),
-            largest_scale=largest,
-            activation_bits=None if activations is None else activations.bits,
-            symmetric_activations=activations is not None and activations.symmetric and activations.dynamic,
-            outliers=False,
-        )
 
     def _inputs(self, layer: Any) -> InputRule:
         activations = self.description.activations
@@ -223,43 +154,6 @@ class FinescaleLinearMethod(LinearMethodBase):
         group_of_I = contiguous_groups(codes_OI.shape[1], scheme.group_size, codes_OI.device)
         return QuantizedWeight(codes_OI, Grid(scheme, scale_OG, zero_OG, group_of_I))
 
-    def _integers(self, scale_OG: Tensor, partitions: list[int]) -> tuple[Tensor, Tensor]:
-        """Integer scales, int32 [O, G], and what they are times, float32 [O]: one over the part's amplifier, or each
-        output's own factor where scales are folded."""
-        # One layer in the file may be several parts of vLLM's (Falcon's query_key_value).
-        parts = [*self.description.parts]
-        parts = parts * len(partitions) if len(parts) == 1 else parts
-        factors = [
-            common_factor(rows) if part.get("folded") else torch.full_like(rows[:, 0], 1 / int(part["amplifier"]))
-            for rows, part in zip(scale_OG.split(partitions), parts, strict=True)
-        ]
-        factor_O = torch.cat(factors).float()
-        exact_OG = scale_OG.double() / factor_O.double()[:, None]
-        integer_OG = exact_OG.round().to(torch.int32)
-        if not torch.equal(integer_OG.double(), exact_OG):
-            raise InputError(
-                f"{self.description.name}: scales are not integers over the stored amplifier; the file was changed."
-            )
-        return integer_OG, factor_O.contiguous()
-
-    def _prove(self, weight: QuantizedWeight, scale_OG: Tensor, partitions: list[int], whole: bool) -> None:
-        """The bound of each part is below 2^31 and what the checkpoint says; a rank's share may have a lower one.
-
-        Raises:
-            NumericsError, InputError: it is not.
-        """
-        activations, name = self.description.activations, self.description.name
-        assert activations is not None
-        sizes = [sum(partitions)] if len(self.description.parts) == 1 else partitions
-        start = 0
-        for size, facts in zip(sizes, self.description.parts, strict=True):
-            rows = slice(start, start + size)
-            codes_OI, group_of_I = weight.codes_OI[rows], weight.grid.group_of_I
-            bound = prove_no_overflow(name, codes_OI, scale_OG[rows], group_of_I, activations.code_max)
-            if bound > int(facts["bound"]) or (whole and bound != int(facts["bound"])):
-                raise InputError(f"{name}: its overflow bound is not the stored one; the file was changed.")
-            start += size
-
     def apply(self, layer: Any, x: Tensor | QuantizedTokens, bias: Tensor | None = None) -> Tensor:
         """float [..., I], or quantized tokens -> [..., O]."""
         bias = None if bias is None else layer.finescale_bias
@@ -276,12 +170,7 @@ class FinescaleLinearMethod(LinearMethodBase):
         if hasattr(layer, "finescale_dense_OI"):
             bias = None if bias is None else bias.to(x.dtype)
             return nn.functional.linear(inputs.round(x), layer.finescale_dense_OI, bias)
-        assert inputs.scheme is not None
-        codes_TI, scale_T1 = quantize_tokens(x.reshape(-1, x.shape[-1]), inputs.scheme)
-        size, scale_OG = self.description.scheme.group_size, layer.finescale_scale_OG
-        out_TO = integer_scale_linear(codes_TI, scale_T1, layer.finescale_codes_OI, scale_OG, size, 1, factor_O)
-        out_TO = out_TO if bias is None else out_TO + bias
-        return out_TO.to(x.dtype).reshape(*x.shape[:-1], outputs)
+        return layer.finescale_product(x, bias)
 
 
 def _register(layer: Any, name: str, data: Tensor, loader: Loader, cut_inputs: bool = True) -> None:
