@@ -88,7 +88,7 @@ class FinescaleVllmConfig(QuantizationConfig):
         """Of each expert gate and up, then down; empty where they are not quantized."""
         layers = self.config["finescale"]["layers"]
         for gate, up, down in EXPERT_NAMES:
-            found = []
+            found: list[tuple[LayerDescription, LayerDescription]] = []
             while f"{prefix}.{len(found)}.{gate}" in layers:
                 name = f"{prefix}.{len(found)}"
                 pair = [f"{name}.{gate}", f"{name}.{up}"], [f"{name}.{down}"]
