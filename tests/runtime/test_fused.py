@@ -5,13 +5,24 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from finescale.errors import InputError
+from finescale.grid import (
+    ActivationScheme,
+    Gather,
+    InputRule,
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    quantize_to_grid,
+    quantize_tokens,
+    with_integer_scales,
+)
 from finescale.kernels import plain
 from finescale.kernels.layout import pack_weight
 from finescale.kernels.reference import integer_scale_linear
 from finescale.runtime.fused import FusedDecoder, fuse
 from finescale.runtime.load import load, quantized_layers
 from finescale.runtime.modules import QuantizedLinear
-from finescale.runtime.products import PackedProduct, check_fusable
+from finescale.runtime.products import PackedProduct, check_fusable, fused
 from tests.helpers import make_model, quantize, recipe, save_model, some_tokens
 
 GPU = [
@@ -157,8 +168,6 @@ def test_plain_kernels_on_packed_tensors(group_size, inputs, outputs):
     bias_O, own_O = torch.randn(outputs, generator=generator), torch.rand(outputs, generator=generator)
     packed = pack_weight(codes_OI, scale_OG, group_size)
     product = PackedProduct(packed, bias_O, own_O, outputs, 64, False)
-    from finescale.grid import ActivationScheme, quantize_tokens
-
     x_codes_TI, x_scale_T1 = quantize_tokens(x_TI, ActivationScheme(8))
     want = integer_scale_linear(x_codes_TI, x_scale_T1, codes_OI, scale_OG, group_size, 64, own_O) + bias_O
     assert torch.equal(product(x_TI), want)
@@ -169,6 +178,30 @@ def test_plain_kernels_on_packed_tensors(group_size, inputs, outputs):
     added = residual + x_TI
     want = product(plain.rms_norm(added, gain, 1e-5))
     assert torch.equal(product(x_TI, "rms", residual, gain, 1e-5), want) and torch.equal(residual, added)
+
+
+def test_layers_that_gather_their_input_alike():
+    generator = torch.Generator().manual_seed(5)
+    index_KJ = torch.randint(0, 64, (2, 96), generator=generator)
+    gain_KJ = torch.stack([torch.ones(96), (torch.rand(96, generator=generator) < 0.2).float()])
+    gather = Gather(index_KJ, gain_KJ)
+
+    def layer(outputs, own_gather):
+        weight_OI = torch.randn(outputs, 96, generator=generator)
+        grid = with_integer_scales(fit_grid(weight_OI, WeightScheme(4, 32, True), torch.float16), weight_OI, "auto")
+        weight = QuantizedWeight(quantize_to_grid(weight_OI, grid), grid)
+        return QuantizedLinear(weight, None, InputRule(ActivationScheme(8), gather=own_gather), "integer")
+
+    layers, x_TI = [layer(40, gather), layer(72, gather)], torch.randn(5, 64, generator=generator)
+    want = torch.cat([each(x_TI) for each in layers], -1)
+    assert torch.equal(fused(layers)(x_TI), want)
+    gain, residual = torch.randn(64, generator=generator), torch.randn(5, 64, generator=generator)
+    normed = plain.rms_norm(residual + x_TI, gain, 1e-5)
+    want = torch.cat([each(normed) for each in layers], -1)
+    assert torch.equal(fused(layers)(x_TI, "rms", residual, gain, 1e-5), want)
+    for other in (None, Gather(index_KJ.flip(1), gain_KJ)):
+        with pytest.raises(InputError, match="gather it differently"):
+            fused([layers[0], layer(40, other)])
 
 
 def graph_tokens(model, tokens_BT, count):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from finescale.errors import InputError
+from finescale.grid import Gather
+from finescale.kernels.gather import GatherTable, gather_table, quantize_gathered
 from finescale.kernels.layout import BLOCK, LARGEST_FOLDED_SCALE, SLAB, groups_in_block, pack_weight, unpack_weight
 from finescale.kernels.linear import quantize_tokens, w4a8_product
 from finescale.kernels.plain import before_rounding
@@ -30,6 +32,7 @@ class PackedProduct(nn.Module):
         packed: uint8, ``kernels.layout.pack_weight``.
         bias_O, channel_scale_O: float32 or None.
         outputs, amplifier, folded: see ``kernels.linear.w4a8_product``.
+        gather: what channels the weight meets, made of those that stand before it; None for these themselves.
     """
 
     packed: Tensor
@@ -44,8 +47,10 @@ class PackedProduct(nn.Module):
         outputs: int,
         amplifier: int,
         folded: bool,
+        gather: GatherTable | None = None,
     ) -> None:
         super().__init__()
+        self.gather = gather
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias_O", bias_O, persistent=False)
         self.register_buffer("channel_scale_O", channel_scale_O, persistent=False)
@@ -60,7 +65,11 @@ class PackedProduct(nn.Module):
         epsilon: float = 0.0,
     ) -> Tensor:
         """float [T, I] (twice as wide for ``silu``) -> [T, O] in the same type; the residual becomes the sum."""
-        codes, scale_T, sum_T = quantize_tokens(x_TI, before, residual_TI, gain_I, None, epsilon)
+        given = (x_TI, before, residual_TI, gain_I, None, epsilon)
+        if self.gather is None:
+            codes, scale_T, sum_T = quantize_tokens(*given)
+        else:
+            codes, scale_T, sum_T = quantize_gathered(*given, *self.gather.tensors())
         return self.multiply(codes, scale_T, sum_T, x_TI.dtype)
 
     def multiply(self, codes: Tensor, scale_T: Tensor, sum_T: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,14 +127,29 @@ def check_fusable(layers: Sequence[nn.Module]) -> None:
         if not isinstance(layer, PackedLinear | QuantizedLinear):
             raise InputError(f"a layer is {type(layer).__name__}, beside quantized ones.")
         scheme = layer.inputs.scheme
-        if scheme is None or scheme.bits != 8 or not (scheme.dynamic and scheme.symmetric and layer.inputs.is_plain):
+        if scheme is None or scheme.bits != 8 or not (scheme.dynamic and scheme.symmetric):
             raise InputError("a layer has other inputs than 8 bits with a scale per token.")
+        if layer.inputs.rotation is not None:
+            raise InputError("a layer rotates its inputs.")
         integer = isinstance(layer, PackedLinear) or (layer.path == "integer" and layer.outlier_value is None)
         if not integer or layer.scheme.bits != 4:
             raise InputError("a layer is not W4A8 with integer scales.")
         sizes.add(groups_in_block(layer.scheme.group_size))
     if len(sizes) > 1:
         raise InputError("layers of one input have scale groups of different sizes.")
+    if not all(_same_gather(_gather(layers[0]), _gather(layer)) for layer in layers[1:]):
+        raise InputError("layers of one input gather it differently.")
+
+
+def _gather(layer: nn.Module) -> Gather | None:
+    assert isinstance(layer, PackedLinear | QuantizedLinear)
+    return layer.inputs.gather
+
+
+def _same_gather(one: Gather | None, other: Gather | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.index_KJ, other.index_KJ) and torch.equal(one.gain_KJ, other.gain_KJ)
 
 
 def fused(layers: Sequence[nn.Module]) -> Product:
@@ -144,6 +168,7 @@ def fused(layers: Sequence[nn.Module]) -> Product:
         return DenseProduct(_joined(weights), None if biases[0] is None else _joined(biases))
     parts = [_packed_part(layer) for layer in layers]
     outputs = sum(part.outputs for part in parts)
+    gather = _gather(layers[0])
     same = len({part.amplifier for part in parts}) == 1 and all(part.channel_scale_O is None for part in parts)
     return PackedProduct(
         _stacked(parts),
@@ -152,6 +177,7 @@ def fused(layers: Sequence[nn.Module]) -> Product:
         outputs,
         parts[0].amplifier if same else 1,
         all(part.folded for part in parts),
+        None if gather is None else gather_table(gather),
     )
 
 
