@@ -26,7 +26,15 @@ from finescale.kernels.hopper.gemm import Variant, capacity, run, variants
 from finescale.kernels.jit import compile_source, source_text
 from finescale.kernels.reference import grouped_int32_product
 
-COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster], equal to the exact product, stages]"
+COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster, multicast], exact, stages]"
+
+
+def family(variant: Variant) -> str:
+    """How a variant adds up split tiles and fetches tokens."""
+    return "multicast" if variant.multicast else "cluster" if variant.cluster > 1 else "base"
+
+
+FAMILIES = ("base", "cluster", "multicast")
 
 
 def compile_all(tokens: tuple[int, ...], outs: tuple[int, ...] = (0,), groups: tuple[int, ...] = (1,)) -> None:
@@ -43,7 +51,7 @@ def compile_all(tokens: tuple[int, ...], outs: tuple[int, ...] = (0,), groups: t
         list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), found))
 
 
-def time_size(layer: Layer, count: int) -> dict[str, Any]:
+def time_size(layer: Layer, count: int, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
     """Microseconds of cuBLAS and of all variants for one layer and number of tokens, fastest first."""
     x_bf16 = torch.randn(count, layer.inputs, device=layer.device, dtype=torch.bfloat16)
     dense = layer.copies(torch.randn(layer.outputs, layer.inputs, device=layer.device, dtype=torch.bfloat16))
@@ -65,10 +73,19 @@ def time_size(layer: Layer, count: int) -> dict[str, Any]:
         )  # fmt: skip
 
     timings = []
-    for variant in (v for folded in (False, True) for v in variants(count, 1, folded, 0)):
+    for variant in (v for folded in (False, True) for v in variants(count, 1, folded, 0) if family(v) in families):
         equal = torch.equal(call(weights[0], variant), expected_TO)
         time = median_microseconds([lambda w=w, v=variant: call(w, v) for w in weights])  # type: ignore[misc]
-        settings = [variant.tokens, variant.warpgroups, 1, int(variant.folded), 0, variant.split, variant.cluster]
+        settings = [
+            variant.tokens,
+            variant.warpgroups,
+            1,
+            int(variant.folded),
+            0,
+            variant.split,
+            variant.cluster,
+            variant.multicast,
+        ]
         timings.append([time, settings, equal, variant.depth])
     return {**row, "ours": sorted(timings)}
 
@@ -80,7 +97,7 @@ def text_row(row: dict[str, Any], best: int = 3) -> str:
         found = [timing for timing in row["ours"] if timing[1][3] == folded][:best]
         parts += [
             f"{'folded' if folded else 'integer'} {t[0]:.1f} ({row['bf16'] / t[0]:.2f}) "
-            f"{t[1][0]}x{t[1][1]}{'s' if t[1][5] else ''}{t[1][6]}{'' if t[2] else ' WRONG'}"
+            f"{t[1][0]}x{t[1][1]}{'s' if t[1][5] else ''}{t[1][6]}{'m' if t[1][7] else ''}{'' if t[2] else ' WRONG'}"
             for t in found
         ]
     wrong = [timing[1] for timing in row["ours"] if not timing[2]]
@@ -93,7 +110,9 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="INPUTSxOUTPUTS, may be repeated")
     parser.add_argument("--tokens", help="numbers with commas")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no size is begun")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="with commas: %(default)s")
     options = parser.parse_args()
+    families = tuple(options.families.split(","))
     shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     start = time.monotonic()
@@ -113,7 +132,7 @@ def main() -> None:
         for count in tokens:
             if time.monotonic() - start > options.budget:
                 break
-            rows.append(time_size(layer, count))
+            rows.append(time_size(layer, count, families))
             print(text_row(rows[-1]), flush=True)
             lines = ",\n  ".join(json.dumps(row) for row in rows)
             text = json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {lines}\n ]')

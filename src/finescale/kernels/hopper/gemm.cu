@@ -11,7 +11,8 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
+// (blocks that share split tiles), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
+// to both), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -69,7 +70,11 @@ struct Computer {
     }
 
     __device__ __forceinline__ void release() {
+#if MULTICAST  // both blocks copy into each other's stages
+        if (thread % 32 < 2) barrier_arrive_there(empty + 8 * ring.stage, thread % 32);
+#else
         if (thread % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
+#endif
         ring.advance();
         remaining--;
     }
@@ -241,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, WARPGROUPS * 4);
+            barrier_init(empty + 8 * i, WARPGROUPS * (MULTICAST ? 8 : 4));
         }
         for (int g = 0; g < WARPGROUPS; g++) Part(a, parts, g).init();
         fence_barrier_init();
@@ -252,7 +257,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     if (group == WARPGROUPS) {
         release_registers<COPY_REGISTERS>();
         // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup.
-        if (thread == 0) copy_units(a, x_base, w_base, full, empty);
+        if (thread == 0) {
+            copy_units(a, x_base, w_base, full, empty);
+#if MULTICAST
+            cluster_barrier();  // the block stays until the other one needs its memory no more
+#endif
+        }
         int served = thread / 32 - 1;
         Schedule schedule(a);
         Work work;
@@ -271,6 +281,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         computer.empty = empty;
         computer.thread = thread;
         computer.buffer = buffer;
+#if MULTICAST
+        cluster_barrier();
         if (computer.remaining > 0) computer.run();
+        if (!Schedule(a).has_part) cluster_barrier();  // adding up shared sums was one
+#else
+        if (computer.remaining > 0) computer.run();
+#endif
     }
 }

@@ -37,6 +37,7 @@ class Variant:
         experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
         cluster: blocks that share a split tile and add up its sums through their shared memory; with 1, a tile is
             split as often as it takes, and sums are added up in device memory.
+        multicast: the two blocks of a cluster have the same tokens, of which each copies half to both.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Variant:
     float_scales: bool = False
     experts: int = 0
     cluster: int = 1
+    multicast: bool = False
 
     @property
     def unit_bytes(self) -> int:
@@ -85,6 +87,7 @@ class Variant:
             ("GROUPED", int(self.experts > 0)),
             ("EXPERTS", self.experts),
             ("CLUSTER", self.cluster),
+            ("MULTICAST", int(self.multicast)),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -121,7 +124,8 @@ def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, at_once: 
     ``at_once`` blocks fit on the GPU in clusters of the variant's size.
     """
     token_tiles = -(-tokens // variant.tokens)
-    tiles = -(-outputs // (64 * variant.warpgroups)) * token_tiles
+    channel_tiles = -(-outputs // (64 * variant.warpgroups))
+    tiles = (channel_tiles + (channel_tiles % 2 if variant.multicast else 0)) * token_tiles
     left = tiles % at_once
     splits = min(blocks, at_once // left) if left and variant.split else 1
     if variant.cluster > 1:
@@ -181,18 +185,23 @@ LARGEST_TILE = 512
 """Most tokens times warpgroups of a tile."""
 
 
+SHARING = ((True, 1), (False, 1), (True, 2), (True, 4))
+"""Whether tiles of a last wave are split, and the blocks of a cluster."""
+
+
 def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
     """Those worth considering for so many tokens; what is left out spills registers or never won."""
     widths = [next((w for w in (8, 16, 32, 64) if tokens <= w), 128)]
     if tokens > 64:
         widths += [256] if folded and tokens > 128 else [] if folded else [64]
     return [
-        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster)
+        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster, multicast=multicast)
         for width in widths
         for warpgroups in (1, 2, 3)
-        for split, cluster in ((True, 1), (False, 1), (True, 2), (True, 4))
+        for split, cluster, multicast in (*((s, c, False) for s, c in SHARING), (True, 2, True))
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
         if not (width == 256 and cluster == groups == 4)
+        if not multicast or width >= 128
     ]
 
 

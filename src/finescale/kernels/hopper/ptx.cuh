@@ -58,6 +58,15 @@ __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u
         ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// The same, to the same address in both blocks of a cluster of two, each of whose barriers counts them.
+__device__ __forceinline__ void copy_bulk_both(u32 destination, const void* source, u32 bytes, u32 barrier, u64 policy) {
+    unsigned short both = 3;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4, %5;"
+        ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "h"(both), "l"(policy) : "memory");
+}
+
 // Lets the next kernel of the stream start, and waits for the one before: everything before the wait may run while that
 // one still does, so it reads only what no kernel writes.
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -76,8 +85,12 @@ __device__ __forceinline__ void cluster_barrier() {
 // The same address in block `rank` of the cluster.
 __device__ __forceinline__ u32 cluster_address(u32 address, int rank) {
     u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
+}
+
+__device__ __forceinline__ void barrier_arrive_there(u32 barrier, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ void store_cluster16(u32 address, u32 a, u32 b, u32 c, u32 d) {

@@ -67,6 +67,10 @@ __device__ __forceinline__ Shares shares(const Arguments& a) { return Shares{a.w
 
 __device__ __forceinline__ Place find_place(const Arguments& a, int tile) {
     if (a.token_tiles == 1) return Place{tile * WARPGROUPS, 0, a.tokens, 0};
+#if MULTICAST  // the two blocks of a cluster have the same tokens
+    int pair = tile / 2;
+    return Place{(pair / a.token_tiles * 2 + tile % 2) * WARPGROUPS, pair % a.token_tiles * TOKENS, a.tokens, 0};
+#endif
     return Place{tile / a.token_tiles * WARPGROUPS, tile % a.token_tiles * TOKENS, a.tokens, 0};
 }
 #endif
