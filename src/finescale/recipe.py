@@ -249,8 +249,8 @@ class Recipe(_Part):
                 raise ValueError("integer_scale has no outliers; set solver.outliers 0")
             if not self.activations.symmetric:
                 raise ValueError("integer_scale needs activations.symmetric true")
-            if self.integer_scale.mode == "folded" and not getattr(self.solver.options(), "static_groups", True):
-                raise ValueError("integer_scale.mode folded needs solver.static_groups true")
+            if self.integer_scale.mode == "folded" and self.solver.options().moves_scales:
+                raise ValueError("integer_scale.mode folded needs solver.static_groups true and no solver.refits")
         self._check_solver(self.weights)
         self._check_folded(self.weights)
         for override in self.overrides:

@@ -53,7 +53,8 @@ def write_random_llama(folder: Path, shape: LlamaShape, dtype: torch.dtype, devi
     def random(*size: int) -> Tensor:
         return (0.02 * torch.randn(*size, generator=generator, device=device)).to("cpu", dtype)
 
-    weight_map, parameters = {}, 0
+    weight_map: dict[str, str] = {}
+    parameters = 0
     block: dict[str, Tensor] = {}
     for index in range(shape.blocks + 1):
         if index == shape.blocks:

@@ -141,10 +141,10 @@ def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) 
 
 
 def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> list[list[tuple[LayerPlan, Tensor]]]:
-    """Layers that may be stacked. A solver that refits groups needs each layer's own amplifier, and outliers are
+    """Layers that may be stacked. A solver that moves scales needs each layer's own amplifier, and outliers are
     counted by layer, so these stay alone."""
     options = recipe.solver.options()
-    refits_alone = recipe.integer_scale.mode == "before" and not getattr(options, "static_groups", True)
+    refits_alone = recipe.integer_scale.mode == "before" and options.moves_scales
     if refits_alone or options.keeps_outliers:
         return [[layer] for layer in layers]
     groups: dict[Any, list[tuple[LayerPlan, Tensor]]] = {}
@@ -220,10 +220,10 @@ def _solve_stacked(
 
 def solve_rows(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, recipe: Recipe, ranks: Ranks) -> Solution:
     """Solve the rows that are this process's, and get the others'. Where outliers are counted over the whole layer, or
-    groups are fitted anew, rows are not apart: then every process solves all of them."""
+    scales move, rows are not apart: then every process solves all of them."""
     entry, options = recipe.solver.entry(), recipe.solver.options()
     pieces = ranks.pieces(weight_OI.shape[0])
-    if len(pieces) == 1 or options.keeps_outliers or not getattr(options, "static_groups", True):
+    if len(pieces) == 1 or options.keeps_outliers or options.moves_scales:
         return entry.solve(weight_OI, hessian_II, grid, options)
     codes_OI = torch.zeros_like(weight_OI, dtype=torch.int8)
     damping = torch.zeros(1, dtype=torch.float64)

@@ -45,6 +45,10 @@ class GptqOptions(SolverOptions):
     static_groups: bool = True
     block_size: int = Field(default=128, ge=1)
 
+    @property
+    def moves_scales(self) -> bool:
+        return not self.static_groups
+
 
 LARGEST_DAMPING = 1e4
 

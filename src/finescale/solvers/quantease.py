@@ -39,9 +39,12 @@ from finescale.solvers.outliers import (
     with_outliers,
 )
 from finescale.solvers.products import Kind, Products
+from finescale.solvers.refit import refit_scales
 from finescale.solvers.solution import Solution, SolverOptions
 from finescale.solvers.spqr import SpqrOptions, solve_spqr
 
+REFIT_SWEEPS = 3
+"""Sweeps on scales that were fitted anew; they are not relaxed."""
 LAST_RELAXED_SWEEP = 25
 """Sweeps after this one (0-based) always end on the grid; the schedule of the authors' code."""
 
@@ -62,6 +65,7 @@ class QuantEaseOptions(SolverOptions):
         block_size: columns of one lazy batch.
         products: ``float32``, or the matrix products as three of parts on tensor cores, whose sum is almost as precise
             and faster: ``3xtf32``, or ``3xfp16``, the fastest (not for the gradient support, which gets ``3xtf32``).
+        refits: how often scales are fitted anew to the codes after the sweeps, ``REFIT_SWEEPS`` more sweeps each.
         outliers: weights kept beside the grid: a share below 1, or a number; the grid's range is fitted without them.
         structured: outliers are whole input columns, and ``outliers`` counts these.
         support: how outliers are chosen between sweeps: ``coordinate`` keeps those whose rounding would cost most at
@@ -79,6 +83,7 @@ class QuantEaseOptions(SolverOptions):
     spqr_threshold: float = Field(default=0.2, gt=0.0)
     block_size: int = Field(default=128, ge=1)
     products: Kind = "float32"
+    refits: int = Field(default=0, ge=0)
     outliers: float = Field(default=0.0, ge=0.0)
     structured: bool = False
     support: Literal["coordinate", "gradient"] = "coordinate"
@@ -87,8 +92,16 @@ class QuantEaseOptions(SolverOptions):
     def keeps_outliers(self) -> bool:
         return self.outliers > 0 or self.start == "spqr"
 
+    @property
+    def moves_scales(self) -> bool:
+        return self.refits > 0 or not self.static_groups
+
     @model_validator(mode="after")
     def _check(self) -> QuantEaseOptions:
+        if self.start == "spqr" and self.refits:
+            raise ValueError("start spqr keeps its two-level scales; leave refits out")
+        if self.support == "gradient" and self.refits:
+            raise ValueError("the published support has no refits; leave refits or support out")
         if self.start == "spqr" and (self.outliers or self.structured or self.act_order or self.support == "gradient"):
             raise ValueError("start spqr brings its own outliers; leave outliers, structured, act_order, support out")
         return self
@@ -167,14 +180,29 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
                 support = CoordinateSupport(free_IO, count, options.structured, diagonal_I, part, group_of_I)
         descend(target_IO, current_IO, products, part, group_of_I, schedule, support)
         solved_OI = torch.empty_like(target_IO.T)
+        for _ in range(options.refits):
+            solved_OI[:, order_I] = current_IO.T
+            kept_OI = None if support is None else _in_place(support.free_IO, order_I)
+            part, solved_OI = refit_scales(weight_OI[rows].to(dtype), solved_OI, hessian_II, part, kept_OI)
+            current_IO.copy_(solved_OI[:, order_I].T)
+            if support is not None:
+                free_IO = support.free_IO
+                support = CoordinateSupport(free_IO, count, options.structured, diagonal_I, part, group_of_I)
+            descend(target_IO, current_IO, products, part, group_of_I, [False] * REFIT_SWEEPS, support)
         solved_OI[:, order_I] = current_IO.T
         if support is None:
             slabs.append(QuantizedWeight(quantize_to_grid(solved_OI, part), part))
         else:
-            free_OI = torch.empty_like(support.free_IO.T)
-            free_OI[:, order_I] = support.free_IO.T
+            free_OI = _in_place(support.free_IO, order_I)
             slabs.append(with_outliers(solved_OI, free_OI, part, options.structured))
     return Solution(assemble(grid, slabs), options.damping or start_damping, notes)
+
+
+def _in_place(mask_IO: Tensor, order_I: Tensor) -> Tensor:
+    """A mask in solving order as [O, I] in the original order."""
+    mask_OI = torch.empty_like(mask_IO.T)
+    mask_OI[:, order_I] = mask_IO.T
+    return mask_OI
 
 
 def _from_spqr(

@@ -29,6 +29,11 @@ class SolverOptions(BaseModel):
         """Whether solutions hold weights beside the grid, which few formats and engines know."""
         return False
 
+    @property
+    def moves_scales(self) -> bool:
+        """Whether solutions may have other scales than the grid that was given."""
+        return False
+
     def check_scheme(self, scheme: WeightScheme) -> None:
         """Raises InputError for weights that the solver cannot make."""
 
