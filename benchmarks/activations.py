@@ -29,6 +29,7 @@ from rich.table import Table
 from rows import Row, Setting, chosen, machine_of, merged, run_rows, settings
 
 from finescale.cli.common import quiet_libraries
+from finescale.recipe import Recipe
 
 SAMPLES = 64
 CHANNEL = {"group_size": -1, "symmetric": False}
@@ -72,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SmoothQuant 0.5": method(transforms=[part("smoothquant")]),
     "SmoothQuant 0.85": method(transforms=[part("smoothquant", alpha=0.85)]),
     "FPTQ": method(transforms=[part("fptq")]),
+    "FPTQ, all equalized": method(transforms=[part("fptq", equalize="all")]),
     "AWQ": method(transforms=[part("awq")]),
     "QuaRot, fused": method(transforms=[part("quarot")]),
     "QuaRot, online too": method(transforms=[ROTATION]),
@@ -153,13 +155,45 @@ def ablation_rows() -> list[Row]:
     return rows
 
 
+W4A8_RECIPES = (
+    "w4a8-integer-scale",
+    "w4a8-best",
+    "fptq-w4a8",
+    "quarot-w4a8",
+    "qllm-w4a8",
+    "omniquant-w4a8",
+    "llama3-w4a8-integer-scale",
+    "mixtral-w4a8-integer-scale",
+)
+
+
+def scale_rows() -> list[Row]:
+    """Each W4A8 recipe with float and with integer scales; what integer scales need (symmetric groups) in both."""
+    rows = []
+    for name in W4A8_RECIPES:
+        values = Recipe.named(name).model_dump(mode="json", exclude_unset=True, exclude={"name", "description"})
+        values["weights"] |= GROUPS
+        values["activations"] |= {"symmetric": True}
+        for key in ("transforms", "tuning"):
+            values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
+        for title, mode in (("float", "off"), ("integer", "before")):
+            rows.append(Row("integer scales", f"{name}, {title}", values | {"integer_scale": {"mode": mode}}))
+    return rows
+
+
+def _as_long_as_here(some: dict[str, Any]) -> dict[str, Any]:
+    """Published numbers of steps are of 128 windows of 2048 tokens."""
+    steps = {"omniquant": LEARNED, "low_rank": CORRECTION["options"]}.get(some["name"], {})
+    return {"name": some["name"], "options": some.get("options", {}) | steps}
+
+
 def all_rows() -> list[Row]:
-    """The table, then the ablations."""
+    """The table, the ablations, and the W4A8 recipes with both kinds of scales."""
     rows = [
         Row(bits, name, BITS[bits] | values) for bits in ("W4A4", "W6A6", "W4A8") for name, values in METHODS.items()
     ]
     rows += [Row("W4A16", name, BITS["W4A16"] | METHODS[name]) for name in WEIGHTS_ALONE]
-    return rows + ablation_rows()
+    return rows + ablation_rows() + scale_rows()
 
 
 def print_tables(console: Console, models: dict[str, Any]) -> None:
@@ -178,7 +212,8 @@ def print_tables(console: Console, models: dict[str, Any]) -> None:
         console.print(table)
         for title, rows in entry["rows"].items():
             if title not in BITS:
-                ablation = Table(title, "perplexity", "extra channels", title=f"{name}: QLLM W4A4")
+                what = "W4A8 recipes" if title == "integer scales" else "QLLM W4A4"
+                ablation = Table(title, "perplexity", "extra channels", title=f"{name}: {what}")
                 for label, row in rows.items():
                     ablation.add_row(label, f"{row['perplexity']:.2f}", str(row.get("extra_channels", "")))
                 console.print(ablation)

@@ -43,11 +43,11 @@ def test_what_makes_no_outliers_is_refused(tiny, tmp_path):
         plant_outliers(tiny("llama"), tmp_path / "used", 50)
 
 
-# FPTQ's published thresholds send ranges above 150 to one scale per token without equalization; the zoo's planted
-# ranges are above, so the upper one is raised.
+# FPTQ's published thresholds send ranges above 150 to one scale per token without equalization, which recovers a tenth;
+# the zoo's planted ranges are above.
 METHODS = {
     "smoothquant": [{"name": "smoothquant"}],
-    "fptq": [{"name": "fptq", "options": {"high": 1e9}}],
+    "fptq": [{"name": "fptq", "options": {"equalize": "all"}}],
     "awq": [{"name": "awq"}],
     "quarot": [{"name": "quarot"}],
     "qllm": [{"name": "qllm"}],

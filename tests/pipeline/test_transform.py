@@ -262,7 +262,7 @@ def test_a_rotation_must_come_first():
 
 RECIPES = ("smoothquant-w8a8", "awq-w4-g128", "fptq-w4a8", "quarot-w4a4", "quarot-w4a8", "qllm-w4a4", "qllm-w6a6",
            "qllm-w4a8", "omniquant-w4a4", "omniquant-w3", "omniquant-w4a8", "llama3-w4a8-integer-scale",
-           "mixtral-w4a8-integer-scale")  # fmt: skip
+           "mixtral-w4a8-integer-scale", "w4a8-best", "w4a4-best", "w4-best", "w3-best", "w2-best")  # fmt: skip
 FEW = ("calibration.samples=4", "calibration.length=32")
 
 

@@ -43,6 +43,18 @@ def test_policy_by_range(low, high, policy):
     assert set(changes.activations) == set(view.targets)
 
 
+def test_what_is_beyond_the_published_range_can_be_equalized_too():
+    view = make_view("llama")
+    for path in view.targets:
+        view.targets[path] = Target(WeightScheme(), ActivationScheme(8))
+    before = view.ranges(norms=["input_layernorm"])["input_layernorm"].absmax_I
+    changes = apply_fptq(view, FptqOptions(low=1e-7, high=1e-6, equalize="all"))
+    after = view.ranges(norms=["input_layernorm"])["input_layernorm"].absmax_I
+    torch.testing.assert_close(after, torch.log2(2 + before))
+    assert changes.facts["input_layernorm"]["policy"] == "equalized token"
+    assert changes.activations["self_attn.q_proj"] == ActivationScheme(8)
+
+
 def test_thresholds_must_be_in_order():
     with pytest.raises(ValidationError, match="must not be above"):
         FptqOptions(low=20, high=10)

@@ -7,12 +7,15 @@ token.
 
     s_j = max|x_j| / log2(2 + max|x_j|)      x'_j = x_j / s_j      W'_j = W_j s_j
 
+As published, a norm's output beyond ``high`` is not equalized, though nothing speaks against it: a scale per token does
+not help a token whose other channels are hundreds of times smaller. ``equalize: all`` does both.
+
 Shape legend: I inputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -25,10 +28,12 @@ from finescale.transforms.view import BlockView, Changes, TransformOptions
 
 class FptqOptions(TransformOptions):
     """The thresholds on max|x|, published: 15 and 150. Layers without a norm before them (attention output, down
-    projection) cannot be equalized: in the middle range they get one scale per token."""
+    projection) cannot be equalized: in the middle range they get one scale per token. ``equalize: all`` also equalizes
+    norms' outputs beyond ``high``, before their scale per token."""
 
     low: float = Field(default=15.0, ge=0)
     high: float = Field(default=150.0, gt=0)
+    equalize: Literal["middle", "all"] = "middle"
 
     @model_validator(mode="after")
     def _check(self) -> FptqOptions:
@@ -54,11 +59,13 @@ def apply_fptq(view: BlockView, options: FptqOptions) -> Changes:
     for edge in view.edges:
         absmax_I = ranges[edge.norm].absmax_I
         largest = float(absmax_I.max())
-        if options.low < largest < options.high:
+        if options.low < largest and (largest < options.high or options.equalize == "all"):
             consumers = [view.block.get_submodule(path) for path in edge.consumers]
             divide_norm(view.block.get_submodule(edge.norm), consumers, logarithmic_scale(absmax_I), view.stored)
         choices |= dict.fromkeys(edge.consumers, largest < options.high)
-        policy = "token" if largest >= options.high else "equalized" if largest > options.low else "tensor"
+        policy = "equalized" if largest > options.low else "tensor"
+        if largest >= options.high:
+            policy = "token" if options.equalize == "middle" else "equalized token"
         facts[edge.norm] = {"range": largest, "policy": policy}
     for step in view.steps:
         if step.linears[0] in ranges:
