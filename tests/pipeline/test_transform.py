@@ -278,10 +278,17 @@ def few_steps(chosen, iterations=3):
     })  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "opt", "falcon", "bloom"))]
-)
-@pytest.mark.parametrize("name", RECIPES)
+SOON = {"llama"}
+ALIKE = {"w4-best", "w3-best", "w4a8-best", "qllm-w6a6", "qllm-w4a8", "omniquant-w4a8"}
+"""Recipes that differ from another one by numbers: the fast tests have that one."""
+CASES = [
+    pytest.param(name, kind, marks=() if kind in SOON and name not in ALIKE else pytest.mark.slow)
+    for name in RECIPES
+    for kind in ("llama", "mixtral", "opt", "falcon", "bloom")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_named_recipe_on_every_kind_of_block(tiny, text, tmp_path, name, kind):
     chosen, out = few_steps(Recipe.load(name, FEW)), tmp_path / "out"
     if kind == "bloom" and any(part.name == "quarot" for part in chosen.transforms):
