@@ -156,7 +156,7 @@ def random_layer(shape_OI: tuple[int, int], form: str, device: str) -> tuple[dic
     return pack(QuantizedWeight(codes_OI, grid)), facts
 
 
-def engine(folder: Path, arm: dict[str, Any]) -> Any:
+def engine(folder: Path, arm: dict[str, Any], memory: float) -> Any:
     """vLLM with the settings that all arms share."""
     from vllm import LLM
 
@@ -166,7 +166,7 @@ def engine(folder: Path, arm: dict[str, Any]) -> Any:
     own = arm["weights"] in ("folded", "integer")
     return LLM(
         model=str(folder), load_format="auto" if own else "dummy", skip_tokenizer_init=True,
-        dtype=arm.get("dtype", "bfloat16"), max_model_len=2304, gpu_memory_utilization=0.85, max_num_seqs=128,
+        dtype=arm.get("dtype", "bfloat16"), max_model_len=2304, gpu_memory_utilization=memory, max_num_seqs=128,
         max_num_batched_tokens=8192, enable_prefix_caching=False, generation_config="vllm", seed=0,
         disable_log_stats=True, compilation_config=compilation,
     )  # fmt: skip
@@ -187,14 +187,14 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
     return [[chosen.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, answer: Path) -> None:
+def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: float, answer: Path) -> None:
     """Milliseconds of a prefill, and of a decode step by batch, written to ``answer`` one by one."""
     import torch
 
     if arm["weights"] == "w4a16":
         _random_bits_in_dummy_weights()
     started = time.time()
-    llm = engine(folder, arm)
+    llm = engine(folder, arm, memory)
     result: dict[str, Any] = {"ready_seconds": round(time.time() - started, 1), "gpu": torch.cuda.get_device_name()}
     print(f"ready in {result['ready_seconds']} s", flush=True)
     vocabulary = SHAPES[shape]["vocab_size"]
@@ -262,14 +262,14 @@ def _random_bits_in_dummy_weights() -> None:
     dummy_loader.initialize_dummy_weights = initialize
 
 
-def compare_with_finescale(folder: Path, arm: dict[str, Any]) -> dict[str, Any]:
+def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> dict[str, Any]:
     """Greedy tokens of the small model by the plugin, with CUDA graphs, and by `finescale.load`, on the same GPU."""
     import torch
 
     import finescale
 
     prompts = random_prompts(3, 24, SHAPES["tiny"]["vocab_size"], seed=1)
-    outputs = generated(engine(folder, arm), prompts, 24, logprobs=1)
+    outputs = generated(engine(folder, arm, memory), prompts, 24, logprobs=1)
     model = finescale.load(folder, dtype=torch.bfloat16, device="cuda", path="kernel")
     equal, worst, total = 0, 0.0, 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=90, help="limit for each arm")
+    parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory that vLLM takes")
     parser.add_argument("--folder", type=Path, help="for the models; a temporary one by default")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -364,6 +365,7 @@ def _start(name: str, options: argparse.Namespace, folder: Path) -> subprocess.P
     } | arm.get("environment", {})  # fmt: skip
     log = (options.json.parent / f"{options.json.stem}-{name}.log").open("w")
     options_of_child = ["--json", str(options.json), "--shape", options.shape, "--repeat", str(options.repeat)]
+    options_of_child += ["--memory", str(options.memory)]
     command = [sys.executable, __file__, "--one", name, "--folder", str(folder), *options_of_child]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
@@ -405,9 +407,9 @@ def _child(options: argparse.Namespace) -> None:
         print(f"model written in {time.time() - started:.1f} s", flush=True)
         torch.cuda.empty_cache()
     if name == "check":
-        answer.write_text(json.dumps(compare_with_finescale(model, arm)))
+        answer.write_text(json.dumps(compare_with_finescale(model, arm, options.memory)))
     else:
-        run_arm(model, arm, shape, options.repeat, answer)
+        run_arm(model, arm, shape, options.repeat, options.memory, answer)
     sys.stdout.flush()
     os._exit(0)
 

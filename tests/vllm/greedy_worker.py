@@ -3,18 +3,21 @@
     PYTHON_WITH_VLLM greedy_worker.py REQUEST.json ANSWER.json
 
 REQUEST: {"checkpoints": [folder, ...], "prompts": [[token id, ...], ...], "tokens": 16, "dtype": "float32",
-          "max_model_len": 128, "top": 5, "seconds": 300,
+          "max_model_len": 128, "top": 5, "seconds": 300 (for each checkpoint),
           "plugins": "" (names of the vLLM plugins to load, with commas; none by default),
-          "emulate": false (whether to emulate the kernels of a Hopper GPU), "ranks": 1, "options": {} (more of LLM's)}
+          "emulate": false (whether to emulate the kernels of a Hopper GPU), "ranks": 1, "options": {} (more of LLM's),
+          "each": {folder: {what differs for this checkpoint}}}
 ANSWER: one entry per checkpoint: {"checkpoint", "tokens": [[id, ...], ...],
           "logprobs": [[{id: logprob, ...}, ...], ...], "prompt_logprobs": [[logprob of each prompt token but the
           first], ...], "kernels": [kernels that vLLM says it uses], "modules": [classes in the model], "seconds"}
-        or {"checkpoint", "error": last lines of the log, "returncode"}.
+        or {"checkpoint", "error": last lines of the log}.
 
-Every checkpoint is loaded in a process of its own, one after the other: an engine that dies (of an instruction the
-machine lacks, say) takes no other with it.
+Checkpoints are loaded one after the other in one process, for vLLM takes long to import. Where that process dies (of an
+instruction the machine lacks, say), another one goes on with the next checkpoint.
 """
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -30,20 +34,19 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several ranks on few cores
 }
 ROOT = str(Path(__file__).parents[2])
 KERNEL = re.compile(r"Using (\w*(?:Kernel|Experts|MoEMethod|MoE backend)\w*(?: for \w+)?)")
+MARK = "greedy_worker: checkpoint "
 
 
-def generate(request: dict) -> dict:
-    """Load the one checkpoint of the request and generate."""
+def generate(request: dict, checkpoint: str) -> dict:
+    """Load one checkpoint and generate."""
     from vllm import LLM, SamplingParams
 
-    if request.get("emulate"):
-        from tests.vllm import emulated_kernels  # noqa: F401
-
     llm = LLM(
-        model=request["checkpoints"][0],
+        model=checkpoint,
         dtype=request.get("dtype", "float32"),
         max_model_len=request.get("max_model_len", 128),
         enforce_eager=True,
@@ -63,9 +66,8 @@ def generate(request: dict) -> dict:
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
     prompts = request["prompts"]
-    modules = llm.apply_model(lambda model: sorted({type(module).__name__ for module in model.modules()}))[0]
     return {
-        "modules": modules,
+        "modules": llm.apply_model(module_classes)[0] if request.get("ranks", 1) == 1 else [],
         "prompt_logprobs": [
             [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, prompts, strict=True)
@@ -78,43 +80,74 @@ def generate(request: dict) -> dict:
     }
 
 
-def run_alone(request: dict, checkpoint: str, folder: Path) -> dict:
-    """Run `generate` for one checkpoint in a process of its own."""
-    question, answer, log = folder / "question.json", folder / "answer.json", folder / "log.txt"
-    answer.unlink(missing_ok=True)
-    question.write_text(json.dumps(request | {"checkpoints": [checkpoint]}))
-    command = [sys.executable, __file__, "--one", str(question), str(answer)]
-    started = time.monotonic()
-    with log.open("w") as stream:
+def module_classes(model) -> list[str]:
+    return sorted({type(module).__name__ for module in model.modules()})
+
+
+def run_all(request: dict, folder: Path) -> None:
+    """In the child: every checkpoint, its answer in a file of its number; an exception is an answer too."""
+    if request.get("emulate"):
+        from tests.vllm import emulated_kernels  # noqa: F401
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for number, checkpoint in enumerate(request["checkpoints"]):
+        print(MARK + checkpoint, flush=True)
+        answer = {}
+        started = time.monotonic()
         try:
-            code = subprocess.run(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT | {"VLLM_PLUGINS": request.get("plugins", ""), "PYTHONPATH": ROOT},
-                timeout=request.get("seconds", 300),
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-    lines = log.read_text(errors="replace").splitlines()
-    if code != 0 or not answer.exists():
-        return {"checkpoint": checkpoint, "error": "\n".join(lines[-30:]), "returncode": code}
-    kernels = sorted({match for line in lines for match in KERNEL.findall(line)})
-    seconds = round(time.monotonic() - started, 1)
-    return {"checkpoint": checkpoint, **json.loads(answer.read_text()), "kernels": kernels, "seconds": seconds}
+            answer = generate(request | request.get("each", {}).get(checkpoint, {}), checkpoint)
+        except Exception:
+            answer = {"error": traceback.format_exc()[-4000:]}
+        answer["seconds"] = round(time.monotonic() - started, 1)
+        (folder / f"{number}.json").write_text(json.dumps(answer))
+        gc.collect()
+        with contextlib.suppress(Exception):
+            cleanup_dist_env_and_memory()
+
+
+def run_in_child(request: dict, folder: Path) -> list[dict]:
+    """Answers for the first checkpoints, up to the one at which the child died, if it did."""
+    question, log = folder / "question.json", folder / "log.txt"
+    for old in folder.glob("[0-9]*.json"):
+        old.unlink()
+    question.write_text(json.dumps(request))
+    checkpoints = request["checkpoints"]
+    environment = {"VLLM_PLUGINS": request.get("plugins", ""), "PYTHONPATH": ROOT}
+    with log.open("w") as stream, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, __file__, "--child", str(question), str(folder)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT | environment,
+            timeout=120 + request.get("seconds", 300) * len(checkpoints),
+            check=False,
+        )
+    parts = log.read_text(errors="replace").split(MARK)[1:]
+    answers: list[dict] = []
+    for number, checkpoint in enumerate(checkpoints):
+        lines = parts[number].splitlines() if number < len(parts) else []
+        file = folder / f"{number}.json"
+        if not file.exists():
+            return [*answers, {"checkpoint": checkpoint, "error": "\n".join(lines[-30:]) or log.read_text()[-3000:]}]
+        answer = json.loads(file.read_text())
+        answer["kernels"] = sorted({match for line in lines for match in KERNEL.findall(line)})
+        if "error" in answer:  # what vLLM's own processes said, too
+            answer["error"] = "\n".join([*lines[-30:], answer["error"]])
+        answers.append({"checkpoint": checkpoint, **answer})
+    return answers
 
 
 def main() -> None:
-    one = sys.argv[1] == "--one"
-    request_path, answer_path = sys.argv[-2:]
-    request = json.loads(Path(request_path).read_text())
-    if one:
-        answer: object = generate(request)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            answer = [run_alone(request, checkpoint, Path(folder)) for checkpoint in request["checkpoints"]]
-    Path(answer_path).write_text(json.dumps(answer))
+    request = json.loads(Path(sys.argv[-2]).read_text())
+    if sys.argv[1] == "--child":
+        run_all(request, Path(sys.argv[-1]))
+        return
+    answers: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        while len(answers) < len(request["checkpoints"]):
+            left = request["checkpoints"][len(answers) :]
+            answers += run_in_child(request | {"checkpoints": left}, Path(folder))
+    Path(sys.argv[-1]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
