@@ -213,11 +213,11 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def benchmark_tables(folder: Path) -> str:
+def benchmark_tables(folder: Path, kinds: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = KINDS) -> str:
     """A section for each result of a known kind, and a list of all files."""
     parts, rows = [], []
     results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    for kind, (title, render) in KINDS.items():
+    for kind, (title, render) in kinds.items():
         for name, facts in results.items():
             if _kind(name, facts) == kind:
                 source = f"`benchmarks/results/{name}`; {where(facts['machine'])}."

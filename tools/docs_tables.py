@@ -27,7 +27,8 @@ from finescale.recipe import Recipe, recipe_names
 from finescale.solvers import SOLVERS
 from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
-from tools.docs_benchmarks import benchmark_tables, table
+from tools.docs_benchmarks import KINDS, benchmark_tables, table
+from tools.docs_comparisons import compared
 from tools.docs_errors import error_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +187,9 @@ def pages() -> dict[str, str]:
     made["engines"] = engines_tables()
     made["commands"] = command_tables()
     made["errors"] = error_tables(ROOT / "src" / "finescale")
-    made["benchmarks"] = benchmark_tables(ROOT / "benchmarks" / "results")
+    made["benchmarks"] = benchmark_tables(
+        ROOT / "benchmarks" / "results", KINDS | {"compare": ("Methods side by side", compared)}
+    )
     return made
 
 

@@ -14,25 +14,6 @@ from finescale.cli import main as entry
 from tests.helpers import W4A8, assert_sentence, command, hashes, quantize, read_json, recipe
 
 
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """``cli("inspect", folder) -> (exit code, stdout, stderr)``."""
-    monkeypatch.setenv("COLUMNS", "220")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["finescale", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            entry.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def result(tiny, text, tmp_path_factory):
     """A W4A8 checkpoint with integer scales."""

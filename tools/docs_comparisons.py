@@ -1,0 +1,94 @@
+"""Tables of the comparisons in benchmarks/results: methods side by side, mixed precision, tasks with integer scales."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from finescale.report.compare import markdown, metric_sheet, metrics_of, read_rows, setting_words
+from tools.docs_benchmarks import number, table
+
+SHOWN = ("perplexity", "kl", "bits_per_weight")
+
+
+def compared(facts: dict[str, Any]) -> str:
+    """Recipes down, schemes across; other tools' rows and where they are from; then what else the file holds."""
+    rows = read_rows(facts)
+    words = setting_words(facts)
+    parts = [f"{facts['model']}: {words}\n"]
+    for metric in metrics_of(rows):
+        if metric.key in SHOWN or metric.key.startswith("task "):
+            parts.append(markdown(metric, metric_sheet(metric, rows)).replace("## ", "### ", 1))
+    peers = [row for row in facts.get("peers", []) if row.get("provenance")]
+    if peers:
+        notes = {row["label"]: row["provenance"] for row in peers}
+        lines = [f"* {label}: {'; '.join(f'{k} {v}' for k, v in own.items())}." for label, own in notes.items()]
+        parts.append("Other tools' numbers:\n\n" + "\n".join(lines) + "\n")
+    parts += [part(facts) for part in (mixed, changes)]
+    return "\n".join(part for part in parts if part)
+
+
+def mixed(facts: dict[str, Any]) -> str:
+    """Mixed precision against the same recipe at one number of bits, interpolated to the same size."""
+    lines = []
+    for row in facts["rows"]:
+        recipe = row.get("recipe") or {}
+        if "error" in row or not any("bits" in each.get("weights", {}) for each in recipe.get("overrides", ())):
+            continue
+        same = [other for other in facts["rows"] if _uniform_twin(other, recipe)]
+        below = max((o for o in same if o["bits_per_weight"] <= row["bits_per_weight"]), key=_bits, default=None)
+        above = min((o for o in same if o["bits_per_weight"] > row["bits_per_weight"]), key=_bits, default=None)
+        if below is None or above is None:
+            continue
+        share = (row["bits_per_weight"] - below["bits_per_weight"]) / (_bits(above) - _bits(below))
+        linear = below["perplexity"] + share * (above["perplexity"] - below["perplexity"])
+        geometric = math.exp((1 - share) * math.log(below["perplexity"]) + share * math.log(above["perplexity"]))
+        uniform = ", ".join(f"{number(o['perplexity'], 4)} at {_bits(o):.2f}" for o in (below, above))
+        change = row["perplexity"] / geometric - 1
+        values = (number(value, 4) for value in (linear, geometric))
+        lines.append((f"{_bits(row):.3f}", number(row["perplexity"], 4), uniform, *values, f"{change:+.1%}"))
+    if not lines:
+        return ""
+    header = (
+        "bits per weight",
+        "perplexity",
+        "all layers alike",
+        "interpolated",
+        "in the logarithm",
+        "against the latter",
+    )
+    return "### Mixed precision\n\nBits chosen layer by layer, and the same recipe with all layers alike.\n\n" + table(
+        header, lines
+    )
+
+
+def _bits(row: dict[str, Any]) -> float:
+    return float(row["bits_per_weight"])
+
+
+def _uniform_twin(row: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    """Whether a row is the same recipe but for its bits and its overrides."""
+    own = row.get("recipe")
+    if "error" in row or not own or own.get("overrides"):
+        return False
+    parts = ("solver", "transforms", "tuning", "activations", "integer_scale")
+    weights, others = ({k: v for k, v in each["weights"].items() if k != "bits"} for each in (own, recipe))
+    return weights == others and all(own.get(part) == recipe.get(part) for part in parts)
+
+
+def changes(facts: dict[str, Any]) -> str:
+    """Accuracy with integer scales minus that with float scales, on the same questions."""
+    if not facts.get("changes"):
+        return ""
+    labels = list(dict.fromkeys(row["label"] for row in facts["changes"]))
+    names = list(dict.fromkeys(row["task"] for row in facts["changes"]))
+    known = {(row["label"], row["task"]): row for row in facts["changes"]}
+    lines = [(name, *(_change(known.get((label, name))) for label in labels)) for name in names]
+    return (
+        "### Integer scales against float scales\n\nChange in accuracy on the same questions, in points, with its "
+        "standard error (questions answered alike count as no change).\n\n" + table(("task", *labels), lines)
+    )
+
+
+def _change(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{100 * row['change']:+.2f} ± {100 * (row['error'] or 0.0):.2f}"
