@@ -163,13 +163,22 @@ class TuningPart(_NamedPart):
 class CalibrationPart(_Part):
     """Text is cut into ``samples`` windows of ``length`` tokens; ``true_sequential`` solves a block's layers in order
     of execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see
-    inputs that were rounded as at run time."""
+    inputs that were rounded as at run time. ``sequential: false`` solves every block on the original's activations
+    instead of those of the quantized blocks before it: many runs can then share their statistics, and errors of
+    earlier blocks are not made up for."""
 
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=2048, ge=8)
     batch_size: int = Field(default=8, ge=1)
     true_sequential: bool = False
     quantized_activations: bool = True
+    sequential: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationPart:
+        if self.true_sequential and not self.sequential:
+            raise ValueError("calibration.true_sequential needs calibration.sequential")
+        return self
 
 
 class Override(_Part):
@@ -238,6 +247,8 @@ class Recipe(_Part):
             raise ValueError("tuning moves codes only; set solver.outliers 0")
         if self.tuning and not getattr(self.solver.options(), "static_groups", True):
             raise ValueError("tuning needs groups of consecutive columns; set solver.static_groups true")
+        if not self.calibration.sequential and (self.transforms or self.tuning):
+            raise ValueError("calibration.sequential false is for recipes without transforms and tuning")
         if self.blocks is not None and self.transforms:
             raise ValueError("blocks: transforms rewrite all blocks, so that all must be quantized")
         if self.integer_scale.mode != "off":

@@ -8,7 +8,7 @@ import torch
 
 import finescale.api as api
 from finescale.compare import cell as cell_module
-from finescale.compare.grid import cells_of, make_grid
+from finescale.compare.grid import cells_of, make_grid, with_shared_statistics
 from finescale.compare.run import Options, compare, read_peers
 from finescale.compare.speed import add_speeds
 from finescale.errors import InputError, NumericsError
@@ -126,6 +126,29 @@ def test_processes_make_the_same_numbers(tiny, text, done, tmp_path):
     for own, other in zip(result["rows"], done[1]["rows"], strict=True):
         assert (own["key"], own["perplexity"], own["kl"]) == (other["key"], other["perplexity"], other["kl"])
     assert not list((tmp_path / "o").glob("cells/*/checkpoint"))
+
+
+def test_statistics_are_collected_once(tiny, text, tmp_path, monkeypatch):
+    """Every recipe is solved on the same ones, with the numbers of a run by itself; learners keep their own."""
+    from finescale.compare import run as run_module
+    from finescale.pipeline import block
+
+    collected, real = [], run_module.collect_statistics
+    monkeypatch.setattr(run_module, "collect_statistics", lambda *args: collected.append(1) or real(*args))
+    cells = cells_of([make_grid({"recipes": ["gptq", "quantease"], "set": ["weights.group_size=32"]}, "x")], SETTINGS)
+    (learner,) = cells_of([make_grid({"recipes": ["awq-w4-g128"]}, "x")], SETTINGS)
+    assert with_shared_statistics(learner) == learner
+    shared = [with_shared_statistics(cell) for cell in cells]
+    assert [cell.key for cell in shared] == ["gptq-w4-g32-shared", "quantease-w4-g32-shared"]
+    monkeypatch.setattr(block, "collect_moments", None)
+    result = compare(tiny("llama"), shared, tmp_path / "o", options(text))
+    assert len(collected) == 1 and not any("error" in row for row in result["rows"])
+    compare(tiny("llama"), shared, tmp_path / "o", options(text))
+    assert len(collected) == 1
+    monkeypatch.undo()
+    api.quantize(tiny("llama"), shared[0].recipe, out=tmp_path / "alone", calibration=str(text))
+    alone = api.evaluate(tmp_path / "alone", str(text), windows=3, length=60)
+    assert result["rows"][1]["perplexity"] == alone.perplexity
 
 
 def test_tasks_in_every_row(tiny, text, tmp_path):

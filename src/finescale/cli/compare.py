@@ -35,6 +35,10 @@ def compare(
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, with commas between; needs --task-data.")] = None,
     task_data: Annotated[Path | None, typer.Option(help="Folder of the tasks' jsonl files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    shared_statistics: Annotated[
+        bool,
+        typer.Option("--shared-statistics", help="Solve on the original's activations, collected once for all."),
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Time every cell's model at the end, one after another.")] = (
         False
     ),
@@ -49,7 +53,7 @@ def compare(
 ) -> None:
     """Many recipes on one model: tables of accuracy, size and speed, in one page."""
     quiet_libraries()
-    from finescale.compare.grid import cells_of, make_grid, read_grids
+    from finescale.compare.grid import cells_of, make_grid, read_grids, with_shared_statistics
     from finescale.compare.run import Options, read_peers
     from finescale.compare.run import compare as run_comparison
     from finescale.compare.speed import add_speeds
@@ -66,6 +70,8 @@ def compare(
     settings += [f"calibration.samples={samples}"] if samples is not None else []
     settings += [f"calibration.length={sample_length}"] if sample_length is not None else []
     cells = cells_of(grids, settings)
+    if shared_statistics:
+        cells = [with_shared_statistics(cell) for cell in cells]
     options = Options(
         calibration=calibration,
         text=text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finescale.calibration.data import open_tokenizer
+from finescale.calibration.shared import collected
 from finescale.compare.grid import Cell
 from finescale.errors import FinescaleError
 from finescale.evaluate.perplexity import evaluate_windows
 from finescale.evaluate.reference import load_reference
 from finescale.evaluate.tasks import find_tasks, run_task, task_file
+from finescale.pipeline.job import Job
 from finescale.pipeline.journal import signature, write_json
 from finescale.pipeline.quantize import prepare, run
 from finescale.recipe import Recipe
@@ -78,6 +80,19 @@ class Shared:
 def cell_folder(folder: str | Path, key: str) -> Path:
     """Where a cell of a comparison lies."""
     return Path(folder) / "cells" / key
+
+
+def statistics_place(folder: str | Path, job: Job) -> tuple[Path, str]:
+    """Where the statistics that a job needs lie, and their signature."""
+    facts = {
+        "source": job.skeleton.source.fingerprint(),
+        "calibration": job.calibration.facts(),
+        "batch_size": job.recipe.calibration.batch_size,
+        "device": job.device.type,
+        "compute_dtype": str(job.compute_dtype),
+    }
+    own = signature(facts)
+    return Path(folder) / "shared" / f"statistics-{own[:12]}", own
 
 
 def cell_signature(shared: Shared, recipe: dict[str, Any] | None, device: str) -> str:
@@ -157,6 +172,9 @@ def run_original(shared: Shared, device: str, loaded: PreTrainedModel | None = N
 def _quantized(shared: Shared, recipe: Recipe, out: Path, device: str) -> dict[str, Any]:
     tokens_T = load_file(shared.tokens_file)["calibration"]
     job = prepare(shared.model, recipe, out, shared.calibration, shared.seed, device, tokens_T=tokens_T)
+    if not recipe.calibration.sequential:
+        folder, own = statistics_place(shared.folder, job)
+        job = replace(job, statistics=collected(folder, own))
     report = run(job)
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     layers = report["layers"]

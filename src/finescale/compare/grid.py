@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,14 @@ def cells_of(grids: Sequence[Grid], settings: Sequence[str] = ()) -> list[Cell]:
             label = f"{grid.name or recipe.name}{f' {grid.label}' if grid.label else ''}"
             cells[key] = Cell(key, label, recipe)
     return list(cells.values())
+
+
+def with_shared_statistics(cell: Cell) -> Cell:
+    """The cell solved on the original's activations; one with transforms or tuning, which change them, as it is."""
+    if cell.recipe.transforms or cell.recipe.tuning or cell.recipe.calibration.true_sequential:
+        return cell
+    recipe = cell.recipe.with_settings(("calibration.sequential=false",))
+    return replace(cell, key=f"{cell.key}-shared", label=f"{cell.label}, shared statistics", recipe=recipe)
 
 
 def _scheme(recipe: Recipe) -> str:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from finescale._version import __version__
 from finescale.bench.machine import machine_facts
 from finescale.calibration.data import BUILTIN, encode, open_tokenizer, read_text
-from finescale.compare.cell import Shared, run_cell, run_original
+from finescale.calibration.shared import collected
+from finescale.compare.cell import Shared, finished, run_cell, run_original, statistics_place
 from finescale.compare.grid import Cell
 from finescale.errors import InputError
 from finescale.evaluate.perplexity import cut_windows
@@ -30,7 +31,8 @@ from finescale.formats import registry
 from finescale.models import open_skeleton
 from finescale.pipeline.journal import write_json
 from finescale.pipeline.plan import make_plan
-from finescale.pipeline.quantize import resolve_model
+from finescale.pipeline.quantize import prepare, resolve_model
+from finescale.pipeline.statistics import collect_statistics
 from finescale.runtime.load import load, usable_device
 
 Progress = Callable[[str, int, int], None]
@@ -103,6 +105,7 @@ def compare(
         "rows": rows,
         "peers": list(peers),
     }
+    _share_statistics(shared, cells, options.devices[0], on_progress)
     made = {}
     for number, row in enumerate(_run_all(shared, cells, options), 1):
         made[row["key"]] = row
@@ -196,6 +199,26 @@ def _original(shared: Shared, device: str) -> dict[str, Any]:
             save_reference(reference, shared.reference_file)
         return run_original(shared, device, model)
     return run_original(shared, device)
+
+
+def _share_statistics(shared: Shared, cells: Sequence[Cell], device: str, on_progress: Progress) -> None:
+    """Collect what cells with ``calibration.sequential: false`` are solved on, once for all with the same windows."""
+    tokens_T = load_file(shared.tokens_file)["calibration"]
+    seen = set()
+    for cell in cells:
+        part, learns = cell.recipe.calibration, cell.recipe.solver.entry().needs_hessian
+        key = (part.model_dump_json(), learns)  # what decides the windows, see pipeline.quantize
+        if part.sequential or key in seen or finished(shared, cell.key, cell.recipe.to_dict(), device):
+            continue
+        seen.add(key)
+        nowhere = Path(shared.folder) / "shared" / "nowhere"
+        job = prepare(shared.model, cell.recipe, nowhere, shared.calibration, shared.seed, device, tokens_T=tokens_T)
+        folder, own = statistics_place(shared.folder, job)
+        if collected(folder, own) is None:
+            collect_statistics(
+                job.skeleton, job.calibration.tokens_BT, part.batch_size, job.device, job.compute_dtype, folder, own,
+                on_progress,
+            )  # fmt: skip
 
 
 def _run_all(shared: Shared, cells: Sequence[Cell], options: Options) -> Iterator[dict[str, Any]]:

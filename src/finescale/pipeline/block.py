@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finescale.calibration.capture import run_block
+from finescale.calibration.shared import SharedStatistics
 from finescale.calibration.statistics import collect_moments
 from finescale.errors import NumericsError
 from finescale.formats.registry import Format
@@ -57,6 +58,7 @@ def quantize_block(
     device: torch.device,
     timer: Timer,
     ranks: Ranks = ALONE,
+    statistics: SharedStatistics | None = None,
 ) -> list[LayerResult]:
     """Solve every planned layer of a block and install its weight.
 
@@ -72,6 +74,7 @@ def quantize_block(
         device: where the block lives.
         timer: collects seconds for forward and solve.
         ranks: processes that share the work; all of them get all results.
+        statistics: of the original's activations, where they are known already: nothing is run then.
 
     Raises:
         NumericsError: NaN or Inf, with the name of the layer.
@@ -85,7 +88,10 @@ def quantize_block(
     results: list[LayerResult] = []
     for members in rounds:
         leaders = {step.linears[0]: plans[step.linears[0]].name for step in members}
-        moments = timer.measure("forward", collect_moments, block, leaders, batches, device, ranks)
+        if statistics is None:
+            moments = timer.measure("forward", collect_moments, block, leaders, batches, device, ranks)
+        else:
+            moments = timer.measure("load", statistics.moments, index, device)
         for step in members:
             moment = moments.pop(step.linears[0])
             hessian_II, tokens = moment.hessian(), moment.tokens

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from finescale.calibration.data import CalibrationData
+from finescale.calibration.shared import SharedStatistics
 from finescale.formats.registry import Format
 from finescale.models import Skeleton
 from finescale.pipeline.plan import Plan
@@ -40,3 +41,4 @@ class Job:
     turned: Turned | None = None
     ranks: Ranks = ALONE
     spill: bool = False
+    statistics: SharedStatistics | None = None

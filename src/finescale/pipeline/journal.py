@@ -66,12 +66,12 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file by atomic rename, tensors sorted by name."""
     partial = path.with_name(path.name + ".partial")
     with full_disk_explained(path.parent):
         ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-        save_file(ordered, partial, metadata={"format": "pt"})
+        save_file(ordered, partial, metadata={"format": "pt"} | (metadata or {}))
         descriptor = os.open(partial, os.O_RDONLY)
         try:
             os.fsync(descriptor)

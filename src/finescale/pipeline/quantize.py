@@ -13,6 +13,7 @@ from torch import Tensor
 from finescale._version import __version__
 from finescale.calibration.capture import BlockInputs, capture_block_inputs
 from finescale.calibration.data import BUILTIN, CalibrationData, calibration_windows, encode, open_tokenizer, read_text
+from finescale.calibration.shared import SharedStatistics
 from finescale.calibration.spill import SpilledTensors
 from finescale.environment import launch
 from finescale.errors import CheckpointError, InputError
@@ -75,11 +76,13 @@ def prepare(
     deterministic: bool = False,
     spill: bool = False,
     tokens_T: Tensor | None = None,
+    statistics: SharedStatistics | None = None,
 ) -> Job:
     """Check everything that can be checked before the work.
 
     Started by torchrun, the processes share it: each prepares and runs the same job. ``tokens_T`` are the calibration
-    text's, where another job on the same model has already encoded it.
+    text's, where another job on the same model has already encoded it; ``statistics`` those of the same windows, for a
+    recipe with ``calibration.sequential: false``.
 
     Raises:
         InputError, CheckpointError: what cannot work, with the remedy.
@@ -91,6 +94,8 @@ def prepare(
             "several processes, and activations on disk, are for recipes without transforms and tuning; run this one "
             "in one process without --spill."
         )
+    if statistics is not None and (ranks.count > 1 or recipe.calibration.sequential):
+        raise InputError("shared statistics are for one process and for recipes with calibration.sequential false.")
     journals.check_free(out)
     source = resolve_model(model)
     skeleton = open_skeleton(source, allow_unknown_family)
@@ -120,7 +125,7 @@ def prepare(
     return Job(
         skeleton, recipe, fmt, plan, data, out, target, compute_dtype, scale_dtype,
         journals.signature(facts), memory, size, plan.notes + notes + (turned.notes() if turned else ()), turned, ranks,
-        spill,
+        spill, statistics,
     )  # fmt: skip
 
 
@@ -241,6 +246,8 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
 
 def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
     """Inputs of the first block for this process's batches, in memory or on disk."""
+    if job.statistics is not None:  # nothing has to run through the blocks
+        return BlockInputs([], {})
     batches = job.calibration.batches(job.recipe.calibration.batch_size)
     if len(batches) < job.ranks.count:
         raise InputError(

@@ -216,7 +216,9 @@ def _prepare(walk: _Walk, index: int, ahead: Any) -> _Prepared:
     block = _fill(walk, index, timer)
     arguments = walk.arguments(index)
     names = tuple(linear_modules(block))
-    if names not in walk.traced:
+    if job.statistics is not None:
+        walk.traced[names] = job.statistics.steps(index)
+    elif names not in walk.traced:
         walk.traced[names] = trace_steps(block, ahead[0].to(job.device), arguments[0])
     batches = SpilledBatches(ahead, arguments)
     stream = learning = None
@@ -270,7 +272,7 @@ def _solve(walk: _Walk, block: _Prepared, tuning: Tuning | None, last: bool) -> 
     batches: Batches = SpilledBatches(walk.hidden, walk.arguments(block.index))
     results = quantize_block(
         block.module, block.index, plans, block.steps, batches, job.recipe, job.fmt, job.scale_dtype, job.device,
-        timer, job.ranks,
+        timer, job.ranks, job.statistics,
     )  # fmt: skip
     entry = block.facts
     if tuning is not None and results:
@@ -298,8 +300,13 @@ def _move_on(
     walk: _Walk, index: int, block: nn.Module, rules: dict[str, InputRule], entry: Entry, timer: Timer, last: bool
 ) -> None:
     """The quantized block's outputs become the next one's inputs; a replayed block must put out what it did."""
-    if last:
+    if last or walk.job.statistics is not None:
         return
+    if not walk.job.recipe.calibration.sequential:  # the next block is solved on what the original puts out
+        walk.job.skeleton.source.close()  # or the mapped pages would hold what was written into the weights
+        path = walk.job.skeleton.block_path(index)
+        block = timer.measure("load", fill_module, walk.job.skeleton, path, walk.job.device, walk.job.compute_dtype)
+        rules = {}
     _propagate(walk, index, block, rules, walk.hidden, timer)
     if walk.job.ranks.leads:
         _check_replay(entry, walk.hidden[0], index)
