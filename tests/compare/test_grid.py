@@ -1,5 +1,7 @@
 """Which cells a grid has."""
 
+from pathlib import Path
+
 import pytest
 
 from finescale.compare.grid import cells_of, make_grid, read_grids
@@ -66,3 +68,10 @@ def test_recipes_that_cannot_be_are_refused():
         cells_of([make_grid({"recipes": ["rtn"], "bits": [7]}, "x")])
     with pytest.raises(InputError, match="no recipe"):
         cells_of([make_grid({"recipes": ["none"]}, "x")])
+
+
+def test_the_benchmarks_grids():
+    files = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "grids").glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        assert len({cell.key for cell in cells_of(read_grids(file))}) >= 2
