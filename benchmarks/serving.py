@@ -265,8 +265,10 @@ def _random_bits_in_dummy_weights() -> None:
 def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> dict[str, Any]:
     """Greedy tokens of the small model by the plugin, with CUDA graphs, and by `finescale.load`, on the same GPU."""
     import torch
+    import vllm
 
     import finescale
+    from finescale.bench.machine import machine_facts
 
     prompts = random_prompts(3, 24, SHAPES["tiny"]["vocab_size"], seed=1)
     outputs = generated(engine(folder, arm, memory), prompts, 24, logprobs=1)
@@ -282,7 +284,12 @@ def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> 
             equal += int(expected[step].argmax()) == token
             found = output.outputs[0].logprobs[step][token].logprob
             worst = max(worst, abs(found - float(expected[step, token])))
-    return {"tokens": total, "same_token": equal, "largest_logprob_difference": round(worst, 4)}
+    return {
+        "machine": machine_facts() | {"vllm": vllm.__version__},
+        "tokens": total,
+        "same_token": equal,
+        "largest_logprob_difference": round(worst, 4),
+    }
 
 
 def compile_ahead(shape: str) -> dict[str, Any]:
@@ -322,7 +329,18 @@ def main() -> None:
     if options.one:
         _child(options)
         return
-    facts: dict[str, Any] = {"kind": "serving", "shape": options.shape, "repeat": options.repeat, "arms": {}}
+    facts: dict[str, Any] = {
+        "benchmark": "serving",
+        "machine": {},
+        "setting": {
+            "shape": options.shape,
+            "repeat": options.repeat,
+            "prefill": PREFILL,
+            "prompt": PROMPT,
+            "tokens": TOKENS,
+        },
+        "arms": {},
+    }
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
         folder = options.folder or Path(temporary)
         # All processes start at once and wait with everything imported, for imports take longer than most runs.
@@ -331,6 +349,7 @@ def main() -> None:
         for name, process in processes.items():
             answer = _finish(name, process, options.seconds, folder)
             if name in ("compile", "check"):
+                facts["machine"] |= answer.pop("machine", {})
                 facts[name] = answer
             else:
                 facts["arms"][name] = answer

@@ -200,6 +200,31 @@ def _runs(values: Any, path: tuple[str, ...]) -> Iterator[str]:
         yield from _runs(value, path if key == "rows" else (*path, key))
 
 
+def serving(facts: dict[str, Any]) -> str:
+    """A real vLLM: milliseconds, and times faster than bfloat16 of the same run."""
+    setting, arms = facts["setting"], facts["arms"]
+    batches = list(dict.fromkeys(batch for arm in arms.values() for batch in arm.get("decode_ms", {})))
+
+    def read(arm: dict[str, Any], name: str) -> float | None:
+        found = arm.get("prefill_ms") if name == "prefill" else arm.get("decode_ms", {}).get(name)
+        return None if found is None else float(found["median"])
+
+    def cell(name: str, column: str) -> str:
+        time = read(arms[name], column)
+        base = read(arms.get("bf16-compile" if name.endswith("compile") else "bf16", {}), column)
+        if time is None:
+            return "–"
+        return number(time) if base is None or name.startswith("bf16") else f"{number(time)} ({base / time:.2f}x)"
+
+    rows = [(name, *(cell(name, column) for column in ("prefill", *batches))) for name in arms]
+    return (
+        f"vLLM {facts['machine'].get('vllm', '?')}, {setting['shape']}, random weights: milliseconds of a prefill "
+        f"of {setting['prefill']} tokens and of a decode step by batch (after prompts of {setting['prompt']} tokens, "
+        f"{setting['tokens']} steps, medians of {setting['repeat']}), and times faster than bfloat16.\n\n"
+        + table(("arm", "prefill", *(f"batch {batch}" for batch in batches)), rows)
+    )
+
+
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accuracy": ("Accuracy of whole runs", accuracy),
     "layer_errors": ("Layer errors", layer_errors),
@@ -210,6 +235,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "solver_gpu": ("Time of the solvers on a GPU", solver_gpu),
     "gemm_variants": ("The W4A8 kernel", gemm),
     "decode": ("Whole models", decode),
+    "serving": ("Whole models in vLLM", serving),
 }
 
 

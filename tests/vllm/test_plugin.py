@@ -1,140 +1,181 @@
-"""W4A8 checkpoints in a real vLLM on a CPU through finescale's plugin: exact, with the tokens of finescale itself."""
+"""Checkpoints in a real vLLM on a CPU through finescale's plugin: exact, with the tokens of finescale itself."""
 
-import contextlib
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from torch import nn
 
 import finescale
+from finescale.grid import QuantizedWeight, contiguous_groups
 from finescale.runtime.load import load
-from tests.vllm.greedy_worker import ENVIRONMENT
+from finescale.runtime.modules import QuantizedLinear
+from tests.helpers import change_tensor, make_model, make_tokenizer, read_tensors, save_model
+from tests.vllm.asking import ask, greedy
 
 pytestmark = pytest.mark.vllm
-WORKER = Path(__file__).parent / "greedy_worker.py"
-SHARED = Path(__file__).parents[3] / "shared"
-ZOO = SHARED / "models" / "zoo"
-TEXT = SHARED / "data" / "books" / "books_valid.txt"
-FAMILIES = ("llama", "mistral", "opt", "falcon")
-PROMPTS = [[5, 9, 30, 77, 12, 8], [100, 101, 7, 3, 2, 50, 61]]
-TOKENS = 12
+FAMILIES = ("llama", "mistral", "opt", "falcon", "mixtral")
+OWN_INPUTS = {"rotated": "quarot-w4a4", "gathered": "qllm-w4a8"}
+QUICK = ("solver.name=rtn", "weights.group_size=64", "calibration.samples=2", "calibration.length=64")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(vllm_python, tmp_path_factory):
-    if not ZOO.is_dir():
-        pytest.skip("the trained test models are not here")
+def checkpoints(vllm_python, zoo, shared, tmp_path_factory):
+    """One integer-scale checkpoint of each family, and of a random Qwen3 with experts."""
     root = tmp_path_factory.mktemp("plugin")
-    settings = ("solver.name=rtn", "weights.group_size=64", "calibration.samples=2", "calibration.length=64")
+    text = str(shared / "data" / "books" / "books_valid.txt")
     for family in FAMILIES:
-        finescale.quantize(
-            ZOO / family, "w4a8-integer-scale", out=root / family, calibration=str(TEXT), settings=settings
-        )
+        finescale.quantize(zoo(family), "w4a8-integer-scale", out=root / family, calibration=text, settings=QUICK)
+    source = save_model(make_model("qwen3_moe", head_dim=32), make_tokenizer(), root / "qwen3_moe-source")
+    settings = [setting.replace("=64", "=32") for setting in QUICK]
+    finescale.quantize(source, "w4a8-integer-scale", out=root / "qwen3_moe", calibration=text, settings=settings)
+    for name, recipe in OWN_INPUTS.items():
+        settings = ("calibration.samples=2", "calibration.length=64")
+        finescale.quantize(zoo("llama"), recipe, out=root / name, calibration=text, settings=settings)
     return root
-
-
-def greedy(folder, prompt):
-    model = load(folder, path="integer")
-    tokens = list(prompt)
-    for _ in range(TOKENS):
-        with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture(scope="module")
 def answers(checkpoints, vllm_python):
-    request_path, answer_path = checkpoints / "request.json", checkpoints / "answer.json"
-    folders = [str(checkpoints / family) for family in FAMILIES]
     # float32, which vLLM's own CPU kernels refuse for packed weights: these are finescale's.
-    request = {"checkpoints": folders, "prompts": PROMPTS, "tokens": TOKENS, "dtype": "float32", "plugins": "finescale"}
-    request_path.write_text(json.dumps(request))
-    subprocess.run([vllm_python, str(WORKER), str(request_path), str(answer_path)], check=True)
-    return {Path(answer["checkpoint"]).name: answer for answer in json.loads(answer_path.read_text())}
+    names = [*FAMILIES, "qwen3_moe", *OWN_INPUTS]
+    return ask(vllm_python, checkpoints, [checkpoints / name for name in names])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_finescale(answers, checkpoints, family):
-    answer = answers[family]
-    assert "error" not in answer, answer["error"]
-    assert answer["tokens"] == [greedy(checkpoints / family, prompt) for prompt in PROMPTS]
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3_moe"])
+def test_greedy_tokens_are_those_of_finescale(answers, checkpoints, name):
+    assert "error" not in answers[name], answers[name]["error"]
+    assert answers[name]["tokens"] == greedy(load(checkpoints / name, path="integer"))
 
 
-@pytest.mark.parametrize("factor, words", [(4.0, "int32 bound"), (0.77, "not integers|not the stored one")])
-def test_a_changed_scale_is_refused(checkpoints, vllm_python, tmp_path, factor, words):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("name", OWN_INPUTS)
+def test_inputs_are_gathered_and_rotated(answers, checkpoints, name):
+    config = json.loads((checkpoints / name / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "finescale"
+    assert any(any(facts.get("inputs", {}).values()) for facts in config["finescale"]["layers"].values())
+    assert "error" not in answers[name], answers[name]["error"]
+    assert answers[name]["tokens"] == greedy(load(checkpoints / name))
 
-    folder = tmp_path / "changed"
-    subprocess.run(["cp", "-r", str(checkpoints / "llama"), str(folder)], check=True)
-    file, tensors, name = next(
-        (file, tensors, key)
-        for file in sorted(folder.glob("*.safetensors"))
-        for tensors in (load_file(file),)
-        for key in tensors
-        if key.endswith("weight_scale")
+
+def test_norms_and_silu_quantize_on_the_way(checkpoints, vllm_python):
+    """The path of Hopper GPUs, its operators in plain torch."""
+    names = ("llama", "mistral", "opt", "mixtral")
+    found = ask(vllm_python, checkpoints, [checkpoints / name for name in names], emulate=True)
+    for name in names:
+        assert "error" not in found[name], found[name]["error"]
+        assert found[name]["tokens"] == greedy(load(checkpoints / name, path="integer"))
+        assert ("QuantizingNorm" in found[name]["modules"]) == (name != "opt")
+        assert ("QuantizingSilu" in found[name]["modules"]) == (name in ("llama", "mistral"))
+
+
+class Halves(nn.Module):
+    """A layer whose inputs are cut in two, as two ranks do it: each half rounds its tokens by scales of their own."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        weight, half = layer.quantized_weight(), layer.in_features // 2
+        size = weight.grid.scheme.group_size
+        groups = half // size
+        self.halves = nn.ModuleList()
+        for part in range(2):
+            grid = replace(
+                weight.grid,
+                scale_OG=weight.grid.scale_OG[:, part * groups : (part + 1) * groups],
+                group_of_I=contiguous_groups(half, size),
+            )
+            codes_OI = weight.codes_OI[:, part * half : (part + 1) * half].contiguous()
+            bias = layer.bias if part == 0 else None
+            self.halves.append(QuantizedLinear(QuantizedWeight(codes_OI, grid), bias, layer.inputs, "integer"))
+
+    def forward(self, x):
+        first, second = x.chunk(2, -1)
+        return self.halves[0](first) + self.halves[1](second)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(checkpoints, vllm_python, zoo, shared):
+    text = str(shared / "data" / "books" / "books_valid.txt")
+    settings = (*QUICK[:1], "weights.group_size=256", *QUICK[2:])
+    finescale.quantize(
+        zoo("llama"), "w4a8-integer-scale", out=checkpoints / "wide", calibration=text, settings=settings
     )
-    tensors[name] *= factor
-    save_file(tensors, file, metadata={"format": "pt"})
-    request = {"checkpoints": [str(folder)], "prompts": PROMPTS, "dtype": "float32", "plugins": "finescale"}
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    subprocess.run([vllm_python, str(WORKER), tmp_path / "request.json", tmp_path / "answer.json"], check=True)
-    (answer,) = json.loads((tmp_path / "answer.json").read_text())
-    assert re.search(words, answer["error"])
+    names = ("llama", "mixtral", "wide", "rotated")
+    return ask(vllm_python, checkpoints, [checkpoints / name for name in names], ranks=2)
 
 
-@contextlib.contextmanager
-def served(python, folder, log):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | ENVIRONMENT | {"VLLM_PLUGINS": "finescale"}
-    options = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--port", str(port)]
-    command = [str(python), "-m", "finescale.cli.main", "serve", str(folder), *options, "--served-model-name", "zoo"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1/completions", process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_ranks_compute_what_two_halves_of_a_layer_do(on_two_ranks, checkpoints, name):
+    assert "error" not in on_two_ranks[name], on_two_ranks[name]["error"]
+    model = load(checkpoints / name, path="integer")
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear) and path.endswith(("o_proj", "down_proj", "w2")):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Halves(layer))
+    assert on_two_ranks[name]["tokens"] == greedy(model)
 
 
-def post(url, prompt, stream=False):
-    body = {"model": "zoo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": stream}
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        if not stream:
-            return json.loads(response.read())["choices"][0]["text"]
-        lines = [line.decode().strip().removeprefix("data: ") for line in response]
-    return "".join(json.loads(line)["choices"][0]["text"] for line in lines if line and line != "[DONE]")
+def test_a_cut_through_a_group_is_refused(on_two_ranks):
+    assert "would cut groups of 256" in on_two_ranks["wide"]["error"]
+    assert "gathers or rotates its inputs" in on_two_ranks["rotated"]["error"]
 
 
-def test_serve_answers_an_openai_client(checkpoints, vllm_python, tmp_path):
-    from finescale.calibration.data import open_tokenizer
+def larger_scales(folder: Path) -> None:
+    change_tensor(folder, first_scale(folder), lambda scale: scale * 4.0)
 
-    folder = checkpoints / "llama"
-    tokenizer = open_tokenizer(folder)
-    expected = [tokenizer.decode(greedy(folder, prompt)) for prompt in PROMPTS]
-    with served(vllm_python, folder, tmp_path / "log.txt") as (url, process):
-        with ThreadPoolExecutor(4) as pool:
-            texts = list(pool.map(lambda prompt: post(url, prompt), PROMPTS * 2))
-        assert texts == expected * 2
-        assert post(url, PROMPTS[0], stream=True) == expected[0]
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+def other_scales(folder: Path) -> None:
+    change_tensor(folder, first_scale(folder), lambda scale: scale * 0.77)
+
+
+def no_scales(folder: Path) -> None:
+    change_tensor(folder, first_scale(folder), lambda scale: None)
+
+
+def first_scale(folder: Path) -> str:
+    return next(key for key in sorted(read_tensors(folder)) if key.endswith("weight_scale"))
+
+
+def newer(folder: Path) -> None:
+    change_config(folder, lambda own: own.update(version=99))
+
+
+def no_proof(folder: Path) -> None:
+    change_config(folder, lambda own: next(iter(own["layers"].values())).pop("bound"))
+
+
+def truncated(folder: Path) -> None:
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def change_config(folder, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"]["finescale"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    larger_scales: "int32 bound",
+    other_scales: "not integers|not the stored one",
+    no_scales: "lacks weight_scale",
+    newer: "newer finescale",
+    no_proof: "without the proof",
+    truncated: "incomplete|[Hh]eader|MetadataIncompleteBuffer",
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(checkpoints, vllm_python):
+    for damage in DAMAGES:
+        folder = checkpoints / damage.__name__
+        shutil.copytree(checkpoints / "llama", folder)
+        damage(folder)
+    return ask(vllm_python, checkpoints, [checkpoints / damage.__name__ for damage in DAMAGES])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_refused_by_name(damaged, damage):
+    assert re.search(DAMAGES[damage], damaged[damage.__name__]["error"])

@@ -76,6 +76,12 @@ def _factors(size: int) -> tuple[int, ...] | None:
     return None
 
 
+@lru_cache(maxsize=64)
+def _factor_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Brought to a GPU once, not in every call."""
+    return _factor(size).to(device, dtype)
+
+
 def _factor(size: int) -> Tensor:
     if size == 2:
         return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
@@ -186,7 +192,7 @@ def rotate(x: Tensor, size: int, inner: int = 1, back: bool = False) -> Tensor:
     shape = x.shape
     x = x.reshape(-1, size, inner)
     if factors and factors[0] != 2:
-        base = _factor(factors[0]).to(x.device, x.dtype)
+        base = _factor_on(factors[0], x.device, x.dtype)
         base = base.T if back else base
         x = torch.einsum("bkri,kl->blri", x.reshape(x.shape[0], factors[0], -1, inner), base)
         x = x.reshape(-1, size // factors[0], inner)

@@ -1,13 +1,13 @@
 """What becomes of a layer's input before the product: a gather with gains, a rotation, rounding.
 
 Shape legend: T tokens (any leading dimensions), I channels of the input, J channels that the layer multiplies, K
-channels that are summed into one.
+channels that are summed into one, M merged channels with so many members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,18 +29,26 @@ class Gather:
     Attributes:
         index_KJ: int64 [K, J], channels of the input.
         gain_KJ: float32 [K, J]; zero where fewer than K channels are summed.
+        further_members: of the second, third ... members of merged channels: their channels afterwards and before, and
+            gains, [M] each. Found once: a GPU must not be asked in every call which gains are zero.
     """
 
     index_KJ: Tensor
     gain_KJ: Tensor
+    further_members: tuple[tuple[Tensor, Tensor, Tensor], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = []
+        for index_J, gain_J in zip(self.index_KJ[1:], self.gain_KJ[1:], strict=True):
+            some_M = gain_J.nonzero().squeeze(1)
+            found.append((some_M, index_J[some_M], gain_J[some_M]))
+        object.__setattr__(self, "further_members", tuple(found))
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., J]."""
-        gain_KJ = self.gain_KJ.to(x_TI.dtype)
-        out_TJ = x_TI[..., self.index_KJ[0]] * gain_KJ[0]
-        for index_J, gain_J in zip(self.index_KJ[1:], gain_KJ[1:], strict=True):
-            some_J = gain_J.nonzero().squeeze(1)
-            out_TJ[..., some_J] += x_TI[..., index_J[some_J]] * gain_J[some_J]
+        out_TJ = x_TI[..., self.index_KJ[0]] * self.gain_KJ[0].to(x_TI.dtype)
+        for some_M, index_M, gain_M in self.further_members:
+            out_TJ[..., some_M] += x_TI[..., index_M] * gain_M.to(x_TI.dtype)
         return out_TJ
 
     def folded(self, norm_gain_I: Tensor) -> Gather:
