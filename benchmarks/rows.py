@@ -7,6 +7,7 @@ processes. What a row's file holds for the same setting and recipe is not comput
 from __future__ import annotations
 
 import fnmatch
+import gc
 import json
 import multiprocessing
 import os
@@ -217,6 +218,10 @@ def _one(work_of: Work, row: Row, setting: Setting, work: Path, folder: Path, pr
         result = work_of(row, setting, work, proof)
     except Exception as error:  # the other rows go on
         return f"{setting.name} {row.part}/{row.name}: FAILED, {error}\n{traceback.format_exc(limit=-3)}"
+    finally:
+        if "cuda" in (setting.device, setting.evaluation):  # other processes need the memory
+            gc.collect()
+            torch.cuda.empty_cache()
     store(folder, setting, row, result)
     return f"{setting.name} {row.part}/{row.name}: {result['perplexity']:.3f} ({result['seconds']:.0f} s)"
 
