@@ -7,8 +7,8 @@ Weights and activations are rounded as in the papers: W4A4 and W6A6 asymmetric, 
 token; W4A8 in symmetric groups of 64 with symmetric int8 per token, the setting of integer scales. Published methods
 stand on the same grids and round-to-nearest; rows with a solver or with tuning say so. W4A16 of the same row is the
 reference of W4A8. ``correction`` is QLLM's low-rank correction of four blocks at a time, ``rounding`` our learned
-rounding. Learning takes 64 windows of 512 tokens as all else, OmniQuant 20 passes, the correction 10 (5 in the ablations), four windows a
-step, rounding 4, two windows a step.
+rounding. Learning takes 64 windows of 512 tokens as all else: OmniQuant 20 passes and the correction 10 (5 in the
+ablations), four windows a step, rounding 4, two windows a step.
 
 Calibration is the start of WikiText-2 valid for SmolLM2, evaluation the start of its test part (20 windows x 2048); the
 zoo's models calibrate on one half of the books and are evaluated on the other. ``--rows`` takes shell patterns of
@@ -129,7 +129,7 @@ def corrected(qllm: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 def ablation_rows() -> list[Row]:
     """Ablations of QLLM's paper at W4A4 (round to nearest)."""
-    rows = []
+    rows, short = [], {"iterations": 80}  # five passes
     for expansion in EXPANSIONS:
         for mode in ("disassembly", "assembly", "pruning"):
             transforms = [part("qllm", mode=mode, expansion=expansion)]
@@ -143,7 +143,6 @@ def ablation_rows() -> list[Row]:
             options = {"mode": mode, "expansion": expansion}
             rows.append(Row("expansion, corrected", f"{mode} {expansion:g}", corrected(options, **short)))
     fixed = {"expansion": 0.03}
-    short = {"iterations": 80}  # five passes
     for blocks in (1, 2, 4, 8):
         rows.append(Row("blocks together", str(blocks), corrected(fixed, blocks=blocks, **short)))
     for rank in (1, 4, 16, 64):
