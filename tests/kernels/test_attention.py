@@ -60,7 +60,8 @@ def test_rotate(case, start, device="cpu", dtype=torch.float32):
 
 
 def close(got, want, dtype):
-    step = 2e-6 if dtype == torch.float32 else 2e-2
+    """A few roundings apart; a norm adds in another order, and a score that differs by a rounding moves all weights."""
+    step = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(got.cpu().float(), want.float(), rtol=step, atol=step)
 
 
@@ -77,7 +78,11 @@ def test_attend(case, masked, device="cpu", dtype=torch.float32):
         keys, values = (tensor.clone() for tensor in cache)
         keys[:, :, length], values[:, :, length] = key[:, :, 0], value[:, :, 0]
         group = case[0]
-        scores = query.double() @ keys[:, :, : length + 1].repeat_interleave(group, 1).double().transpose(2, 3) * 0.3
+        scores = (
+            query.double()
+            @ keys[:, :, : length + 1].repeat_interleave(group, 1).double().transpose(2, 3)
+            * case[2] ** -0.5
+        )
         if masked:
             counts = valid[:, : length + 1].clone()
             counts[:, length] = True
@@ -88,7 +93,7 @@ def test_attend(case, masked, device="cpu", dtype=torch.float32):
         cache = [tensor.to(device) for tensor in cache]
         valid = valid if valid is None else valid.to(device)
         for _ in range(2):  # the second time finds the same key there, and what the first left in the workspace
-            got = attend_token(*there, *cache, torch.tensor(length, device=device), valid, 0.3)
+            got = attend_token(*there, *cache, torch.tensor(length, device=device), valid, case[2] ** -0.5)
             close(got, want.reshape(got.shape), dtype)
             close(cache[0], keys, dtype)
             assert torch.equal(cache[1].cpu(), values)

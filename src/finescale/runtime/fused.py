@@ -22,10 +22,10 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from finescale.errors import InputError
 from finescale.kernels.attention import attend_token, rotate_heads
-from finescale.kernels.plain import before_rounding
+from finescale.kernels.norms import add_rms_norm, rotary_tables
 from finescale.models.skeleton import find_blocks
 from finescale.runtime.packed import PackedLinear
-from finescale.runtime.products import Product, check_fusable, fused, in_one_kernel
+from finescale.runtime.products import Product, check_fusable, fused
 
 NAME = "finescale-fused"
 BLOCKS = (
@@ -117,9 +117,7 @@ class FusedDecoder(nn.Module):
             heads_TC = self._attention(block, index, qkv_BTC, cos, sin, attention_mask, past_key_values)
             change_TW = block.out(heads_TC)
             if block.gate_up is None or block.down is None:
-                inputs_TW = in_one_kernel(before_rounding)(
-                    change_TW, "rms", residual_TW, block.mlp_gain_W, None, block.mlp_epsilon
-                )
+                inputs_TW = add_rms_norm(change_TW, residual_TW, block.mlp_gain_W, block.mlp_epsilon)
                 change_TW = block.experts(inputs_TW.view(batch, tokens, width)).view(-1, width)
             else:
                 both_TC = block.gate_up(change_TW, "rms", residual_TW, block.mlp_gain_W, block.mlp_epsilon)
@@ -127,8 +125,8 @@ class FusedDecoder(nn.Module):
         static = [] if past_key_values is None else [x for x in past_key_values.layers if type(x) is StaticLayer]
         if static:
             torch._foreach_add_([layer.cumulative_length for layer in static], tokens)
-        hidden_TW = in_one_kernel(before_rounding)(change_TW, "rms", residual_TW, self.gain_W, None, self.epsilon)
-        out_BTW: Tensor = hidden_TW.view(batch, tokens, width)
+        assert change_TW is not None
+        out_BTW: Tensor = add_rms_norm(change_TW, residual_TW, self.gain_W, self.epsilon).view(batch, tokens, width)
         return out_BTW
 
     def _attention(
@@ -184,19 +182,14 @@ class FusedRotary(nn.Module):
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
+        self.register_buffer("inv_freq", rotary.inv_freq.float().contiguous(), persistent=False)
         self.factor = float(rotary.attention_scaling)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, D] in the type of x."""
-        cos, sin = in_one_kernel(_tables)(position_ids, self.inv_freq, self.factor, x.dtype)
-        return cos, sin
-
-
-def _tables(position_BT: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angle = position_BT[:, :, None].float() * frequency.float()
-    angle = torch.cat((angle, angle), -1)
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+        cos, sin = rotary_tables(position_ids.reshape(-1).contiguous(), self.inv_freq, self.factor, x.dtype)
+        shape = (*position_ids.shape, -1)
+        return cos.view(shape), sin.view(shape)
 
 
 def fused_mask(

@@ -5,8 +5,7 @@ Shape legend: T tokens, I inputs, O outputs of all fused layers.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from finescale.grid import Gather
 from finescale.kernels.gather import GatherTable, gather_table, quantize_gathered
 from finescale.kernels.layout import BLOCK, LARGEST_FOLDED_SCALE, SLAB, groups_in_block, pack_weight, unpack_weight
 from finescale.kernels.linear import quantize_tokens, w4a8_product
-from finescale.kernels.plain import before_rounding
+from finescale.kernels.norms import add_rms_norm, silu_product
 from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.packed import PackedLinear
 
@@ -86,7 +85,7 @@ class PackedProduct(nn.Module):
 
 
 class DenseProduct(nn.Module):
-    """The same for layers that are not quantized; norm and activation are one kernel each, compiled by torch.
+    """The same for layers that are not quantized; norm and activation are one kernel each.
 
     Args:
         weight_OI: float.
@@ -107,8 +106,11 @@ class DenseProduct(nn.Module):
         epsilon: float = 0.0,
     ) -> Tensor:
         """See ``PackedProduct.forward``."""
-        if before != "plain":
-            x_TI = in_one_kernel(before_rounding)(x_TI, before, residual_TI, gain_I, None, epsilon)
+        if before == "rms":
+            assert gain_I is not None
+            x_TI = add_rms_norm(x_TI, residual_TI, gain_I, epsilon)
+        elif before == "silu":
+            x_TI = silu_product(x_TI)
         return nn.functional.linear(x_TI, self.weight_OI, self.bias_O)
 
     def extra_repr(self) -> str:
@@ -224,19 +226,3 @@ def _optional(tensors: Sequence[Tensor | None], parts: Sequence[PackedProduct], 
             for tensor, part in zip(tensors, parts, strict=True)
         ]
     )
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
-    return compiled
-
-
-def in_one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of elementwise steps, as one kernel on a GPU: compiled here, or by a compilation that is under way."""
-
-    def call(first: Tensor, *rest: Any) -> Any:
-        here = first.is_cuda and not torch.compiler.is_compiling()
-        return (_compiled(function) if here else function)(first, *rest)
-
-    return call
