@@ -64,33 +64,48 @@ def solver(
 @app.command()
 def gemm(
     shape: Annotated[list[str] | None, typer.Option(help="INPUTSxOUTPUTS, may be repeated.")] = None,
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = "1,16,64,128,256,1024,4096",
-    peers: Annotated[bool, typer.Option(help="Also time int8, fp8 and 4-bit products of torch.")] = True,
+    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, with commas.")] = None,
+    peers: Annotated[bool, typer.Option(help="On a GPU: also time int8, fp8 and 4-bit products of torch.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only say which kernel runs which layer here, and why.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups into this SVG file.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
-    """Microseconds of the W4A8 product on this GPU, beside bfloat16 and others, every result checked."""
-    if explain:
-        return _explain(json_)
-    from finescale.bench.gemm import SHAPES, bench_gemm
-    from finescale.bench.gemm_products import OURS, PEERS
-    from finescale.errors import InputError
+    """Microseconds of the W4A8 product beside bfloat16 or float32 and others, every result checked."""
+    import torch
 
+    from finescale.bench import gemm as gpu
+    from finescale.bench import gemm_cpu as cpu
+    from finescale.bench.gemm_products import OURS, PEERS
+    from finescale.bench.plot import speedup_figure
+    from finescale.errors import InputError
+    from finescale.runtime.load import usable_device
+
+    target = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if explain:
+        return _explain(target, json_)
     try:
-        shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in shape or ())) or SHAPES
-        counts = tuple(int(count) for count in tokens.split(","))
+        shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in shape or ()))
+        counts = tuple(int(count) for count in tokens.split(",")) if tokens else ()
     except ValueError as error:
         raise InputError("write --shape as INPUTSxOUTPUTS and --tokens as numbers with commas.") from error
-    result = bench_gemm(shapes, counts, peers)
-    names = (*OURS, *(PEERS if peers else ()))
-    table = Table("inputs x outputs", "tokens", "bf16 us", *(f"{name} us (x bf16)" for name in names))
+    names: tuple[str, ...]
+    if target.type == "cpu":
+        base, names = "float32", cpu.NAMES[1:]
+        result = cpu.bench_gemm_cpu(shapes or cpu.SHAPES, counts or cpu.TOKENS)
+    else:
+        base, names = "bf16", (*OURS, *(PEERS if peers else ()))
+        result = gpu.bench_gemm(shapes or gpu.SHAPES, counts or (1, 16, 64, 128, 256, 1024, 4096), peers)
+    table = Table("inputs x outputs", "tokens", f"{base} us", *(f"{name} us (x {base})" for name in names))
     for row in result["rows"]:
-        times = [f"{row[name]:.1f} ({row['bf16'] / row[name]:.2f})" if row.get(name) else "-" for name in names]
-        table.add_row(f"{row['inputs']} x {row['outputs']}", str(row["tokens"]), f"{row['bf16']:.1f}", *times)
+        times = [f"{row[name]:.1f} ({row[base] / row[name]:.2f})" if row.get(name) else "-" for name in names]
+        table.add_row(f"{row['inputs']} x {row['outputs']}", str(row["tokens"]), f"{row[base]:.1f}", *times)
     console.print(table)
     write_json_file(json_, result)
+    if plot is not None:
+        plot.write_text(speedup_figure(result["rows"], base, names), encoding="utf-8")
 
 
 @app.command()
@@ -168,15 +183,13 @@ def decode(
         plot.write_text(speed_figure(found_by_model), encoding="utf-8")
 
 
-def _explain(json_: Path | None) -> None:
-    import torch
-
+def _explain(device: Any, json_: Path | None) -> None:
     from finescale.kernels.dispatch import LayerFacts, choose_kernel
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = {
         "W4A8, groups of 128, integer scales": LayerFacts(4, 128, True, True, 1000, 8, True, False),
         "W4A8, groups of 128, integer scales up to 15": LayerFacts(4, 128, True, True, 15, 8, True, False),
+        "W4A8, groups of 96, integer scales": LayerFacts(4, 96, True, True, 1000, 8, True, False),
         "W4A8, groups of 128, float scales": LayerFacts(4, 128, True, False, 0, 8, True, False),
         "W8A8, integer scales": LayerFacts(8, -1, True, True, 1000, 8, True, False),
         "W4A16": LayerFacts(4, 128, True, False, 0, None, False, False),

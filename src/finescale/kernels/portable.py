@@ -72,10 +72,10 @@ class PortableProduct(nn.Module):
     def forward(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """float [..., I] and float32 bias [O] -> [..., O], in the type of the input."""
         flat_TI = x_TI.reshape(-1, self.in_features)
-        out_TO = self._multiply(flat_TI, bias_O, [getattr(self, name) for name in self._names])
+        out_TO = self._multiply(flat_TI, bias_O, [self._buffers[name] for name in self._names])
         return out_TO.reshape(*x_TI.shape[:-1], self.out_features)
 
-    def _multiply(self, x_TI: Tensor, bias_O: Tensor | None, tensors: list[Tensor]) -> Tensor:
+    def _multiply(self, x_TI: Tensor, bias_O: Tensor | None, tensors: list[Tensor | None]) -> Tensor:
         if self.kernel == "cpu-int8":
             weight = cpu_int8.CpuWeight(*tensors)
             return cpu_int8.cpu_linear(
