@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ __all__ = [
 
 SHAPES = ((4096, 22016), (4096, 4096), (11008, 4096), (8192, 28672), (14336, 4096))
 """Inputs and outputs of layers of Llama-2-7B, Llama-2-70B and Llama-3-8B."""
+_REFUSALS = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, ImportError)
+"""What torch and other packages raise for what they cannot do."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -82,13 +86,15 @@ def median_microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 7) ->
 def bench_gemm(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     tokens: tuple[int, ...] = TOKENS,
-    peers: bool = True,
+    names: Collection[str] = (*OURS, *PEERS),
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     repeats: int = 7,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Microseconds of every product at every size, and the differences to what it should give.
+    """Microseconds of bfloat16 and the products of these names, and the differences to what they should give.
 
-    A product that is wrong, or that the GPU or torch refuses, has the reason (``NAME_error``) instead of a time.
+    A product that is wrong, or that the GPU or torch refuses, has the reason (``NAME_error``) instead of a time. After
+    ``seconds`` no row is begun.
 
     Raises:
         InputError: a size that is none, or no GPU.
@@ -101,12 +107,22 @@ def bench_gemm(
     torch.manual_seed(SEED)
     if has_hopper_kernels(device):
         _compile_all(shapes, tokens, device)
-    rows = []
+    rows, left_out, end = [], {}, time.monotonic() + seconds
     for inputs, outputs in shapes:
         layer = Layer(inputs, outputs, device)
-        makers = {"bf16": bf16, **OURS, **(PEERS if peers else {})}
-        products = {name: product for name, make in makers.items() if (product := make(layer)) is not None}
+        makers = {"bf16": bf16, **{name: make for name, make in {**OURS, **PEERS}.items() if name in names}}
+        products = {}
+        for name, make in makers.items():
+            try:
+                product = make(layer)
+            except _REFUSALS as error:
+                left_out[name] = _reason(error)
+                continue
+            if product is not None:
+                products[name] = product
         for count in tokens:
+            if time.monotonic() > end:
+                break
             row: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "tokens": count}
             given = tokens_of(layer, count)
             for name, product in products.items():
@@ -120,6 +136,7 @@ def bench_gemm(
         "machine": machine_facts(),
         "group_size": GROUP,
         "seed": SEED,
+        "left_out": left_out,
         "rows": rows,
     }
 
@@ -132,8 +149,12 @@ def time_product(name: str, product: Product, tokens: Tokens, repeats: int) -> d
             return {f"{name}_difference": difference, f"{name}_error": f"wrong by {difference:.2g}"}
         calls = [functools.partial(product.call, weight, tokens) for weight in product.weights]
         return {name: median_microseconds(calls, repeats), f"{name}_difference": difference}
-    except RuntimeError as error:
-        return {f"{name}_error": str(error).splitlines()[0]}
+    except _REFUSALS as error:
+        return {f"{name}_error": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _compile_all(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], device: torch.device) -> None:
@@ -171,19 +192,27 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="INPUTSxOUTPUTS, may be repeated")
     parser.add_argument("--tokens", help="numbers with commas")
     parser.add_argument("--plot", type=Path, help="SVG file")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only", help=f"names with commas, of {', '.join((*OURS, *PEERS))}")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so many, no row is begun")
     options = parser.parse_args()
     shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
+    names = options.only.split(",") if options.only else (*OURS, *PEERS)
+    names = options.only.split(",") if options.only else (*OURS, *PEERS)
     result = bench_gemm(
-        shapes, tokens, not options.no_peers, lambda row: print(text_row(row), flush=True), options.repeats
+        shapes,
+        tokens,
+        names,
+        lambda row: print(text_row(row), flush=True),
+        options.repeats,
+        options.seconds,
     )
     result["command"] = " ".join(["python -m finescale.bench.gemm", *sys.argv[1:]])
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
-        options.plot.write_text(speedup_figure(result["rows"], "bf16", (*OURS, *PEERS)))
+        options.plot.write_text(speedup_figure(result["rows"], "bf16", names))
 
 
 if __name__ == "__main__":

@@ -204,10 +204,42 @@ def tinygemm(layer: Layer) -> Product:
     )
 
 
+def humming(layer: Layer) -> Product | None:
+    """The W4A8 product of the package humming-kernels, with its own integer scales, if it is installed."""
+    if find_spec("humming") is None:
+        return None
+    from humming.layer import HummingLayer
+
+    dense_OI = layer.codes_OI.float() * (layer.scale_OG.float() / AMPLIFIER).repeat_interleave(GROUP, 1)
+    copies = len(layer.copies(layer.codes_OI[:, ::2]))
+
+    def packed() -> Any:
+        weights = {"dtype": "int4", "group_size": GROUP}
+        one = HummingLayer(
+            shape_n=layer.outputs, shape_k=layer.inputs, weight_config=weights, input_config={"dtype": "int8"},
+            torch_dtype=torch.bfloat16,
+        ).to(layer.device)  # fmt: skip
+        one.load_from_unquantized(dense_OI.bfloat16())
+        one.transform()
+        return one
+
+    return Product(
+        [packed() for _ in range(copies)],
+        lambda w, t: w(inputs=t.x_TI, input_scale=t.scale_T[:, None]),
+        lambda t: (t.x_TI.float() @ dense_OI.T) * t.scale_T[:, None],
+        0.05,
+    )
+
+
 OURS: dict[str, Callable[[Layer], Product | None]] = {
     "integer": hopper,
     "folded": lambda layer: hopper(layer, folded=True),
     "float_scale": lambda layer: hopper(layer, float_scales=True),
     "triton": triton,
 }
-PEERS: dict[str, Callable[[Layer], Product | None]] = {"int8": int8, "fp8": fp8, "tinygemm": tinygemm}
+PEERS: dict[str, Callable[[Layer], Product | None]] = {
+    "int8": int8,
+    "fp8": fp8,
+    "tinygemm": tinygemm,
+    "humming": humming,
+}

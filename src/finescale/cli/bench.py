@@ -97,7 +97,7 @@ def gemm(
         result = cpu.bench_gemm_cpu(shapes or cpu.SHAPES, counts or cpu.TOKENS)
     else:
         base, names = "bf16", (*OURS, *(PEERS if peers else ()))
-        result = gpu.bench_gemm(shapes or gpu.SHAPES, counts or (1, 16, 64, 128, 256, 1024, 4096), peers)
+        result = gpu.bench_gemm(shapes or gpu.SHAPES, counts or (1, 16, 64, 128, 256, 1024, 4096), names)
     table = Table("inputs x outputs", "tokens", f"{base} us", *(f"{name} us (x {base})" for name in names))
     for row in result["rows"]:
         times = [f"{row[name]:.1f} ({row[base] / row[name]:.2f})" if row.get(name) else "-" for name in names]

@@ -6,6 +6,7 @@ Shape legend: T tokens, I inputs, O outputs, G groups.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class PortableProduct(nn.Module):
         out_TO = self._multiply(flat_TI, bias_O, [self._buffers[name] for name in self._names])
         return out_TO.reshape(*x_TI.shape[:-1], self.out_features)
 
-    def _multiply(self, x_TI: Tensor, bias_O: Tensor | None, tensors: list[Tensor | None]) -> Tensor:
+    def _multiply(self, x_TI: Tensor, bias_O: Tensor | None, tensors: list[Any]) -> Tensor:
         if self.kernel == "cpu-int8":
             weight = cpu_int8.CpuWeight(*tensors)
             return cpu_int8.cpu_linear(
