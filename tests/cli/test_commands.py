@@ -176,6 +176,15 @@ def test_inspect(cli, result, tmp_path):
         assert 0 < layer["overflow_use"] < 1 and 0 < layer["relative_error"] < 0.1
 
 
+def test_inspect_for_another_device(cli, result, tmp_path):
+    code, stdout, _ = cli("inspect", result, "--device", "7.5", "--json", tmp_path / "layers.json")
+    assert code == 0 and "from 8.0 on" in " ".join(stdout.split())
+    assert {layer["kernel"] for layer in read_json(tmp_path / "layers.json")} == {"reference"}
+    code, stdout, _ = cli("inspect", result, "--device", "cpu")
+    assert code == 0 and ("int8 products" in " ".join(stdout.split()))
+    refused(cli("inspect", result, "--device", "tpu"), "compute capability")
+
+
 def test_inspect_without_integer_scales_or_report(cli, tiny, text, tmp_path):
     quantize(tiny("llama"), tmp_path / "out", recipe("rtn", 3, -1), text)
     (tmp_path / "out" / "report.json").unlink()

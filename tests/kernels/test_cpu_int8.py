@@ -150,7 +150,9 @@ def test_shapes_that_do_not_fit_are_not_packed():
         pack_weight(codes_OI, scale_OG, contiguous_groups(99, 32))
 
 
-@pytest.mark.parametrize(("instructions", "exact"), [("AVX2", False), ("AVX2_VNNI", True)])
+@pytest.mark.parametrize(
+    ("instructions", "exact"), [("AVX2", False), pytest.param("AVX2_VNNI", True, marks=pytest.mark.slow)]
+)
 def test_processors_whose_products_saturate_are_found_out(instructions, exact):
     """oneDNN decides once, hence another process."""
     code = "from finescale.kernels.cpu_int8 import int8_product_is_exact; print(int8_product_is_exact())"

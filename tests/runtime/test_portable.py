@@ -1,6 +1,8 @@
 """Layers without a kernel of the device's own against the exact product, layer by layer and as a model."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -80,3 +82,22 @@ def test_a_model_on_a_cpu_is_the_exact_product(tiny, text, tmp_path, monkeypatch
     assert kinds == {"integer": {PortableLinear}, "kernel": {PortableLinear}, "parts": {QuantizedLinear}}
     by_path = {path: model(tokens).logits for path, model in models.items()}
     assert torch.equal(by_path["kernel"], by_path["parts"]) and torch.equal(by_path["integer"], by_path["parts"])
+
+
+def test_without_gpu_and_compiler(tiny, text, tmp_path):
+    """A fresh process that finds no program at all loads a model, says what it runs on, and multiplies."""
+    chosen = recipe(
+        "rtn", 4, 32, weights={"symmetric": True}, activations={"bits": 8}, integer_scale={"mode": "before"}
+    )
+    quantize(tiny("llama"), chosen, calibration=str(text), out=tmp_path / "out")
+    code = (
+        "import sys, torch, finescale; model = finescale.load(sys.argv[1], path='kernel'); "
+        "print(bool(model(torch.arange(4)[None]).logits.isfinite().all()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+        env=environment | {"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True" and "finescale runs W4A8 layers on" in done.stderr

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finescale.errors import InputError
 from finescale.formats.source import read_json
 from finescale.grid.integer_scale import INT32_LIMIT, prove_no_overflow
-from finescale.kernels.dispatch import choose_kernel, layer_facts
+from finescale.kernels.dispatch import Choice, LayerFacts, choose_kernel, layer_facts
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
+from finescale.runtime.load import usable_device
 
 
-def inspect_layers(folder: str | Path) -> list[dict[str, Any]]:
+def inspect_layers(folder: str | Path, device: str | None = None) -> list[dict[str, Any]]:
     """One record per quantized layer: ``name``, ``shape``, ``bits``, ``group_size``, ``symmetric``, ``amplifier``,
     ``folded`` (scales are integers up to 15 times one factor per output, the amplifier is 1), ``inputs`` (rounding,
     gather, rotation), ``overflow_use`` (largest B_j / 2^31, computed anew), ``relative_error`` (from the run's report,
-    else None), ``scale_min``, ``scale_max``, ``kernel`` (which one this machine runs) and ``kernel_why``.
+    else None), ``scale_min``, ``scale_max``, ``kernel`` (which one runs) and ``kernel_why``.
+
+    Args:
+        folder: a quantized checkpoint.
+        device: whose kernels are meant: cpu, cuda, or a compute capability such as 8.0; None for this machine.
 
     Raises:
+        InputError: a device that is none.
         CheckpointError, NumericsError: damaged files, or a proof that does not hold.
     """
     quantized = open_quantized(folder)
     report = _records(quantized)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [_inspect(quantized, name, report.get(name, {}), device) for name in quantized.layer_names()]
+    choose = _chooser(device)
+    return [_inspect(quantized, name, report.get(name, {}), choose) for name in quantized.layer_names()]
+
+
+def _chooser(device: str | None) -> Callable[[LayerFacts], Choice]:
+    """The choice of kernels of a device."""
+    capability = re.fullmatch(r"(\d+)\.(\d)", device or "")
+    if capability is not None:
+        numbers = int(capability[1]), int(capability[2])
+        return lambda layer: choose_kernel(layer, torch.device("cuda"), numbers)
+    if device not in (None, "cpu", "cuda"):
+        raise InputError(f"--device is {device}; use cpu, cuda, or a compute capability such as 8.0.")
+    here = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = usable_device(here)
+    return lambda layer: choose_kernel(layer, target)
 
 
 def _records(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
@@ -35,11 +57,13 @@ def _records(quantized: QuantizedCheckpoint) -> dict[str, dict[str, Any]]:
     return {record["name"]: record for record in read_json(file, "").get("layers", [])}
 
 
-def _inspect(quantized: QuantizedCheckpoint, name: str, record: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _inspect(
+    quantized: QuantizedCheckpoint, name: str, record: dict[str, Any], choose: Callable[[LayerFacts], Choice]
+) -> dict[str, Any]:
     weight = quantized.read(name)
     grid = weight.grid
     scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG()
-    choice = choose_kernel(layer_facts(weight, quantized.inputs_of(name)), device)
+    choice = choose(layer_facts(weight, quantized.inputs_of(name)))
     use = None
     if grid.amplifier is not None:
         maximum = quantized.activation_max(name)
