@@ -181,12 +181,12 @@ def _one_head(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
     qkv, cos, sin, q_gain, k_gain, keys, values, slot, valid, out, partial, counters,
-    capacity, table_stride, scaling, epsilon,
+    capacity, table_stride, scaling, epsilon, splits,
     kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-    least: tl.constexpr, splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, overlap: tl.constexpr,
+    least: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
@@ -351,9 +351,9 @@ def attend(
     partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, valid_BS, out_BC, partial, counters,
-        capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
+        capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon, splits,
         kv_heads=kv_heads, group=group, rows=1 if tiles.alone else max(16, triton.next_power_of_2(group)), width=width,
-        block=tiles.keys, least=tiles.least, splits=splits, normed=q_gain_D is not None, masked=valid_BS is not None,
+        block=tiles.keys, least=tiles.least, normed=q_gain_D is not None, masked=valid_BS is not None,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC
