@@ -28,6 +28,7 @@ from finescale.solvers import SOLVERS
 from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
 from tools.docs_benchmarks import KINDS, benchmark_tables, table
+from tools.docs_claims import CLAIMS, claims_table, load_results
 from tools.docs_comparisons import compared
 from tools.docs_errors import error_tables
 
@@ -190,6 +191,8 @@ def pages() -> dict[str, str]:
     made["benchmarks"] = benchmark_tables(
         ROOT / "benchmarks" / "results", KINDS | {"compare": ("Methods side by side", compared)}
     )
+    results = load_results(ROOT / "benchmarks" / "results")
+    made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}
     return made
 
 
