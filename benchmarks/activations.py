@@ -103,6 +103,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
     "QuaRot, online too + QLLM + QuantEase + rounding": method(QUANTEASE, [ROTATION, part("qllm")], [ROUNDING]),
 }  # fmt: skip
+OURS = {"W4A4": "w4a4-best", "W4A8": "w4a8-best"}
+"""Our own recipes, as they come with finescale."""
 WEIGHTS_ALONE = (
     "RTN",
     "AWQ",
@@ -167,11 +169,16 @@ W4A8_RECIPES = (
 )
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """What a named recipe says."""
+    return Recipe.named(name).model_dump(mode="json", exclude_unset=True, exclude={"name", "description"})
+
+
 def scale_rows() -> list[Row]:
     """Each W4A8 recipe with float and with integer scales; what integer scales need (symmetric groups) in both."""
     rows = []
     for name in W4A8_RECIPES:
-        values = Recipe.named(name).model_dump(mode="json", exclude_unset=True, exclude={"name", "description"})
+        values = values_of(name)
         values["weights"] |= GROUPS
         values["activations"] |= {"symmetric": True}
         for key in ("transforms", "tuning"):
@@ -193,6 +200,7 @@ def all_rows() -> list[Row]:
         Row(bits, name, BITS[bits] | values) for bits in ("W4A4", "W6A6", "W4A8") for name, values in METHODS.items()
     ]
     rows += [Row("W4A16", name, BITS["W4A16"] | METHODS[name]) for name in WEIGHTS_ALONE]
+    rows += [Row(bits, f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
     return rows + ablation_rows() + scale_rows()
 
 
@@ -203,7 +211,7 @@ def print_tables(console: Console, models: dict[str, Any]) -> None:
         table = Table(title=f"{name}: perplexity (seconds); original {entry['original_perplexity']:.2f}")
         for column in ("method", *wide):
             table.add_column(column, justify="left" if column == "method" else "right")
-        for label in METHODS:
+        for label in [*METHODS, *(f"recipe {name}" for name in OURS.values())]:
             found = [rows.get(label) for rows in wide.values()]
             if any(found):
                 table.add_row(

@@ -50,6 +50,38 @@ def test_one_block_at_a_time(tokenizer, text, tmp_path, monkeypatch):
     assert max(live) - min(live) < hidden / 2
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_only_the_blocks_in_work_hold_weights_and_gradients(tokenizer, text, tmp_path, monkeypatch, together):
+    path = save_model(make_model("llama", num_hidden_layers=BLOCKS), tokenizer, tmp_path / "model")
+    options = {"iterations": 2, "batch_size": 2}
+    tuning = [
+        {"name": "low_rank", "options": options | {"blocks": together}},
+        {"name": "rounding", "options": options},
+    ]
+    transforms = [{"name": "omniquant", "options": options}]
+    chosen = recipe("gptq", 4, 32, activations={"bits": 4}, tuning=tuning, transforms=transforms)
+    job = prepare(path, chosen, tmp_path / "out", str(text))
+    blocks, filled, live = job.skeleton.blocks, [], []
+    propagate = pipeline.propagate
+
+    def watched(*args):
+        filled.append([i for i, b in enumerate(blocks) if any(p.device.type != "meta" for p in b.parameters())])
+        assert all(parameter.grad is None for block in blocks for parameter in block.parameters())
+        propagate(*args)
+
+    def progress(label, done, total):
+        if "quantizing" in label and done % together == 0:
+            assert all(parameter.device.type == "meta" for parameter in job.skeleton.model.parameters())
+            gc.collect()
+            live.append(live_bytes())
+
+    monkeypatch.setattr(pipeline, "propagate", watched)
+    run(job, on_progress=progress)
+    assert max(map(len, filled)) == together and len(live) == BLOCKS // together
+    hidden = 6 * 48 * 64 * 4  # the float model's inputs and outputs and the quantized one's: no more with each block
+    assert max(live[1:]) - min(live[1:]) < hidden / 2
+
+
 def test_replayed_blocks_are_released_too(tokenizer, text, tmp_path):
     path = save_model(make_model("llama", num_hidden_layers=4), tokenizer, tmp_path / "model")
 
