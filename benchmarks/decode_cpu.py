@@ -92,6 +92,7 @@ def main() -> None:
                 times[name].append(seconds)
     speed = {name: 1 / statistics.median(each) for name, each in times.items()}
     result = {
+        "benchmark": "decode_cpu",
         "machine": machine_facts(),
         "model": options.model or "shapes of SmolLM2-135M, random weights",
         "group_size": GROUP,

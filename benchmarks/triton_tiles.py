@@ -96,7 +96,7 @@ def main() -> None:
         best = ", ".join(f"{t:.1f} {s}" for t, s in row["ours"][:3])
         wrong = f", {len(row['wrong'])} WRONG" if row["wrong"] else ""
         print(inputs, outputs, count, f"bf16 {row['bf16']:.1f}, chosen {row['chosen']}, best {best}{wrong}", flush=True)
-    result = {"machine": machine_facts(), "group_size": GROUP, "rows": rows}
+    result = {"benchmark": "triton_tiles", "machine": machine_facts(), "group_size": GROUP, "rows": rows}
     result["command"] = " ".join(["python benchmarks/triton_tiles.py", *sys.argv[1:]])
     options.json.write_text(json.dumps(result, indent=1) + "\n")
 

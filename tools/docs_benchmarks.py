@@ -147,6 +147,49 @@ def gemm(facts: dict[str, Any]) -> str:
     )
 
 
+def products(facts: dict[str, Any]) -> str:
+    """Every product beside the baseline of its run, all of them checked."""
+    base, names, rows = facts["base"], facts["names"], []
+    for row in facts["rows"]:
+        ratios = [number(row[base] / row[name] if name in row and base in row else None) for name in names]
+        rows.append((f"{row['inputs']}, {row['outputs']}", row["tokens"], number(row.get(base)), *ratios))
+    header = ("inputs, outputs", "tokens", f"{base}, microseconds", *(name.replace("_", " ") for name in names))
+    return (
+        f"Speed-up over {base} of the same run, groups of {facts['group_size']}; a result that was wrong has no time. "
+        f"{facts.get('note', '')}\n\n" + table(header, rows)
+    )
+
+
+def decode_cpu(facts: dict[str, Any]) -> str:
+    """Tokens a second on a CPU."""
+    rows = [
+        (name, number(speed), " to ".join(number(each) for each in facts["slowest_and_fastest"][name]))
+        for name, speed in facts["tokens_per_second"].items()
+    ]
+    return (
+        f"{facts['model']}, one sequence, {facts['tokens']} tokens, linear layers of the blocks as said.\n\n"
+        + table(("layers", "tokens a second", "slowest to fastest round"), rows)
+    )
+
+
+def triton_tiles(facts: dict[str, Any]) -> str:
+    """The Triton kernel's tiles."""
+    rows = []
+    for row in facts["rows"]:
+        (best, tile), chosen = row["ours"][0], row["chosen"]
+        shape = f"{row['inputs']}, {row['outputs']}"
+        rows.append((shape, row["tokens"], number(row["bf16"]), number(chosen[0]), number(best), tile))
+    header = (
+        "inputs, outputs",
+        "tokens",
+        "bfloat16",
+        "chosen tile",
+        "fastest tile",
+        "outputs, tokens, parts, warps, stages",
+    )
+    return "Microseconds; every tile's result was equal to the exact product.\n\n" + table(header, rows)
+
+
 def decode(facts: dict[str, Any]) -> str:
     """Whole models: tokens a second, and times faster than bfloat16 of the same run."""
     setting, rows = facts["setting"], []
@@ -234,6 +277,9 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "solver": ("Time of the solvers on a CPU", solver_time),
     "solver_gpu": ("Time of the solvers on a GPU", solver_gpu),
     "gemm_variants": ("The W4A8 kernel", gemm),
+    "gemm": ("The W4A8 product beside others", products),
+    "triton_tiles": ("The Triton kernel", triton_tiles),
+    "decode_cpu": ("Decoding on a CPU", decode_cpu),
     "decode": ("Whole models", decode),
     "serving": ("Whole models in vLLM", serving),
 }

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tools.docs_benchmarks import benchmark_tables, number, runs
+from tools.docs_benchmarks import benchmark_tables, decode_cpu, number, products, runs, triton_tiles
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -30,3 +30,26 @@ def test_runs_of_any_depth():
 
 def test_numbers():
     assert [number(value) for value in (None, 0.12345, 12345.6, 3)] == ["–", "0.123", "12346", "3"]
+
+
+def test_products_without_a_time_have_a_dash():
+    rows = [{"inputs": 8, "outputs": 4, "tokens": 1, "bf16": 10.0, "integer": 4.0, "fp8_error": "wrong by 1"}]
+    text = products({"base": "bf16", "names": ["integer", "fp8"], "group_size": 128, "rows": rows})
+    assert "| 8, 4 | 1 | 10 | 2.5 | – |" in text
+
+
+def test_decoding_on_a_cpu():
+    speed = {"tokens_per_second": {"float32": 10.0}, "slowest_and_fastest": {"float32": [9.0, 11.0]}}
+    assert "| float32 | 10 | 9 to 11 |" in decode_cpu({"model": "m", "tokens": 4, **speed})
+
+
+def test_tiles():
+    row = {
+        "inputs": 8,
+        "outputs": 4,
+        "tokens": 1,
+        "bf16": 9.0,
+        "chosen": [3.0, [1]],
+        "ours": [[2.0, [64, 16, 1, 4, 3]]],
+    }
+    assert "| 8, 4 | 1 | 9 | 3 | 2 | [64, 16, 1, 4, 3] |" in triton_tiles({"rows": [row]})

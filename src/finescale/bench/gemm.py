@@ -133,7 +133,10 @@ def bench_gemm(
         del layer, products
         torch.cuda.empty_cache()
     return {
+        "benchmark": "gemm",
         "machine": machine_facts(),
+        "base": "bf16",
+        "names": [name for name in names if any(name in row for row in rows)],
         "group_size": GROUP,
         "seed": SEED,
         "left_out": left_out,

@@ -58,7 +58,16 @@ def bench_gemm_cpu(
                 row |= _time_size(inputs, outputs, count, rounds)
             rows.append(row)
             on_row(row)
-    return {"machine": machine_facts(), "group_size": _GROUP, "seed": SEED, "rounds": rounds, "rows": rows}
+    return {
+        "benchmark": "gemm",
+        "machine": machine_facts(),
+        "base": NAMES[0],
+        "names": list(NAMES[1:]),
+        "group_size": _GROUP,
+        "seed": SEED,
+        "rounds": rounds,
+        "rows": rows,
+    }
 
 
 def _time_size(inputs: int, outputs: int, count: int, rounds: int) -> dict[str, Any]:
