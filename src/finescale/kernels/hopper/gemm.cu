@@ -11,7 +11,7 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
+// (blocks that share split tiles), LAG (units by which warpgroups follow one another, FOLDED only), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
 // to both), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
@@ -145,6 +145,17 @@ struct Computer {
         wgmma_commit();
     }
 
+    // With LAG, a warpgroup begins a tile when the one before it has queued that tile's unit number LAG (or its last), so
+    // that one writes while the others multiply.
+    __device__ __forceinline__ void wait_for_leader() {
+        if (LAG > 0 && part.group > 0) named_barrier(8 + part.group, 256);
+    }
+    __device__ __forceinline__ void lead() {
+        int units = work.end - work.begin;
+        if (LAG > 0 && part.group + 1 < WARPGROUPS && units - left == min(LAG, units - 1))
+            named_barrier_arrive(9 + part.group, 256);
+    }
+
     // This unit's products are running; prepares and queues those of the next.
     __device__ __forceinline__ void step(Sum (&total)[TOKENS / 2], u32 (&next)[16]) {
         u32 scale[GROUPS];
@@ -152,6 +163,7 @@ struct Computer {
         fetch(next, scale);
         if (--left > 0) {
             issue(total, next, ahead.stage, false);
+            lead();
             wgmma_wait<1>();
             release();
         } else {
@@ -160,7 +172,9 @@ struct Computer {
             finish_tile(total);
             if (remaining == 0) return;
             next_tile();
+            wait_for_leader();
             issue(total, next, ahead.stage, true);
+            lead();
         }
     }
 
@@ -171,7 +185,9 @@ struct Computer {
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
         fetch(operand[0], scale);
         next_tile();
+        wait_for_leader();
         issue(total, operand[0], 0, true);
+        lead();
         while (true) {
             step(total, operand[1]);
             if (remaining == 0) break;
@@ -253,7 +269,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     }
     __syncthreads();
 
-    int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    // The same in all lanes, which the compiler shall know.
+    int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (group == WARPGROUPS) {
         release_registers<COPY_REGISTERS>();
         // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup.

@@ -37,6 +37,8 @@ class Variant:
         experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
         cluster: blocks that share a split tile and add up its sums through their shared memory; with 1, a tile is
             split as often as it takes, and sums are added up in device memory.
+        lag: units by which one computing warpgroup follows the other, so that one writes while the other multiplies;
+            folded only.
         multicast: the two blocks of a cluster have the same tokens, of which each copies half to both.
     """
 
@@ -51,6 +53,7 @@ class Variant:
     experts: int = 0
     cluster: int = 1
     multicast: bool = False
+    lag: int = 0
 
     @property
     def unit_bytes(self) -> int:
@@ -88,6 +91,7 @@ class Variant:
             ("EXPERTS", self.experts),
             ("CLUSTER", self.cluster),
             ("MULTICAST", int(self.multicast)),
+            ("LAG", self.lag),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -195,13 +199,14 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
     if tokens > 64:
         widths += [256] if folded and tokens > 128 else [] if folded else [64]
     return [
-        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster, multicast=multicast)
+        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster, multicast=multicast, lag=lag)
         for width in widths
         for warpgroups in (1, 2, 3)
         for split, cluster, multicast in (*((s, c, False) for s, c in SHARING), (True, 2, True))
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
         if not (width == 256 and cluster == groups == 4)
         if not multicast or width >= 128
+        for lag in ((0, 2) if width == 256 else (0,))
     ]
 
 
