@@ -101,7 +101,10 @@ def test_no_tokens():
     assert out.shape == (0, 128)
 
 
-@pytest.mark.parametrize("tokens, inputs", [(1, 4096), (7, 576), (300, 11008), (5, 777), (64, 28672)])
+@pytest.mark.parametrize(
+    "tokens, inputs",
+    [(1, 4096), (7, 576), (300, 11008), (5, 777), (64, 28672), (1500, 4096), (3000, 576), (700, 777), (400, 28672)],
+)
 @pytest.mark.parametrize("kind", ["plain", "rms", "layer", "silu"])
 def test_quantizers(kind, tokens, inputs):
     torch.manual_seed(0)
@@ -131,6 +134,21 @@ def test_quantizers(kind, tokens, inputs):
     assert (got != expected).float().mean() < 0.01
     assert torch.equal(total, got.sum(1, dtype=torch.int32))
     assert added is None or torch.equal(residual, added)
+
+
+@pytest.mark.parametrize("tokens", [2, 2000])
+def test_quotients_near_halves_round_as_a_division_does(tokens):
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    scale = torch.rand(tokens, 1, device="cuda", generator=generator) + 1e-3
+    halves = torch.randint(-127, 127, (tokens, 1024), device="cuda", generator=generator) + 0.5
+    steps = torch.randint(-2, 3, halves.shape, device="cuda", generator=generator) * 2.0**-23
+    x = halves * scale * (1 + steps)
+    x[:, 0] = 127 * scale[:, 0]
+    codes, got, _ = OPS.quantize_tokens(x, "plain", None, None, None, 0.0)
+    expected = x.abs().amax(1) / torch.full_like(got, 127.0)
+    assert torch.equal(got, expected)
+    exact = (x / expected[:, None]).round().clamp(-127, 127).to(torch.int8)
+    assert torch.equal(layout.unpack_tokens(codes, tokens, 1024), exact)
 
 
 def test_zeros_and_nan_reach_the_scale():

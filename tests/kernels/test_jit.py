@@ -17,8 +17,8 @@ def text_of(variant):
     return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
 
 
-def quantizer(kind, add, dtype, pieces=2, routed=0, gather=0):
-    settings = {"KIND": kind, "ADD": add, "IN": dtype, "PIECES": pieces, "OUT_PIECES": pieces, "THREADS": 256}
+def quantizer(kind, add, dtype, routed=0, gather=0, stages=2):
+    settings = {"KIND": kind, "ADD": add, "IN": dtype, "THREADS": 256, "STAGES": stages}
     settings |= {"ROUTED": routed, "GATHER": gather}
     return source_text("quantize.cu", settings, {})
 

@@ -64,6 +64,17 @@ def _config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any:
 
 
 @functools.cache
+def blocks_on_multiprocessor(function: int, threads: int, shared_bytes: int) -> int:
+    """Blocks of a kernel that one multiprocessor runs at once."""
+    from cuda.bindings import driver
+
+    status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
+    if int(status) != 0 or blocks < 1:
+        raise CompileError(f"a kernel of {threads} threads does not fit on a multiprocessor: {status.name}.")
+    return int(blocks)
+
+
+@functools.cache
 def blocks_at_once(device: int, cluster: int) -> int:
     """Blocks that fit on the GPU at once, one a multiprocessor, in clusters of ``cluster``; a multiple of it."""
     if cluster == 1:

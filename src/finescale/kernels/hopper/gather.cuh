@@ -1,25 +1,21 @@
 // Channels split, merged and permuted within a token: y_j = sum over k of gain_kj * x_(index_kj), each product and each
 // sum rounded to the type of the inputs, in the order of k (grid/inputs.py, Gather).
 //
-// The first term of each channel stands in a table in shared memory, behind the token itself. The few channels that are
+// The first term of each channel stands in a table in shared memory. The few channels that are
 // merged from several have further terms, in one list sorted by pieces of 8 channels: `more_start` says where each piece
 // begins, and `more_index` holds 8 * channel of x + the place in the piece.
 
-extern __shared__ __align__(16) u8 memory[];
-
 #if IN == 2
-typedef float Stored;
 typedef uint2 Term;  // index, gain
 
-__device__ __forceinline__ float value_of(Stored stored) { return stored; }
+__device__ __forceinline__ float value_of(Element stored) { return stored; }
 __device__ __forceinline__ Term term(int index, float gain) { return make_uint2(index, __float_as_uint(gain)); }
 __device__ __forceinline__ int index_of(Term term) { return term.x; }
 __device__ __forceinline__ float gain_of(Term term) { return __uint_as_float(term.y); }
 #else
-typedef u16 Stored;
 typedef u32 Term;  // index, and the gain in the type of the inputs above it
 
-__device__ __forceinline__ float value_of(Stored stored) { return to_float(stored); }
+__device__ __forceinline__ float value_of(Element stored) { return to_float(stored); }
 __device__ __forceinline__ Term term(int index, float gain) {
     return (IN == 0 ? pack_bf16(0, gain) : pack_fp16(0, gain)) & 0xFFFF0000 | index;
 }
@@ -27,45 +23,42 @@ __device__ __forceinline__ int index_of(Term term) { return term & 0xFFFF; }
 __device__ __forceinline__ float gain_of(Term term) { return to_float(static_cast<u16>(term >> 16)); }
 #endif
 
-__device__ __forceinline__ Stored* token_values() { return reinterpret_cast<Stored*>(memory); }
+// Behind the stages: what was gathered, and the table.
+__device__ __forceinline__ Piece* gathered_pieces(const Arguments& a) {
+    return reinterpret_cast<Piece*>(memory + SLOTS * PARTS * row_bytes(a.inputs));
+}
 __device__ __forceinline__ Term* terms(const Arguments& a) {
-    return reinterpret_cast<Term*>(memory + (a.inputs * static_cast<int>(sizeof(Stored)) + 15) / 16 * 16);
+    return reinterpret_cast<Term*>(memory + SLOTS * PARTS * row_bytes(a.inputs) + row_bytes(a.gathered));
 }
 
-// Of the block's own; the first barrier of `gather` makes it everybody's.
 __device__ __forceinline__ void load_table(const Arguments& a) {
     for (int j = threadIdx.x; j < a.gathered; j += THREADS) terms(a)[j] = term(a.index[j], a.index_gain[j]);
 }
 
 __device__ __forceinline__ float product(float x, float gain) { return rounded(__fmul_rn(x, gain)); }
 
-__device__ __forceinline__ void gather(const Arguments& a, const float (&x)[PIECES][8], float (&y)[OUT_PIECES][8]) {
-    const Stored* values = token_values();
-#pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-        int first = (p * THREADS + threadIdx.x) * 8;
-        store8(x[p], token_values(), first, a.inputs - first);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int p = 0; p < OUT_PIECES; p++) {
-        int piece = p * THREADS + threadIdx.x;
+// Where the gathered token lies; finds its largest magnitude too.
+__device__ __forceinline__ Piece* gather(const Arguments& a, const Element* values, u32& largest) {
+    Piece* out = gathered_pieces(a);
+    __syncthreads();  // every piece of the token is ready
+    for (int piece = threadIdx.x; piece * 8 < a.gathered; piece += THREADS) {
+        float y[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            y[p][i] = 0;
+            y[i] = 0;
             if (piece * 8 + i < a.gathered) {
                 Term first = terms(a)[piece * 8 + i];
-                y[p][i] = product(value_of(values[index_of(first)]), gain_of(first));
+                y[i] = product(value_of(values[index_of(first)]), gain_of(first));
             }
         }
-        if (piece * 8 >= a.gathered) continue;
         for (int t = a.more_start[piece]; t < a.more_start[piece + 1]; t++) {
             int place = a.more_index[t];
             float more = product(value_of(values[place / 8]), rounded(a.more_gain[t]));
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                y[p][i] = rounded(__fadd_rn(y[p][i], place % 8 == i ? more : 0.0f));
+            for (int i = 0; i < 8; i++) y[i] = rounded(__fadd_rn(y[i], place % 8 == i ? more : 0.0f));
         }
+        out[piece] = pack(y);
+        largest = larger_magnitude(largest, out[piece]);
     }
-    // Whoever stores the next token has passed the barriers of a reduction first.
+    return out;
 }

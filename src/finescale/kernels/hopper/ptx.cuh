@@ -39,6 +39,8 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ u64 policy_evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -152,6 +154,13 @@ __device__ __forceinline__ void store_transposed4(u32 address, u32 a, u32 b, u32
 __device__ __forceinline__ void store_transposed2(u32 address, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
                  ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// The larger of each half, unsigned.
+__device__ __forceinline__ u32 max_pairs(u32 a, u32 b) {
+    u32 larger;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {

@@ -1,4 +1,4 @@
-// Activations to int8, one scale a token, written as the products read them (kernels/layout.py): one block a token.
+// Activations to int8, one scale a token, written as the products read them (kernels/layout.py).
 //
 // Before the rounding, what stands between two products of a transformer, in the roundings of the plain modules:
 //   PLAIN   x
@@ -7,10 +7,13 @@
 //   SILU    silu(x[:, :I]) * x[:, I:]
 // GATHER: then channels are split, merged and permuted (gather.cuh).
 //
-// Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32),
-// PIECES (pieces of 8 inputs a thread holds), OUT_PIECES (of what is rounded, other than PIECES only if GATHER), THREADS,
-// GATHER, ROUTED (rows sorted by expert, of which `position` says where each
-// choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and writes rows, one a choice).
+// Blocks stay for many tokens. A token lies in shared memory, in pieces of 8 values, each of which is one thread's from
+// the first step to the last. With STAGES, bulk copies bring the next tokens meanwhile.
+//
+// Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32), THREADS,
+// STAGES (tokens in shared memory; 0 if threads load them, one at a time), GATHER, ROUTED (rows sorted by expert, of
+// which `position` says where each choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads
+// and writes rows, one a choice).
 
 #include "ptx.cuh"
 #include "rows.cuh"
@@ -24,7 +27,7 @@ struct Arguments {
     float* scale;
     int* sum;
     const int* position;    // ROUTED: negative for none
-    int tokens, inputs, slabs;
+    int items, inputs, slabs;  // items: tokens, or choices if ROUTED == 2
     int choices;            // of a token, ROUTED == 1
     float epsilon;
     const int* index;       // GATHER: see gather.cuh
@@ -35,33 +38,35 @@ struct Arguments {
     int gathered;           // channels that are rounded; `inputs` unless GATHER
 };
 
+extern __shared__ __align__(16) u8 memory[];
+
+constexpr int WARPS = THREADS / 32;
+constexpr int SLOTS = STAGES > 0 ? STAGES : 1;
+constexpr int PARTS = KIND == 3 || ADD ? 2 : 1;  // rows that a token is made of
+enum { TOTAL, SQUARES, LARGEST, SUM };           // what is combined over the block
+
+__device__ __forceinline__ int row_bytes(int inputs) { return (inputs + 7) / 8 * static_cast<int>(sizeof(Piece)); }
+
 struct AddFloat {
     __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct AddInt {
-    __device__ int operator()(int a, int b) const { return a + b; }
 };
 struct MaxBits {
     __device__ u32 operator()(u32 a, u32 b) const { return a > b ? a : b; }
 };
 
+// Over all threads of the block. A scratch is used again two tokens later, with other barriers in between.
 template <class Value, class Operator>
-__device__ __forceinline__ Value reduce(Value value, Operator combine, Value* scratch) {
+__device__ __forceinline__ Value reduce(Value value, Operator combine, u32* place) {
+    Value* scratch = reinterpret_cast<Value*>(place);
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
-    if (THREADS == 32) return value;
-    __syncthreads();
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();
-    value = scratch[0];
+    value = threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : static_cast<Value>(0);
 #pragma unroll
-    for (int i = 1; i < THREADS / 32; i++) value = combine(value, scratch[i]);
+    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
     return value;
 }
-
-#if GATHER
-#include "gather.cuh"
-#endif
 
 // Eight codes of a row, from input `first` on.
 __device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, uint2 codes) {
@@ -93,130 +98,217 @@ __device__ __forceinline__ uint2 codes8(const float (&x)[8], float scale, float 
     return make_uint2(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
 }
 
-__device__ __forceinline__ void quantize_token(const Arguments& a, long long token, u32* scratch) {
-#if ROUTED == 2
-    token = a.position[token];
-    if (token < 0) return;
-#endif
-    long long row = token * a.inputs;
-    float x[PIECES][8];
-#if KIND != 3
-    float total = 0;
-#endif
-#pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-        int first = (p * THREADS + threadIdx.x) * 8, count = a.inputs - first;
-#if KIND == 3
-        float up[8];
-        load8(x[p], a.x, 2 * row + first, count);
-        load8(up, a.x, 2 * row + a.inputs + first, count);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float gate = rounded(__fdividef(x[p][i], 1.0f + __expf(-x[p][i])));
-            x[p][i] = i < count ? rounded(gate * up[i]) : 0;
-        }
-#else
-        load8(x[p], a.x, row + first, count);
-#if ADD
-        float before[8];
-        load8(before, a.residual, row + first, count);
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[p][i] = rounded(x[p][i] + before[i]);
-        store8(x[p], a.residual, row + first, count);
-#endif
-#pragma unroll
-        for (int i = 0; i < 8; i++) total += KIND == 1 ? x[p][i] * x[p][i] : x[p][i];
-#endif
-    }
-#if KIND == 1 || KIND == 2
-    float mean = 0;
-    total = reduce(total, AddFloat(), reinterpret_cast<float*>(scratch)) / a.inputs;
-#if KIND == 2
-    mean = total;
-    total = 0;
-#pragma unroll
-    for (int p = 0; p < PIECES; p++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float distance = (p * THREADS + static_cast<int>(threadIdx.x)) * 8 + i < a.inputs ? x[p][i] - mean : 0;
-            total += distance * distance;
-        }
-    total = reduce(total, AddFloat(), reinterpret_cast<float*>(scratch)) / a.inputs;
-#endif
-    float inverse = 1.0f / sqrtf(total + a.epsilon);
-#pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-        int first = (p * THREADS + threadIdx.x) * 8, count = a.inputs - first;
-        float gain[8], shift[8];
-        load8(gain, a.gain, first, count);
-        if (KIND == 2 && a.shift) load8(shift, a.shift, first, count);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float value = KIND == 1 ? rounded(x[p][i] * inverse) * gain[i] : (x[p][i] - mean) * inverse * gain[i];
-            if (KIND == 2 && a.shift) value += shift[i];
-            x[p][i] = i < count ? rounded(value) : 0;
-        }
-    }
-#endif
-#if GATHER
-    float y[OUT_PIECES][8];
-    gather(a, x, y);
-#else
-    float(&y)[PIECES][8] = x;
-#endif
-    // As bits, so that a NaN is the largest of all and reaches the scale.
-    u32 largest = 0;
-#pragma unroll
-    for (int p = 0; p < OUT_PIECES; p++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(y[p][i]) & 0x7FFFFFFF);
-    largest = reduce(largest, MaxBits(), scratch);
-    float scale = largest ? __fdiv_rn(__uint_as_float(largest), 127.0f) : 1.0f;
-    if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+// The tokens of a block on their way through shared memory.
+struct Tokens {
+    const Arguments& a;
+    u32 full;  // barriers of the stages
 
-    float reciprocal = __fdiv_rn(1.0f, scale);
-    int sum = 0;
-#pragma unroll
-    for (int p = 0; p < OUT_PIECES; p++) {
-        int first = (p * THREADS + threadIdx.x) * 8;
-        uint2 codes = codes8(y[p], scale, reciprocal);
-        sum = __dp4a(static_cast<int>(codes.x), 0x01010101, __dp4a(static_cast<int>(codes.y), 0x01010101, sum));
-        if (first >= (a.gathered + 127) / 128 * 128) continue;
-#if ROUTED == 1
-        for (int c = 0; c < a.choices; c++) {
-            int target = a.position[token * a.choices + c];
-            if (target >= 0) store_codes(a, target, first, codes);
-        }
+    __device__ long long row(int item) const {
+#if ROUTED == 2
+        return a.position[item];
 #else
-        store_codes(a, token, first, codes);
+        return item;
 #endif
     }
-    sum = reduce(sum, AddInt(), reinterpret_cast<int*>(scratch));
+
+    __device__ Piece* part(int slot, int p) const {
+        return reinterpret_cast<Piece*>(memory + (slot * PARTS + p) * row_bytes(a.inputs));
+    }
+
+    __device__ const Element* source(long long row, int p) const {
+        if (KIND == 3) return static_cast<const Element*>(a.x) + (2 * row + p) * a.inputs;
+        return static_cast<const Element*>(p ? a.residual : a.x) + row * a.inputs;
+    }
+
+    // By one thread.
+    __device__ void copy(int item, int slot) const {
+        u32 barrier = full + 8 * slot, bytes = a.inputs * static_cast<u32>(sizeof(Element));
+        long long from = row(item);
+        if (from < 0) return barrier_arrive(barrier);
+        barrier_expect(barrier, PARTS * bytes);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            copy_bulk(shared_address(part(slot, p)), source(from, p), bytes, barrier, policy_evict_first());
+    }
+
+    // Each thread its own pieces.
+    __device__ void load(long long row) const {
+        for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS)
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) part(0, p)[piece] = load_piece(source(row, p), piece * 8, a.inputs - piece * 8);
+    }
+};
+
+// The sum with the residual, which is written back, or silu(x) * y, in place of x.
+__device__ __forceinline__ void join(const Arguments& a, Piece* token, const Piece* other, int piece, long long row) {
+    float x[8], y[8];
+    unpack(x, token[piece]);
+    unpack(y, other[piece]);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = KIND == 3 ? rounded(__fdividef(x[i], 1.0f + __expf(-x[i]))) * y[i] : x[i] + y[i];
+    token[piece] = pack(x);
+    if (ADD) store_piece(token[piece], a.residual, row * a.inputs + piece * 8, a.inputs - piece * 8);
+}
+
+__device__ __forceinline__ float norm_scale(const Arguments& a, const Piece* token, float& mean, u32 (*scratch)[32]) {
+    float total = 0;
+    for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
+        float x[8];
+        unpack(x, token[piece]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) total += KIND == 1 ? x[i] * x[i] : x[i];
+    }
+    total = reduce(total, AddFloat(), scratch[TOTAL]) / a.inputs;
+    if (KIND == 2) {
+        mean = total;
+        total = 0;
+        for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
+            float x[8];
+            unpack(x, token[piece]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float distance = piece * 8 + i < a.inputs ? x[i] - mean : 0;
+                total += distance * distance;
+            }
+        }
+        total = reduce(total, AddFloat(), scratch[SQUARES]) / a.inputs;
+    }
+    return 1.0f / sqrtf(total + a.epsilon);
+}
+
+__device__ __forceinline__ void norm(const Arguments& a, Piece* token, int piece, float mean, float inverse) {
+    float x[8], gain[8], shift[8];
+    int count = a.inputs - piece * 8;
+    unpack(x, token[piece]);
+    load8(gain, a.gain, piece * 8, count);
+    if (KIND == 2 && a.shift) load8(shift, a.shift, piece * 8, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float value = KIND == 1 ? rounded(x[i] * inverse) * gain[i] : (x[i] - mean) * inverse * gain[i];
+        if (KIND == 2 && a.shift) value += shift[i];
+        x[i] = i < count ? value : 0;
+    }
+    token[piece] = pack(x);
+}
+
+// The larger magnitude, as bits: a NaN is the largest of all and reaches the scale.
+__device__ __forceinline__ u32 larger_magnitude(u32 largest, const Piece& piece) {
+#if IN == 2
+    float x[8];
+    unpack(x, piece);
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(x[i]) & 0x7FFFFFFF);
+    return largest;
+#else
+    u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) largest = max_pairs(largest, words[i] & 0x7FFF7FFF);
+    return largest;
+#endif
+}
+
+#if GATHER
+#include "gather.cuh"
+#endif
+
+__device__ __forceinline__ float block_largest(u32 largest, u32* scratch) {
+#if IN == 2
+    return __uint_as_float(reduce(largest, MaxBits(), scratch));
+#else
+    return to_float(static_cast<u16>(reduce(max(largest & 0xFFFF, largest >> 16), MaxBits(), scratch)));
+#endif
+}
+
+// Scale and sum of codes of a token; the warps' sums were written before the last barrier.
+__device__ __forceinline__ void write_facts(const Arguments& a, long long row, float scale, const u32* sums) {
+    if (threadIdx.x >= 32) return;
+    int sum = __reduce_add_sync(0xFFFFFFFF, threadIdx.x < WARPS ? static_cast<int>(sums[threadIdx.x]) : 0);
 #if ROUTED == 1
-    for (int c = threadIdx.x; c < a.choices; c += THREADS) {
-        int target = a.position[token * a.choices + c];
+    for (int c = threadIdx.x; c < a.choices; c += 32) {
+        int target = a.position[row * a.choices + c];
         if (target < 0) continue;
         a.scale[target] = scale;
         a.sum[target] = sum;
     }
 #else
     if (threadIdx.x == 0) {
-        a.scale[token] = scale;
-        a.sum[token] = sum;
+        a.scale[row] = scale;
+        a.sum[row] = sum;
     }
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
-    __shared__ u32 scratch[32];
+    __shared__ u32 scratch[2][4][32];
+    __shared__ u64 barriers[SLOTS];
     let_next_kernel_start();
+    Tokens tokens{a, shared_address(barriers)};
+    if (STAGES > 0 && threadIdx.x == 0) {
+        for (int i = 0; i < SLOTS; i++) barrier_init(tokens.full + 8 * i, 1);
+        fence_barrier_init();
+    }
 #if GATHER
     load_table(a);
-    wait_for_previous_kernel();
-    // Blocks stay for many tokens, since each has to load the table.
-    for (int token = blockIdx.x; token < a.tokens; token += gridDim.x) quantize_token(a, token, scratch);
-#else
-    wait_for_previous_kernel();
-    quantize_token(a, blockIdx.x, scratch);
 #endif
+    __syncthreads();
+    wait_for_previous_kernel();
+    int stride = static_cast<int>(gridDim.x), filling = blockIdx.x;  // the next item to be copied
+    if (STAGES > 0 && threadIdx.x == 0)
+        for (int i = 0; i < SLOTS && filling < a.items; i++, filling += stride) tokens.copy(filling, i);
+    long long row_before = -1;
+    float scale_before = 0;
+    int parity = 0, slot = 0;
+    u32 phase = 0;
+    for (int item = blockIdx.x; item < a.items; item += stride) {
+        long long row = tokens.row(item);
+        if (STAGES > 0) barrier_wait(tokens.full + 8 * slot, phase);
+        else if (row >= 0) tokens.load(row);
+        if (row >= 0) {
+            Piece* token = tokens.part(slot, 0);
+            u32 largest = 0;
+            if (PARTS == 2)
+                for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS)
+                    join(a, token, tokens.part(slot, 1), piece, row);
+            float mean = 0, inverse = KIND == 1 || KIND == 2 ? norm_scale(a, token, mean, scratch[parity]) : 0;
+            for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
+                if (KIND == 1 || KIND == 2) norm(a, token, piece, mean, inverse);
+                if (!GATHER) largest = larger_magnitude(largest, token[piece]);
+            }
+#if GATHER
+            token = gather(a, reinterpret_cast<const Element*>(token), largest);
+#endif
+            float scale = block_largest(largest, scratch[parity][LARGEST]);
+            if (row_before >= 0) write_facts(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
+            scale = scale != 0 ? __fdiv_rn(scale, 127.0f) : 1.0f;
+            if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+            float reciprocal = __fdiv_rn(1.0f, scale);
+            int sum = 0;
+            for (int piece = threadIdx.x; piece < (a.gathered + 127) / 128 * 16; piece += THREADS) {
+                float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+                if (piece * 8 < a.gathered) unpack(x, token[piece]);
+                uint2 codes = codes8(x, scale, reciprocal);
+                sum = __dp4a(static_cast<int>(codes.x), 0x01010101, __dp4a(static_cast<int>(codes.y), 0x01010101, sum));
+#if ROUTED == 1
+                for (int c = 0; c < a.choices; c++) {
+                    int target = a.position[row * a.choices + c];
+                    if (target >= 0) store_codes(a, target, piece * 8, codes);
+                }
+#else
+                store_codes(a, row, piece * 8, codes);
+#endif
+            }
+            sum = __reduce_add_sync(0xFFFFFFFF, sum);
+            if (threadIdx.x % 32 == 0) scratch[parity][SUM][threadIdx.x / 32] = static_cast<u32>(sum);
+            row_before = row, scale_before = scale, parity ^= 1;
+        }
+        if (STAGES > 0) {
+            fence_proxy_async();  // what was written in place comes before what is copied there
+            __syncthreads();
+            if (threadIdx.x == 0 && filling < a.items) tokens.copy(filling, slot), filling += stride;
+            if (++slot == SLOTS) slot = 0, phase ^= 1;
+        }
+    }
+    __syncthreads();
+    if (row_before >= 0) write_facts(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
 }

@@ -6,6 +6,7 @@ Shape legend: T tokens, I inputs, B blocks of 128 inputs.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,22 +14,26 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import launch
+from finescale.kernels.launch import blocks_on_multiprocessor, launch
 from finescale.kernels.layout import packed_tokens_shape
 
 if TYPE_CHECKING:
     from finescale.kernels.gather import GatherTable
 
 SHARED_BYTES = 227 * 1024
+RESERVED_BYTES = 3 * 1024
+"""Shared memory of a block beside its tokens."""
+THREADS_AT_ONCE = 1280
+"""Of a multiprocessor."""
+PIECES_OF_A_THREAD = 4
 KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
 IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-LARGEST_INPUTS = 8 * 1024 * 8
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("x", "residual", "gain", "shift", "codes", "scale", "sum", "position")],
-        *[(name, ctypes.c_int) for name in ("tokens", "inputs", "slabs", "choices")],
+        *[(name, ctypes.c_int) for name in ("items", "inputs", "slabs", "choices")],
         ("epsilon", ctypes.c_float),
         *[(name, ctypes.c_void_p) for name in ("index", "index_gain", "more_start", "more_index", "more_gain")],
         ("gathered", ctypes.c_int),
@@ -74,37 +79,38 @@ def run(
     scale_T = torch.empty(given, dtype=torch.float32, device=device)
     sum_T = torch.empty(given, dtype=torch.int32, device=device)
     by_row = position_TK is not None and kind == "silu"
-    grid = position_TK.numel() if position_TK is not None and by_row else tokens
-    if grid == 0:
+    items = position_TK.numel() if position_TK is not None and by_row else tokens
+    if items == 0:
         return codes, scale_T, sum_T
-    widest = max(-(-inputs // 128) * 128, shape[0] * 128)
-    threads = next((t for t in (128, 256, 512, 1024) if widest <= t * 16), 1024)
-    pieces = -(-inputs // (threads * 8))
-    out_pieces = pieces if gather is None else -(-shape[0] * 128 // (threads * 8))
     size = x_TI.element_size()
-    # The token, and four bytes a channel of the table, or eight where gains are float32.
-    shared_bytes = 0 if gather is None else -(-inputs * size // 16) * 16 + gathered * max(4, 2 * size)
-    if max(pieces, out_pieces) > 8 or shared_bytes > SHARED_BYTES:
-        raise InputError(f"tokens of {inputs} inputs are too wide for the fused quantizer (at most {LARGEST_INPUTS}).")
-    if gather is not None:
-        # Blocks that gather stay, as many as fit.
-        blocks = max(1, min(2048 // threads, SHARED_BYTES // (shared_bytes + 1024)))
-        grid = min(grid, blocks * torch.cuda.get_device_properties(device).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = 2 if kind == "silu" or residual_TI is not None else 1
+    # What was gathered, and its table: four bytes a channel, or eight where gains are float32.
+    table_bytes = 0 if gather is None else -(-gathered // 8) * 8 * size + gathered * max(4, 2 * size)
+    rows = [x_TI] if residual_TI is None else [x_TI, residual_TI]
+    bulk = inputs * size % 16 == 0 and all(row.data_ptr() % 16 == 0 for row in rows)
+    block = block_shape(
+        max(-(-inputs // 8), shape[0] * 16),
+        -(-inputs // 8) * 8 * size * parts,
+        table_bytes,
+        items,
+        multiprocessors,
+        bulk,
+    )
     settings = (
         ("KIND", KINDS[kind]),
         ("ADD", int(residual_TI is not None)),
         ("IN", IN_TYPES[x_TI.dtype]),
-        ("PIECES", pieces),
-        ("OUT_PIECES", out_pieces),
-        ("THREADS", threads),
+        ("THREADS", block.threads),
+        ("STAGES", block.stages),
         ("ROUTED", 0 if position_TK is None else 1 + int(by_row)),
         ("GATHER", int(gather is not None)),
     )
-    function = load_kernel("quantize.cu", settings, (), "quantize_tokens", device.index, shared_bytes)
+    function = load_kernel("quantize.cu", settings, (), "quantize_tokens", device.index, block.shared_bytes)
     arguments = _Arguments(
         *(None if t is None else t.data_ptr() for t in (x_TI, residual_TI, gain_I, shift_I, codes, scale_T, sum_T)),
         None if position_TK is None else position_TK.data_ptr(),
-        tokens,
+        items,
         inputs,
         shape[1],
         0 if position_TK is None else position_TK.shape[1],
@@ -112,5 +118,40 @@ def run(
         *((None,) * 5 if gather is None else (tensor.data_ptr() for tensor in gather.tensors())),
         gathered,
     )
-    launch(function, grid, threads, shared_bytes, arguments, device)
+    grid = min(items, multiprocessors * blocks_on_multiprocessor(function, block.threads, block.shared_bytes))
+    launch(function, grid, block.threads, block.shared_bytes, arguments, device)
     return codes, scale_T, sum_T
+
+
+@dataclass(frozen=True)
+class Block:
+    """Threads of a block, tokens it holds in shared memory (0 where threads load them), and bytes of that memory."""
+
+    threads: int
+    stages: int
+    shared_bytes: int
+
+
+def block_shape(pieces: int, token_bytes: int, table_bytes: int, items: int, multiprocessors: int, bulk: bool) -> Block:
+    """How tokens are shared out.
+
+    Args:
+        pieces: of 8 values in a token, before or after a gather.
+        token_bytes: in shared memory, of all that a token is made of.
+        table_bytes: beside the tokens.
+        items: tokens or rows.
+        multiprocessors: of the GPU.
+        bulk: rows lie so that bulk copies can fetch them.
+
+    Raises:
+        InputError: a token does not fit into shared memory.
+    """
+    if token_bytes + table_bytes > SHARED_BYTES - RESERVED_BYTES:
+        raise InputError(f"tokens of {8 * pieces} inputs are too wide for the fused quantizer.")
+    if not bulk or items <= 2 * multiprocessors:  # one token after the other, or at once: nothing to fetch meanwhile
+        return Block(max(32, min(1024, -(-pieces // 32) * 32)), 0, token_bytes + table_bytes)
+    threads = max(64, min(1024, -(-pieces // (PIECES_OF_A_THREAD * 32)) * 32))
+    blocks = min(THREADS_AT_ONCE // threads, SHARED_BYTES // (2 * token_bytes + table_bytes + RESERVED_BYTES))
+    fitting = SHARED_BYTES // max(blocks, 1) - table_bytes - RESERVED_BYTES
+    stages = max(1, min(4, fitting // token_bytes))
+    return Block(threads, stages, stages * token_bytes + table_bytes)

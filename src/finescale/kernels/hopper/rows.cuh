@@ -23,49 +23,81 @@ __device__ __forceinline__ float rounded(float value) {
 #endif
 }
 
-__device__ __forceinline__ void load8(float (&values)[8], const void* base, long long first, int count) {
+// Eight neighbouring values as they lie in memory.
 #if IN == 2
-    const float* source = static_cast<const float*>(base) + first;
-    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
-        float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
-        values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-        values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = i < count ? source[i] : 0;
+struct Piece {
+    float4 low, high;
+};
+typedef float Element;
 #else
-    const u16* source = static_cast<const u16*>(base) + first;
-    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) {
-        uint4 packed = *reinterpret_cast<const uint4*>(source);
-        u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+typedef uint4 Piece;
+typedef u16 Element;
+#endif
+
+__device__ __forceinline__ void unpack(float (&values)[8], const Piece& piece) {
+#if IN == 2
+    values[0] = piece.low.x, values[1] = piece.low.y, values[2] = piece.low.z, values[3] = piece.low.w;
+    values[4] = piece.high.x, values[5] = piece.high.y, values[6] = piece.high.z, values[7] = piece.high.w;
+#else
+    u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = i < count ? to_float(source[i]) : 0;
+    for (int i = 0; i < 8; i++) values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
 #endif
 }
 
-__device__ __forceinline__ void store8(const float (&values)[8], void* base, long long first, int count) {
+// Rounds.
+__device__ __forceinline__ Piece pack(const float (&values)[8]) {
 #if IN == 2
-    float* target = static_cast<float*>(base) + first;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (i < count) target[i] = values[i];
+    return Piece{make_float4(values[0], values[1], values[2], values[3]),
+                 make_float4(values[4], values[5], values[6], values[7])};
 #else
-    u16* target = static_cast<u16*>(base) + first;
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
         words[i] = IN == 0 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_fp16(values[2 * i], values[2 * i + 1]);
+    return make_uint4(words[0], words[1], words[2], words[3]);
+#endif
+}
+
+// The `count` values from place `first` of a row on, if they are fewer than eight, and zeros.
+__device__ __forceinline__ Piece load_piece(const void* base, long long first, int count) {
+    const Element* source = static_cast<const Element*>(base) + first;
+    if (count >= 8 && (reinterpret_cast<u64>(source) & 15) == 0) return *reinterpret_cast<const Piece*>(source);
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#if IN == 2
+        values[i] = i < count ? source[i] : 0;
+#else
+        values[i] = i < count ? to_float(source[i]) : 0;
+#endif
+    return pack(values);
+}
+
+__device__ __forceinline__ void store_piece(const Piece& piece, void* base, long long first, int count) {
+    Element* target = static_cast<Element*>(base) + first;
     if (count >= 8 && (reinterpret_cast<u64>(target) & 15) == 0) {
-        *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<Piece*>(target) = piece;
         return;
     }
+#if IN == 2
+    float values[8];
+    unpack(values, piece);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count) target[i] = values[i];
+#else
+    u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
     for (int i = 0; i < 8; i++)
         if (i < count) target[i] = static_cast<u16>(words[i / 2] >> (16 * (i % 2)));
 #endif
+}
+
+__device__ __forceinline__ void load8(float (&values)[8], const void* base, long long first, int count) {
+    unpack(values, load_piece(base, first, count));
+}
+
+__device__ __forceinline__ void store8(const float (&values)[8], void* base, long long first, int count) {
+    store_piece(pack(values), base, first, count);
 }
