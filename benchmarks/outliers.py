@@ -1,13 +1,17 @@
-"""Perplexity with and without outliers at 3 bits, one row per model as in the README of QuantEase.
+"""Quality with and without outliers at 3 bits, one row per model as in the README of QuantEase.
 
     python benchmarks/outliers.py --data ../shared --json benchmarks/results/outliers-zoo.json
 
 The small trained models of ``--data`` (models/zoo), calibrated on the second half of data/books/books_valid.txt and
-evaluated on windows of its first half. Columns: the original; QuantEase per channel on the min/max grid as published,
-and on ours (clipping search); 1 % structured and 1 % unstructured outliers; the published outlier algorithm; SpQR
-(groups of 16, the better of two dampings); QuantEase with as many outliers as make its size SpQR's; and QuantEase from
-SpQR on SpQR's grid, of the same size too. ``way`` is the share of the way from the original to a plain 3-bit model in
-log perplexity. Rows that the JSON file has already are not computed again.
+evaluated on all windows of its first half, perplexity and KL divergence from the original's next tokens. Columns: the
+original; QuantEase per channel on the min/max grid as published, and on ours (clipping search); 1 % structured and 1 %
+unstructured outliers; the published outlier algorithm; SpQR (groups of 16, two dampings); QuantEase with as many
+outliers as make its size SpQR's; and QuantEase from SpQR on SpQR's grid, of the same size too.
+
+Every run is made for several seeds of the choice of calibration windows; the table has means over them (of log
+perplexities), since the difference of two runs is about as large as that of two seeds where a model of 7 million
+parameters loses 3 %. ``way`` is the share of the way from the original to a plain 3-bit model in log perplexity. Rows
+that the JSON file has are not computed again; --merge takes them from other files too.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from finescale.api import evaluate, load, quantize
 from finescale.bench.machine import machine_facts
@@ -32,16 +39,21 @@ from finescale.formats.source import open_checkpoint
 
 FAMILIES = ("llama", "opt", "bloom", "falcon")
 BITS = "weights.bits=3"
+LENGTH = 512
+"""Tokens of a window, calibrated or evaluated."""
+SPQR, SPQR_DAMPED = "spqr", "spqr, damping 0.01"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain published": ("quantease-published", (BITS,)),
     "plain": ("quantease", (BITS,)),
     "structured 1 %": ("quantease-structured-outliers", (BITS,)),
     "unstructured 1 %": ("quantease-outliers", (BITS,)),
     "unstructured 1 % published": ("quantease-outliers-published", (BITS,)),
-    "spqr": ("spqr", (BITS,)),
-    "spqr, damping 0.01": ("spqr", (BITS, "solver.damping=0.01")),
+    SPQR: ("spqr", (BITS,)),
+    SPQR_DAMPED: ("spqr", (BITS, "solver.damping=0.01")),
     "spqr-quantease": ("spqr-quantease", (BITS,)),
 }
+ONE_SEED = ("plain published", "unstructured 1 % published", "spqr-quantease")
+"""Runs that are made for the first seed only."""
 SAME_SIZE = "unstructured of spqr's size"
 
 
@@ -51,29 +63,34 @@ class Texts:
 
     calibration: str
     evaluation: str
-    windows: int
+    windows: int | None
     device: str
 
 
-def perplexity(folder: Path, texts: Texts) -> Evaluation:
+def evaluate_on(texts: Texts, folder: Path, original: PreTrainedModel | None) -> Evaluation:
     """Of a model, original or quantized, in float32."""
     model = load(folder, device=texts.device, dtype=torch.float32)
-    return evaluate(model, texts.evaluation, windows=texts.windows, length=512, tokenizer_from=folder)
+    return evaluate(
+        model, texts.evaluation, windows=texts.windows, length=LENGTH, tokenizer_from=folder, against=original
+    )
 
 
-def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts) -> dict[str, Any]:
-    """Quantize and evaluate; perplexity, stored bits per weight and the layers' mean relative error."""
+def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed: int = 0) -> dict[str, Any]:
+    """Quantize and evaluate; perplexity, KL, stored bits per weight and the layers' mean relative error."""
     with tempfile.TemporaryDirectory() as folder:
-        common = ("calibration.samples=48", "calibration.length=256")
-        settings = (*settings, *common)
+        # Windows as long as those evaluated: some models have learned their positions.
+        settings = ("calibration.samples=64", f"calibration.length={LENGTH}", *settings)
         out = Path(folder) / "q"
-        report = quantize(model, recipe, out=out, calibration=texts.calibration, settings=settings, device=texts.device)
-        found = perplexity(out, texts)
+        report = quantize(
+            model, recipe, out=out, calibration=texts.calibration, settings=settings, seed=seed, device=texts.device
+        )
+        found = evaluate_on(texts, out, load(model, device=texts.device, dtype=torch.float32))
     errors = [layer["relative_error"] for layer in report["layers"]]
     return {
         "recipe": recipe,
         "settings": settings,
         "perplexity": found.perplexity,
+        "kl": found.kl,
         "tokens": found.tokens,
         "bits_per_weight": report["size"]["bits_per_weight"],
         "relative_error": sum(errors) / len(errors),
@@ -90,79 +107,110 @@ def share_of_size(model: Path, target: float) -> float:
     return (target - 3 - 51 / (1.33 * width)) / 32
 
 
-def fit_size(model: Path, target: float, texts: Texts) -> dict[str, Any]:
+def fit_size(model: Path, target: float, texts: Texts, seed: int) -> dict[str, Any]:
     """QuantEase with unstructured outliers at no more than ``target`` bits per weight, and at most 0.5 % less."""
     share = share_of_size(model, target)
     for _ in range(4):
-        row = run(model, "quantease-outliers", (BITS, f"solver.outliers={share:.6f}"), texts)
+        row = run(model, "quantease-outliers", (BITS, f"solver.outliers={share:.6f}"), texts, seed)
         if 0.995 * target <= row["bits_per_weight"] <= target:
             break
         share += (target * 0.999 - row["bits_per_weight"]) / 32
     return row
 
 
-def way(rows: dict[str, Any], name: str, plain: str) -> float:
-    original = math.log(rows["original"]["perplexity"])
-    return (math.log(rows[name]["perplexity"]) - original) / (math.log(rows[plain]["perplexity"]) - original)
-
-
-def compare(family: str, rows: dict[str, Any], data: Path, texts: Texts, save: Any) -> None:
-    model = data / "models" / "zoo" / family
+def compare(model: Path, rows: dict[str, Any], seed: int, texts: Texts, save: Callable[[], None]) -> None:
+    """All runs of a seed that are not in ``rows`` yet."""
     if "original" not in rows:
-        found = perplexity(model, texts)
-        rows["original"] = {"perplexity": found.perplexity, "tokens": found.tokens, "bits_per_weight": 16.0}
+        found = evaluate_on(texts, model, None)
+        rows["original"] = {"perplexity": found.perplexity, "kl": 0.0, "tokens": found.tokens, "bits_per_weight": 16.0}
         save()
     for name, (recipe, settings) in RUNS.items():
-        if name not in rows:
-            rows[name] = run(model, recipe, settings, texts)
+        if name not in rows and (seed == 0 or name not in ONE_SEED):
+            rows[name] = run(model, recipe, settings, texts, seed)
             save()
-    best = min(("spqr", "spqr, damping 0.01"), key=lambda name: rows[name]["perplexity"])
     if SAME_SIZE not in rows:
-        rows[SAME_SIZE] = fit_size(model, rows[best]["bits_per_weight"], texts)
+        rows[SAME_SIZE] = fit_size(model, rows[SPQR]["bits_per_weight"], texts, seed)
         save()
 
 
-def judge(rows: dict[str, Any]) -> dict[str, Any]:
-    """What is asked of the outliers, family by family."""
-    value = {name: row["perplexity"] for name, row in rows.items()}
-    best = min(("spqr", "spqr, damping 0.01"), key=lambda name: value[name])
-    return {
-        "order": value["plain"] > value["structured 1 %"] > value["unstructured 1 %"],
-        "way_of_plain": way(rows, "unstructured 1 %", "plain"),
-        "way_of_plain_published": way(rows, "unstructured 1 %", "plain published"),
-        "way_published": way(rows, "unstructured 1 % published", "plain published"),
-        "beats_spqr_per_channel": value[SAME_SIZE] < value[best],
-        "beats_spqr_on_its_grid": value["spqr-quantease"] < value["spqr, damping 0.01"],
-    }
+def means(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each run over its seeds: perplexity (its logarithm's mean), KL, bits; and the deviation of both means."""
+    result = {}
+    for name in ("original", *RUNS, SAME_SIZE):
+        rows = [rows[name] for rows in seeds.values() if name in rows]
+        if not rows:
+            continue
+        logs, kls = [math.log(row["perplexity"]) for row in rows], [row["kl"] for row in rows]
+        result[name] = {
+            "seeds": len(rows),
+            "perplexity": math.exp(statistics.fmean(logs)),
+            "kl": statistics.fmean(kls),
+            "bits_per_weight": statistics.fmean(row["bits_per_weight"] for row in rows),
+        }
+        if len(rows) > 1 and name != "original":
+            result[name]["log_deviation"] = statistics.stdev(logs) / len(rows) ** 0.5
+            result[name]["kl_deviation"] = statistics.stdev(kls) / len(rows) ** 0.5
+    return result
+
+
+def judge(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What is asked of the outliers, by the means over seeds."""
+
+    def way(name: str, plain: str) -> float:
+        first, last, here = (math.log(rows[key]["perplexity"]) for key in ("original", plain, name))
+        return (here - first) / (last - first)
+
+    found: dict[str, Any] = {}
+    for key in ("perplexity", "kl"):
+        plain, structured, unstructured = (rows[name][key] for name in ("plain", "structured 1 %", "unstructured 1 %"))
+        found[f"order_by_{key}"] = plain > structured > unstructured
+        found[f"beats_spqr_by_{key}"] = rows[SAME_SIZE][key] < min(rows[SPQR][key], rows[SPQR_DAMPED][key])
+    found["way_of_plain"] = way("unstructured 1 %", "plain")
+    found["way_of_plain_by_kl"] = rows["unstructured 1 %"]["kl"] / rows["plain"]["kl"]
+    if "plain published" in rows:
+        found["way_of_plain_published"] = way("unstructured 1 %", "plain published")
+        found["way_published"] = way("unstructured 1 % published", "plain published")
+        found["spqr_quantease_beats_spqr"] = rows["spqr-quantease"]["kl"] < rows[SPQR_DAMPED]["kl"]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="nothing is computed without it")
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--windows", type=int, help="of the evaluation; all if not given")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/outliers-zoo.json"))
     arguments = parser.parse_args()
     quiet_libraries()
-    result: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"models": {}}
-    result |= {"benchmark": "outliers", "seed": 0, "machine": machine_facts(), "windows": arguments.windows}
-    result["device"] = arguments.device
+    result: dict[str, Any] = {"models": {}}
+    for path in [arguments.json, *arguments.merge]:
+        for family, seeds in (json.loads(path.read_text())["models"] if path.is_file() else {}).items():
+            for seed, rows in seeds.items():
+                result["models"].setdefault(family, {}).setdefault(seed, {}).update(rows)
+    result |= {"benchmark": "outliers", "machine": machine_facts(), "device": arguments.device}
+    result["windows"] = arguments.windows
 
     def save() -> None:
+        result["means"] = {family: means(seeds) for family, seeds in result["models"].items()}
+        complete = {family: rows for family, rows in result["means"].items() if SAME_SIZE in rows}
+        result["judgement"] = {family: judge(rows) for family, rows in complete.items()}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
-    with tempfile.TemporaryDirectory() as folder:
-        text = (arguments.data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
-        evaluation, calibration = Path(folder) / "evaluation.txt", Path(folder) / "calibration.txt"
-        evaluation.write_text(text[: len(text) // 2], encoding="utf-8")
-        calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
-        texts = Texts(str(calibration), str(evaluation), arguments.windows, arguments.device)
-        for family in arguments.families.split(","):
-            rows = result["models"].setdefault(family, {})
-            compare(family, rows, arguments.data, texts, save)
-    result["judgement"] = {family: judge(rows) for family, rows in result["models"].items()}
+    if arguments.data:
+        with tempfile.TemporaryDirectory() as folder:
+            text = (arguments.data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")
+            evaluation, calibration = Path(folder) / "evaluation.txt", Path(folder) / "calibration.txt"
+            evaluation.write_text(text[: len(text) // 2], encoding="utf-8")
+            calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
+            texts = Texts(str(calibration), str(evaluation), arguments.windows, arguments.device)
+            for seed in arguments.seeds.split(","):
+                for family in arguments.families.split(","):
+                    rows = result["models"].setdefault(family, {}).setdefault(seed, {})
+                    compare(arguments.data / "models" / "zoo" / family, rows, int(seed), texts, save)
     save()
     show(result)
 
@@ -170,11 +218,15 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     console = Console(width=200)
     names = ["original", *RUNS, SAME_SIZE]
-    table = Table("model", *names, title="perplexity (stored bits per weight)")
-    for family, rows in result["models"].items():
-        table.add_row(
-            family, *(f"{rows[name]['perplexity']:.2f} ({rows[name]['bits_per_weight']:.2f})" for name in names)
+    table = Table("model", *names, title="perplexity / 1000 KL (stored bits per weight)")
+    for family, rows in result["means"].items():
+        cells = (
+            f"{rows[name]['perplexity']:.2f} / {1000 * rows[name]['kl']:.1f} ({rows[name]['bits_per_weight']:.2f})"
+            if name in rows
+            else "-"
+            for name in names
         )
+        table.add_row(family, *cells)
     console.print(table)
     for family, facts in result["judgement"].items():
         console.print(f"{family}: {facts}")
