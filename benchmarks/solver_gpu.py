@@ -26,7 +26,7 @@ import torch
 from finescale.bench import gpu_solver
 from finescale.solvers import descent
 
-COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xfp16", "quantease_gptq10_3xfp16")
 
 RATIOS = ("speedup_over_algorithm_2_3xfp16", "quantease_3xfp16_over_gptq")
 
@@ -67,7 +67,7 @@ def tune(device: str) -> dict[str, Any]:
         for few_rows in (0, 1 << 30):  # programs of 8 and of 4 warps
             cuda_sweep.FEW_ROWS = few_rows
             label = f"cuda, {4 if few_rows else 8} warps"
-            entry[label] = microseconds(partial(cuda_sweep.quantease_batch, *tensors[:2], parts, *after))
+            entry[label] = microseconds(cuda_sweep.quantease_batch(*tensors[:2], parts, *after))
         found["kernel"].append(entry)
         print("sweep kernel:", entry)
     cuda_sweep.FEW_ROWS = 132 * 32
@@ -80,7 +80,7 @@ def tune(device: str) -> dict[str, Any]:
             for depth, last in ((128, 1024), (512, columns), (1024, columns), (2048, columns)):
                 changes = products.new_changes(depth, rows)
                 products.write_changes(products.changes_of(changes, 0, 128), torch.randn(128, rows, device=device))
-                add = partial(products.add_, beta_IO, changes, 0, depth, 0, last)
+                add = products.adder(beta_IO, changes, 0, depth, 0, last)
                 entry[f"{depth} into {last}"] = microseconds(add, 10)
             found["products"].append(entry)
             print("products:", entry)
@@ -89,9 +89,8 @@ def tune(device: str) -> dict[str, Any]:
             descent.GPU_BLOCK = width
             row = gpu_solver.time_shape(rows, columns, 8, device, 0)
             found["block"].append(row | {"block": width})
-            print(f"block {width:>5}, {rows}x{columns}, 8 sweeps: float32 {row['quantease_seconds']:.4f} s, 3xtf32 "
-                  f"{row['quantease_3xtf32_seconds']:.4f} s, 3xfp16 {row['quantease_3xfp16_seconds']:.4f} s, gptq "
-                  f"{row['gptq_seconds']:.4f} s")  # fmt: skip
+            seconds = [f"{key} {row[f'{key}_seconds']:.4f} s" for key in COLUMNS[1:]]
+            print(f"block {width:>5}, {rows}x{columns}, 8 sweeps:", ", ".join(seconds))
     descent.GPU_BLOCK = 1024
     return found
 
@@ -108,15 +107,20 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
     print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
-          ["algorithm_2", "gptq", "quantease", "q_3xtf32", "q_3xfp16", "q_gptq10", "over alg 2", "over gptq",
-           "obj 3xtf32", "obj 3xfp16", "obj gptq10"]))  # fmt: skip
-    result = gpu_solver.bench_gpu_solver(arguments.device, arguments.sweeps, arguments.budget, shapes, 512, show)
+          ["algorithm_2", "gptq", "quantease", "q_3xfp16", "q_gptq10", "over alg 2", "over gptq",
+           "obj 3xfp16", "obj gptq10"]))  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def on_row(result: dict[str, Any]) -> None:
+        show(result["rows"][-1])
+        (arguments.out / arguments.name).write_text(json.dumps(result, indent=1) + "\n")
+
+    result = gpu_solver.bench_gpu_solver(arguments.device, arguments.sweeps, arguments.budget, shapes, 512, on_row)
     for check in result["checks"]:
         print(f"check {check['solver']} {check['options']} {check['sweeps']} sweeps: {check['different']} of "
               f"{check['codes']} codes differ, objective ratio {check['objective_ratio']:.7f}")  # fmt: skip
     if arguments.tune:
         result["tune"] = tune(arguments.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / arguments.name).write_text(json.dumps(result, indent=1) + "\n")
     for model, facts in result["models"].items():
         print(model, *(f"  {key}: {terms}" for key, terms in facts["arithmetic"].items()), sep="\n")

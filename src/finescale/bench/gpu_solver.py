@@ -14,8 +14,8 @@ from torch import Tensor
 
 from finescale.bench.machine import machine_facts
 from finescale.bench.solver import SEED, synthetic_layer
-from finescale.grid import Grid, WeightScheme, fit_grid
-from finescale.solvers import find_solver, squared_error
+from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid
+from finescale.solvers import descent, find_solver, squared_error
 from finescale.solvers.products import has_triton, tf32_products
 
 SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -32,10 +32,12 @@ BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 
 MOST_OPERATIONS = 1.2e14
 """A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
 and large layers are solved in slabs of rows anyway)."""
-KINDS = ("", "_3xtf32", "_3xfp16")
-"""Products of the sweeps: float32, and the two kinds of parts."""
-FEW_SWEEPS = (5, 10)
+KINDS = ("", "_3xfp16")
+"""Products of the sweeps: float32, and float16 parts."""
+FEW_SWEEPS = (10,)
 """Sweeps from GPTQ's solution, which need no relaxation."""
+FEW_OPERATIONS = 2e13
+"""Up to here layers are solved once to warm up, and once more in other blocks."""
 LARGEST_FACTOR = 32768
 """Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB."""
 CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
@@ -158,8 +160,26 @@ def algorithm_2_seconds(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, colum
     return product + loop * inputs / len(picked)
 
 
+def objective(weight_OI: Tensor, found: QuantizedWeight, hessian_II: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T), products in float32."""
+    difference_OI = weight_OI - found.dequantize()
+    with tf32_products(False):
+        return float(((difference_OI @ hessian_II) * difference_OI).sum(dtype=torch.float64))
+
+
+def _in_other_blocks(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, sweeps: int) -> float:
+    """The objective in float32 with sums in another order: how far rounding alone moves it."""
+    entry, before = find_solver("quantease"), descent.GPU_BLOCK
+    try:
+        descent.GPU_BLOCK = before // 2
+        solution = entry.solve(weight_OI, hessian_II, grid, QuantEaseOptions(sweeps=sweeps))
+    finally:
+        descent.GPU_BLOCK = before
+    return objective(weight_OI, solution.weight, hessian_II)
+
+
 def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
-    """Seconds of one layer: rtn, gptq, quantease in float32 and with split products, and Algorithm 2."""
+    """Seconds of one layer: gptq, quantease in float32 and with products of parts, and Algorithm 2."""
     operations = 2.0 * rows * columns * columns * (sweeps + 4)
     timed = rows
     if operations > MOST_OPERATIONS:
@@ -169,7 +189,6 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     row: dict[str, Any] = {"shape": [rows, columns], "rows_timed": timed, "sweeps": sweeps}
     runs: dict[str, tuple[str, dict[str, Any]]] = {
         "quantease": ("quantease", {"sweeps": sweeps}),
-        "quantease_3xtf32": ("quantease", {"sweeps": sweeps, "products": "3xtf32"}),
         "quantease_3xfp16": ("quantease", {"sweeps": sweeps, "products": "3xfp16"}),
     }
     if columns <= LARGEST_FACTOR:
@@ -181,20 +200,22 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     for label, (name, options) in runs.items():
         entry = find_solver(name)
         chosen = entry.options(**options)
-        if operations < 2e13:
+        if operations < FEW_OPERATIONS:
             entry.solve(weight_OI, hessian_II, grid, chosen)
         seconds, solution = seconds_of(lambda e=entry, c=chosen: e.solve(weight_OI, hessian_II, grid, c), device)  # type: ignore[misc]
         row[f"{label}_seconds"] = seconds * factor
-        difference_OI = weight_OI - solution.weight.dequantize()
-        with tf32_products(False):
-            row[f"{label}_objective"] = float(((difference_OI @ hessian_II) * difference_OI).sum(dtype=torch.float64))
-        del solution, difference_OI
+        row[f"{label}_objective"] = objective(weight_OI, solution.weight, hessian_II)
+        del solution
     if algorithm_2_columns and columns <= LARGEST_FACTOR:
         one = algorithm_2_seconds(weight_OI, hessian_II, grid, min(algorithm_2_columns, columns), device)
         row["algorithm_2_seconds"] = one * sweeps * factor
         row["algorithm_2_columns_timed"] = min(algorithm_2_columns, columns)
         for kind in KINDS:
             row[f"speedup_over_algorithm_2{kind}"] = row["algorithm_2_seconds"] / row[f"quantease{kind}_seconds"]
+    if operations < FEW_OPERATIONS:
+        row["objective_other_blocks_over_float32"] = (
+            _in_other_blocks(weight_OI, hessian_II, grid, sweeps) / row["quantease_objective"]
+        )
     for kind in KINDS[1:]:
         row[f"objective{kind}_over_float32"] = row[f"quantease{kind}_objective"] / row["quantease_objective"]
     if "gptq_seconds" in row:
@@ -242,7 +263,7 @@ def bench_gpu_solver(
     algorithm_2_columns: int = 512,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Check, then time all shapes, the smallest first, until the budget is used.
+    """Check, then time all shapes, the smallest first, until the budget is used; ``on_row`` gets the result so far.
 
     Raises:
         AssertionError: the codes on the device are not the oracle's.
@@ -252,25 +273,23 @@ def bench_gpu_solver(
     failed = [check for check in checks if not check["passed"]]
     assert not failed, f"the device's codes differ from the float64 oracle: {failed}"
     wanted = shapes or list({(o, i) for layers in SHAPES.values() for o, i, _ in layers.values()})
-    rows, skipped = [], []
-    for outputs, inputs in sorted(wanted, key=lambda shape: shape[0] * shape[1] ** 2):
-        if time.perf_counter() - started > budget_seconds:
-            skipped.append([outputs, inputs])
-            continue
-        row = time_shape(outputs, inputs, sweeps, device, algorithm_2_columns)
-        rows.append(row)
-        if on_row is not None:
-            on_row(row)
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    return {
+    result: dict[str, Any] = {
         "benchmark": "solver_gpu",
         "seed": SEED,
         "device": device,
         "machine": machine_facts() | {"triton": has_triton()},
-        "seconds": time.perf_counter() - started,
         "checks": checks,
-        "rows": rows,
-        "skipped": skipped,
-        "models": model_seconds(rows),
+        "rows": [],
+        "skipped": [],
     }
+    for outputs, inputs in sorted(wanted, key=lambda shape: shape[0] * shape[1] ** 2):
+        if time.perf_counter() - started > budget_seconds:
+            result["skipped"].append([outputs, inputs])
+            continue
+        result["rows"].append(time_shape(outputs, inputs, sweeps, device, algorithm_2_columns))
+        result |= {"models": model_seconds(result["rows"]), "seconds": time.perf_counter() - started}
+        if on_row is not None:
+            on_row(result)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return result

@@ -206,7 +206,7 @@ def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[in
     from finescale.bench.gpu_solver import bench_gpu_solver
 
     result = bench_gpu_solver(device, sweeps, budget, shapes)
-    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xtf32", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xfp16", "quantease_gptq10_3xfp16")
     table = Table(
         "shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2", "over gptq"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,13 +38,42 @@ def launch(
     config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     # A function belongs to the context of its device, which must be the current one.
     with torch.cuda.device(device):
-        (status,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0)
-    if int(status) != 0:
-        raise CompileError(f"a kernel could not be launched: {status.name}.")
+        _launched(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
+
+
+def prepared_launch(
+    function: int, grid: int, threads: int, shared_bytes: int, arguments: ctypes.Structure, device: torch.device
+) -> Callable[[], None]:
+    """A function that does what ``launch`` does, for kernels that are launched many times with the same arguments; it
+    wants ``device`` to be torch's current one, and takes the stream that is current now.
+
+    Raises:
+        CompileError: (the function) the driver refuses the launch.
+    """
+    from cuda.bindings import driver
+
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    config = _new_config(grid, threads, shared_bytes, 1)
+    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    address = ctypes.addressof(pointers)
+
+    def again(keep: tuple[Any, ...] = (pointers, arguments)) -> None:
+        _launched(driver.cuLaunchKernelEx(config, function, address, 0))
+
+    return again
+
+
+def _launched(result: tuple[Any]) -> None:
+    if int(result[0]) != 0:
+        raise CompileError(f"a kernel could not be launched: {result[0].name}.")
 
 
 @functools.cache
 def _config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any:
+    return _new_config(grid, threads, shared_bytes, cluster)
+
+
+def _new_config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any:
     from cuda.bindings import driver
 
     overlap = driver.CUlaunchAttribute()

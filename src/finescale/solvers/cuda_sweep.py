@@ -6,6 +6,7 @@ Shape legend: B columns of the batch, O outputs, G groups.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import launch
+from finescale.kernels.launch import prepared_launch
 
 WIDTH = 128
 """Columns of the kernel's matrix; those of the batch at most."""
@@ -55,8 +56,9 @@ def quantease_batch(
     low: float,
     high: float,
     relaxed: bool,
-) -> None:
-    """One sweep over the columns of a batch; tensors contiguous, and float32 unless said.
+) -> Callable[[], None]:
+    """A function that makes one sweep over the columns of a batch, with what the tensors then hold (all contiguous, and
+    float32 unless said).
 
     Args:
         beta_BO: running targets, without what changes inside the batch.
@@ -88,4 +90,9 @@ def quantease_batch(
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     arguments = _Arguments(*pointers, columns, rows, low, high)
     programs = -(-rows // (warps * ROWS_OF_WARP))
-    launch(function, programs, warps * 32, shared_bytes, arguments, beta_BO.device)
+    once_more = prepared_launch(function, programs, warps * 32, shared_bytes, arguments, beta_BO.device)
+
+    def sweep(keep: tuple[Tensor | None, ...] = tensors) -> None:
+        once_more()
+
+    return sweep

@@ -11,7 +11,8 @@ Shape legend: O outputs, I inputs, B columns of one batch, C columns of one bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ GPU_BLOCK = 1024
 REFRESH_BLOCK = 4096
 """Columns of one product when targets are computed from scratch."""
 Kernel = Literal["loop", "triton", "cuda"]
-SweepColumns = Callable[[int, int, Tensor, bool], None]
-"""``(start, end, changes, relaxed)``: sweep these columns, with their changes (old less new) written as
+Step = Callable[[bool], object]
+"""``(relaxed)``: a part of a sweep, made again in each of them."""
+SweepColumns = Callable[[int, int, Tensor], Step]
+"""``(start, end, changes)``: a step that sweeps these columns, with their changes (old less new) written as
 ``Products.new_changes`` holds them."""
 
 
@@ -71,29 +74,47 @@ def descend(
     changes = products.new_changes(min(block, columns), target_IO.shape[1])
     beta_IO = target_IO.clone()
     make = {"loop": _loop_sweeper, "triton": _triton_sweeper, "cuda": _cuda_sweeper}[kernel]
-    sweep_columns = make(beta_IO, current_IO, products, rounder, group_of_I, support)
-    moved = not torch.equal(target_IO, current_IO)  # at the original weight itself the targets are the weight
-    for sweep, relaxed in enumerate(schedule):
-        if moved or (sweep and sweep % REFRESH_EVERY == 0):
-            products.targets_(beta_IO, target_IO, current_IO, max(block, REFRESH_BLOCK // batch * batch))
-        for first in range(0, columns, block):
-            last = min(first + block, columns)
-            of_block = products.changes_of(changes, 0, last - first)
-            for start, end in products.batches(first, last):
-                of_batch = products.changes_of(changes, start - first, end - first)
-                sweep_columns(start, end, of_batch, relaxed)
-                if end - start < last - first:
-                    products.add_(beta_IO, of_batch, start, end, first, last)
-            if last - first <= batch:
-                products.add_(beta_IO, of_block, first, last, 0, columns)
-            else:
-                products.add_(beta_IO, of_block, first, last, 0, first)
-                products.add_(beta_IO, of_block, first, last, last, columns)
-        moved = False
-        if support is not None and not relaxed and sweep < len(schedule) - 1:
-            moved = support.update(current_IO, beta_IO if unit_O is None else beta_IO / unit_O)
+    with torch.cuda.device(target_IO.device) if target_IO.is_cuda else nullcontext():
+        sweep_columns = make(beta_IO, current_IO, products, rounder, group_of_I, support)
+        steps = _steps(beta_IO, products, sweep_columns, changes, block)
+        moved = not torch.equal(target_IO, current_IO)  # at the original weight itself the targets are the weight
+        for sweep, relaxed in enumerate(schedule):
+            if moved or (sweep and sweep % REFRESH_EVERY == 0):
+                products.targets_(beta_IO, target_IO, current_IO, max(block, REFRESH_BLOCK // batch * batch))
+            for step in steps:
+                step(relaxed)
+            moved = False
+            if support is not None and not relaxed and sweep < len(schedule) - 1:
+                moved = support.update(current_IO, beta_IO if unit_O is None else beta_IO / unit_O)
     if unit_O is not None:
         current_IO.div_(unit_O)
+
+
+def _steps(beta_IO: Tensor, products: Products, sweep_columns: SweepColumns, changes: Tensor, block: int) -> list[Step]:
+    """All steps of a sweep. They are set up once: on a GPU setting up a launch takes longer than the launch."""
+
+    def add(*of: Any) -> Step:
+        adder = products.adder(beta_IO, *of)
+        return lambda _: adder()
+
+    steps: list[Step] = []
+    columns = beta_IO.shape[0]
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        of_block = products.changes_of(changes, 0, last - first)
+        for start, end in products.batches(first, last):
+            of_batch = products.changes_of(changes, start - first, end - first)
+            steps.append(sweep_columns(start, end, of_batch))
+            if end - start < last - first:
+                steps.append(add(of_batch, start, end, first, last))
+        if last - first <= products.batch:
+            steps.append(add(of_block, first, last, 0, columns))
+        else:
+            if first > 0:
+                steps.append(add(of_block, first, last, 0, first))
+            if last < columns:
+                steps.append(add(of_block, first, last, last, columns))
+    return steps
 
 
 def _fastest(target_IO: Tensor, batch: int, support: Support | None) -> Kernel:
@@ -116,31 +137,29 @@ def _loop_sweeper(
 ) -> SweepColumns:
     """One column after the other with torch, on any device and in any type."""
     beta_O, point_O = beta_IO.new_empty(2, beta_IO.shape[1])
-    inner = _inner(products)
     float_BO = beta_IO.new_zeros(min(products.batch, products.columns), beta_IO.shape[1])
 
-    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
-        inner_BB, change_BO = inner[start], float_BO[: end - start]
-        with one_thread():
-            for column in range(start, end):
-                done, group = column - start, group_of_I[column]
-                torch.addmv(beta_IO[column], change_BO[:done].T, inner_BB[done, :done], out=beta_O)
-                if relaxed:
-                    value_O = beta_O
-                elif support is None:
-                    value_O = rounder.nearest(beta_O, group, beta_O)
-                else:
-                    value_O = support.round(column, beta_O, group, rounder, point_O)
-                torch.sub(current_IO[column], value_O, out=change_BO[done])
-                current_IO[column] = value_O
-        products.write_changes(changes, change_BO)
+    def sweep_columns(start: int, end: int, changes: Tensor) -> Step:
+        inner_BB, change_BO = products.inner(start, end), float_BO[: end - start]
+
+        def step(relaxed: bool) -> None:
+            with one_thread():
+                for column in range(start, end):
+                    done, group = column - start, group_of_I[column]
+                    torch.addmv(beta_IO[column], change_BO[:done].T, inner_BB[done, :done], out=beta_O)
+                    if relaxed:
+                        value_O = beta_O
+                    elif support is None:
+                        value_O = rounder.nearest(beta_O, group, beta_O)
+                    else:
+                        value_O = support.round(column, beta_O, group, rounder, point_O)
+                    torch.sub(current_IO[column], value_O, out=change_BO[done])
+                    current_IO[column] = value_O
+            products.write_changes(changes, change_BO)
+
+        return step
 
     return sweep_columns
-
-
-def _inner(products: Products) -> dict[int, Tensor]:
-    """The matrix of each batch by its first column."""
-    return {start: products.inner(start, end) for start, end in products.batches(0, products.columns)}
 
 
 def _triton_sweeper(
@@ -154,17 +173,21 @@ def _triton_sweeper(
     """One kernel launch a batch."""
     from finescale.solvers.triton_sweep import quantease_batch
 
-    inner = _inner(products)
     group_I = torch.tensor(group_of_I, dtype=torch.int32, device=beta_IO.device)
     float_BO = beta_IO.new_zeros(min(products.batch, products.columns), beta_IO.shape[1])
 
-    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
-        change_BO = float_BO[: end - start]
-        quantease_batch(
-            beta_IO[start:end], current_IO[start:end], change_BO, inner[start], rounder.scale_GO, rounder.zero_GO,
-            group_I[start:end], _free(support, start, end), rounder.low, rounder.high, relaxed,
-        )  # fmt: skip
-        products.write_changes(changes, change_BO)
+    def sweep_columns(start: int, end: int, changes: Tensor) -> Step:
+        inner_BB, change_BO = products.inner(start, end), float_BO[: end - start]
+        free_BO = _free(support, start, end)
+
+        def step(relaxed: bool) -> None:
+            quantease_batch(
+                beta_IO[start:end], current_IO[start:end], change_BO, inner_BB, rounder.scale_GO, rounder.zero_GO,
+                group_I[start:end], free_BO, rounder.low, rounder.high, relaxed,
+            )  # fmt: skip
+            products.write_changes(changes, change_BO)
+
+        return step
 
     return sweep_columns
 
@@ -180,11 +203,15 @@ def _cuda_sweeper(
     """One kernel launch a batch, which also writes the parts of the changes."""
     group_I = torch.tensor(group_of_I, dtype=torch.int32, device=beta_IO.device)
 
-    def sweep_columns(start: int, end: int, changes: Tensor, relaxed: bool) -> None:
-        cuda_sweep.quantease_batch(
-            beta_IO[start:end], current_IO[start:end], changes, products.inner_IW[start:end], rounder.scale_GO,
-            rounder.zero_GO, group_I[start:end], _free(support, start, end), rounder.low, rounder.high, relaxed,
+    def sweep_columns(start: int, end: int, changes: Tensor) -> Step:
+        rounded, relaxed = (
+            cuda_sweep.quantease_batch(
+                beta_IO[start:end], current_IO[start:end], changes, products.inner_IW[start:end], rounder.scale_GO,
+                rounder.zero_GO, group_I[start:end], _free(support, start, end), rounder.low, rounder.high, is_relaxed,
+            )
+            for is_relaxed in (False, True)
         )  # fmt: skip
+        return lambda is_relaxed: relaxed() if is_relaxed else rounded()
 
     return sweep_columns
 

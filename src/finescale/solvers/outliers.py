@@ -71,7 +71,7 @@ class CoordinateSupport:
         """Choose the support anew; returns whether ``current_IO`` was changed (never)."""
         rounded_OI = dequantize(quantize_to_grid(beta_IO.T, self.in_order), self.in_order)
         cost_IO = (beta_IO - rounded_OI.T.to(beta_IO.dtype)).square_().mul_(self.diagonal_I[:, None])
-        self.free_IO = largest(cost_IO, self.count, self.structured)
+        self.free_IO.copy_(largest(cost_IO, self.count, self.structured))  # in its place: kernels know where it lies
         return False
 
 

@@ -5,7 +5,7 @@ Shape legend: O outputs, I inputs, B columns of one batch, C columns of one bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from finescale.kernels.half import add_half_product_
+from finescale.kernels.half import half_product_adder
 
 Kind = Literal["float32", "3xtf32", "3xfp16"]
 LARGEST_BATCH = 128
@@ -131,21 +131,31 @@ class Products:
     def add_(self, beta_IO: Tensor, changes: Tensor, start: int, end: int, first: int, last: int) -> None:
         """beta[first:last] += N[start:end, first:last]^T change, for the changes of the columns start:end, which are
         whole batches, as ``new_changes`` holds them."""
+        self.adder(beta_IO, changes, start, end, first, last)()
+
+    def adder(
+        self, beta_IO: Tensor, changes: Tensor, start: int, end: int, first: int, last: int
+    ) -> Callable[[], object]:
+        """A function that does what ``add_`` does, with what ``changes`` then holds."""
         if first == last:
-            return
+            return lambda: None
+        sum_IO = beta_IO[first:last]
         if self.kind == "3xfp16":
-            add_half_product_(beta_IO[first:last], self.parts[0][3 * start : 3 * end, first:last].T, changes)
-            return
+            return half_product_adder(sum_IO, self.parts[0][3 * start : 3 * end, first:last].T, changes)
         factors = [part_II[start:end, first:last].T for part_II in self.parts]
-        if len(factors) == 1:
-            with tf32_products(False):
-                beta_IO[first:last].addmm_(factors[0], changes)
-            return
-        high_CO, low_CO = tf32_parts(changes)
-        with tf32_products(True):
-            beta_IO[first:last].addmm_(factors[0], low_CO)
-            beta_IO[first:last].addmm_(factors[1], high_CO)
-            beta_IO[first:last].addmm_(factors[0], high_CO)
+
+        def add() -> None:
+            if len(factors) == 1:
+                with tf32_products(False):
+                    sum_IO.addmm_(factors[0], changes)
+                return
+            high_CO, low_CO = tf32_parts(changes)
+            with tf32_products(True):
+                sum_IO.addmm_(factors[0], low_CO)
+                sum_IO.addmm_(factors[1], high_CO)
+                sum_IO.addmm_(factors[0], high_CO)
+
+        return add
 
     def targets_(self, beta_IO: Tensor, target_IO: Tensor, current_IO: Tensor, block: int) -> None:
         """The running targets from scratch, into ``beta_IO``: W + N^T (W - Q), ``block`` columns of N at a time."""
