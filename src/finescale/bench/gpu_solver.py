@@ -17,6 +17,7 @@ from finescale.bench.solver import SEED, synthetic_layer
 from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid
 from finescale.solvers import descent, find_solver, squared_error
 from finescale.solvers.products import has_triton, tf32_products
+from finescale.solvers.quantease import QuantEaseOptions
 
 SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
     "Llama-2-7B": {"q/k/v/o": (4096, 4096, 4), "gate/up": (11008, 4096, 2), "down": (4096, 11008, 1)},
