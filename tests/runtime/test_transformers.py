@@ -13,7 +13,11 @@ from finescale.claim import left_to_transformers, register
 from finescale.errors import InputError
 from finescale.runtime.load import load
 from finescale.runtime.modules import QuantizedLinear
+from finescale.runtime.portable import PortableLinear
 from tests.helpers import recipe
+
+QUANTIZED = (QuantizedLinear, PortableLinear)
+"""The second where the processor has int8 products."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,8 @@ def test_same_as_load(checkpoint, family, caplog):
     with caplog.at_level(logging.WARNING, logger="transformers"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert not any("UNEXPECTED" in record.message or "MISSING" in record.message for record in caplog.records)
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    assert layers and all(layer.dense_OI is None for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, QUANTIZED)]
+    assert layers and all(getattr(layer, "dense_OI", None) is None for layer in layers)
     expected = load(folder, path="kernel")
     prompt = torch.arange(6)[None] + 3
     assert torch.equal(model(prompt).logits, expected(prompt).logits)
@@ -58,18 +62,18 @@ def test_registered_by_importing_finescale_alone(checkpoint):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "QuantizedLinear"
+    assert done.stdout.strip() in [kind.__name__ for kind in QUANTIZED]
 
 
 def test_left_to_transformers(checkpoint):
     folder = checkpoint("llama")
     with left_to_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert not any(isinstance(module, QUANTIZED) for module in model.modules())
     register()
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert any(isinstance(module, QUANTIZED) for module in model.modules())
 
 
 def test_several_devices_are_refused(checkpoint):
