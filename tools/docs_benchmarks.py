@@ -7,20 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-
-def number(value: Any, digits: int = 3) -> str:
-    """Some significant digits; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table; bars and line ends inside cells are escaped."""
-    cells = [header, ("---",) * len(header), *rows]
-    return "".join("| " + " | ".join(_cell(value) for value in row) + " |\n" for row in cells)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+from tools import docs_solver
+from tools.docs_text import number, table
 
 
 def where(machine: dict[str, Any]) -> str:
@@ -102,30 +90,6 @@ def solver_time(facts: dict[str, Any]) -> str:
         else ""
     )
     return f"Seconds of one solve. {facts.get('note', '')}{note}\n\n" + table(header, rows)
-
-
-def solver_gpu(facts: dict[str, Any]) -> str:
-    """Seconds of one layer and of whole models on a GPU."""
-    kinds = ("3xtf32", "3xfp16")
-    kind = next(kind for kind in reversed(kinds) if f"quantease_{kind}_seconds" in facts["rows"][0])
-    keys = ("gptq_seconds", "quantease_seconds", f"quantease_{kind}_seconds", f"quantease_gptq10_{kind}_seconds")
-    names = ("gptq", "quantease, 30 sweeps", f"the same, {kind}", f"GPTQ and 10 sweeps, {kind}")
-    rows: list[tuple[Any, ...]] = [
-        ("x".join(map(str, row["shape"])), *(number(row.get(key)) for key in keys),
-         number(row.get("algorithm_2_seconds")), f"{number(row.get(f'speedup_over_algorithm_2_{kind}'))} x")
-        for row in facts["rows"]
-    ]  # fmt: skip
-    header = ("outputs x inputs", *names, "the paper's Algorithm 2", "30 sweeps faster by")
-    models: list[tuple[Any, ...]] = [
-        (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
-    ]
-    remark = facts.get("settings", {}).get("remark", "")
-    return (
-        f"Seconds per layer ({remark}). Algorithm 2 is timed on a part of the columns.\n\n"
-        + table(header, rows)
-        + "\nSeconds of the solver for all layers of a model, put together from the layers above:\n\n"
-        + table(("model", *names), models)
-    )
 
 
 def gemm(facts: dict[str, Any]) -> str:
@@ -273,9 +237,13 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "layer_errors": ("Layer errors", layer_errors),
     "tuning": ("Learned rounding", runs),
     "activations": ("Activations of few bits", runs),
-    "outliers": ("Outliers", runs),
+    "outliers": ("Outliers", docs_solver.outliers),
     "solver": ("Time of the solvers on a CPU", solver_time),
-    "solver_gpu": ("Time of the solvers on a GPU", solver_gpu),
+    "solver_gpu": ("Time of the solvers on a GPU", docs_solver.solver_gpu),
+    "solver_options": ("Options of QuantEase", docs_solver.solver_options),
+    "large_on_gpu": ("A whole large model on a GPU", docs_solver.large_on_gpu),
+    "large_on_cpu": ("A large model on a CPU", docs_solver.large_on_cpu),
+    "two_gpus": ("Two GPUs", docs_solver.two_gpus),
     "gemm_variants": ("The W4A8 kernel", gemm),
     "gemm": ("The W4A8 product beside others", products),
     "triton_tiles": ("The Triton kernel", triton_tiles),

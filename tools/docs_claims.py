@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.docs_benchmarks import number, table
+from tools.docs_text import number, table
 
 Results = dict[str, dict[str, Any]]
 MISSING = "not measured yet"

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from finescale.report.compare import markdown, metric_sheet, metrics_of, read_rows, setting_words
-from tools.docs_benchmarks import number, table
+from tools.docs_text import number, table
 
 SHOWN = ("perplexity", "kl", "bits_per_weight")
 

@@ -27,10 +27,11 @@ from finescale.recipe import Recipe, recipe_names
 from finescale.solvers import SOLVERS
 from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
-from tools.docs_benchmarks import KINDS, benchmark_tables, table
+from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
 from tools.docs_comparisons import compared
 from tools.docs_errors import error_tables
+from tools.docs_text import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {

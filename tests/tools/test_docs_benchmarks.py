@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tools.docs_benchmarks import benchmark_tables, decode_cpu, number, products, runs, triton_tiles
+from tools.docs_benchmarks import benchmark_tables, decode_cpu, products, runs, triton_tiles
+from tools.docs_text import number
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 

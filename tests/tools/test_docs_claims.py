@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.docs_benchmarks import number
 from tools.docs_claims import CLAIMS, MISSING, claims_table, load_results
 from tools.docs_comparisons import compared
+from tools.docs_text import number
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = load_results(ROOT / "benchmarks" / "results")

@@ -1,0 +1,46 @@
+"""Tables of the solvers' results."""
+
+from tools import docs_solver
+
+MEANS = {
+    "llama": {
+        "original": {"perplexity": 40.0, "kl": 0.0, "bits_per_weight": 16.0},
+        "plain": {"perplexity": 44.0, "kl": 0.05, "bits_per_weight": 3.06},
+    },
+    "opt": {"original": {"perplexity": 41.0, "kl": 0.0, "bits_per_weight": 16.0}},
+}
+
+
+def test_outliers():
+    judgement = {"llama": {"order_by_kl": True, "way_of_plain": 0.354}, "opt": {"order_by_kl": False}}
+    text = docs_solver.outliers({"means": MEANS, "judgement": judgement})
+    assert "| plain | 44.00, 50.0 (3.06) | – |" in text
+    assert "| order by kl | yes | no |" in text and "| way of plain | 35% | – |" in text
+
+
+def test_whole_runs():
+    whole = {
+        "seconds": 123.4, "phases": {"load": 10.0, "tune": 0.0}, "peak_gpu_bytes": 2e10, "peak_host_bytes": 5e9,
+        "bits_per_weight": 4.01,
+    }  # fmt: skip
+    facts = {"shape": "llama-2-7b", "parameters": 6.74e9, "samples": 128, "length": 2048, "whole": whole}
+    facts["killed"] = {"blocks_done_when_killed": 2, "same_bytes": True}
+    text = docs_solver.large_on_gpu(facts)
+    assert "| seconds, load | 10 |" in text and "tune" not in text
+    assert "| killed after 2 of 4 blocks, started anew | the same bytes |" in text
+    assert "| rtn | 2.5 | 60 |" in docs_solver.large_on_cpu(
+        {"parameters": 3.4e9, "runs": {"rtn": {"peak_rss_bytes": 2.5e9, "seconds": 60.0}}}
+    )
+
+
+def test_two_gpus():
+    row = {"model": "m", "shape": [8, 4], "solver": "s", "seconds_one": 2.0, "seconds_two": 1.0, "speedup": 2.0}
+    text = docs_solver.two_gpus({"deterministic": {"same_bytes": True}, "rows": [row], "models": {"m, s": 1.9}})
+    assert "wrote the same bytes" in text and "| m | 8x4 | s | 2 | 1 | 2.00 x |" in text and "1.90 x" in text
+
+
+def test_options():
+    summary = {"twice": {"median": 0.93214, "largest": 0.95, "lower": 7}}
+    facts = {"model": "m", "base": "b", "layers": ["x"] * 7, "schemes": {"4:64": {"summary": summary}}}
+    text = docs_solver.solver_options(facts)
+    assert "4 bits, groups of 64, symmetric" in text and "| twice | 0.9321 | 0.9500 | 7 of 7 |" in text
