@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
     alone: bool
 
 
-ONE_HEAD = Tiles(32, 256, 4, 2, True)
+ONE_HEAD = Tiles(64, 256, 8, 2, True)
 SOME_HEADS = Tiles(64, 256, 4, 2, False)
 
 # Triton reads the signatures below: annotations other than its own are errors there.
@@ -181,12 +181,34 @@ def _one_head(  # type: ignore[no-untyped-def]
     )
 
 
+@triton.jit
+def _round_row(out, codes, scale, total, b, channels: tl.constexpr, row: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int8 codes of a finished token, its scale and the sum of its codes, as ``linear.quantize_tokens`` gives them."""
+    c_C = tl.arange(0, row)
+    y_C = tl.load(out + b * channels + c_C, mask=c_C < channels, other=0.0, cache_modifier=".cg").to(tl.float32)
+    # As bits, so that a NaN is the largest of all and reaches the scale.
+    largest = tl.max(y_C.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    divided = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
+    step = tl.where(largest == 0, 1.0, tl.where(divided < 1.17549435e-38, 1.17549435e-38, divided))
+    code_C = tl.div_rn(y_C, step + tl.zeros((row,), dtype=tl.float32))
+    # Adding and taking off 1.5 * 2^23 rounds to the nearest integer, ties to even.
+    code_C = (code_C + 12582912.0) - 12582912.0
+    code_C = tl.where(code_C == code_C, tl.minimum(tl.maximum(code_C, -127.0), 127.0), 0.0).to(tl.int32)
+    slabs, place = tl.cdiv(tl.num_programs(0), 8), b % 8
+    # kernels/layout.py, pack_tokens: the 16-byte pieces of token t stand at place ``piece xor t``.
+    target_C = (c_C // 128 * slabs + b // 8) * 1024 + place * 128 + ((c_C % 128 // 16) ^ place) * 16 + c_C % 16
+    tl.store(codes + target_C, code_C.to(tl.int8), mask=c_C < (channels + 127) // 128 * 128)
+    tl.store(scale + b, step)
+    tl.store(total + b, tl.sum(code_C, 0))
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _attend_kernel(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, q_gain, k_gain, keys, values, slot, valid, out, partial, counters,
+    qkv, cos, sin, q_gain, k_gain, keys, values, slot, valid, out, partial, counters, codes, scale, total,
     capacity, table_stride, scaling, epsilon, splits,
     kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-    least: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, overlap: tl.constexpr,
+    least: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, rounded: tl.constexpr, row: tl.constexpr,
+    overlap: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
@@ -245,6 +267,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             # A token without a place makes itself known instead of going missing.
             acc_RD += tl.where(length < capacity, 0.0, float("nan"))
         target = out + (b * kv_heads + h) * group * width + r_R[:, None] * width + d_D[None, :]
+        complete = active == 1
         if active == 1:
             tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
         else:
@@ -256,7 +279,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             tl.store(part + group * width + group + r_R, sum_R, mask=r_R < group)
             tl.debug_barrier()  # all parts of this program are written before it is counted
             done = tl.atomic_add(counters + b * kv_heads + h, 1, sem="acq_rel", scope="gpu")
-            if done == active - 1:
+            complete = done == active - 1
+            if complete:
                 tl.debug_barrier()
                 first = partial + pair * size
                 for other in tl.range(active, loop_unroll_factor=4):
@@ -281,6 +305,15 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
                     acc_RD += other_RD * weight_R[:, None]
                 tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
                 tl.store(counters + b * kv_heads + h, 0)
+        if rounded:  # noqa: SIM102 (known at compile time, the other at run time)
+            if complete:
+                rows_done = counters + tl.num_programs(0) * kv_heads + b
+                tl.debug_barrier()
+                heads_before = tl.atomic_add(rows_done, 1, sem="acq_rel", scope="gpu")
+                if heads_before == kv_heads - 1:
+                    tl.debug_barrier()
+                    _round_row(out, codes, scale, total, b, kv_heads * group * width, row)
+                    tl.store(rows_done, 0)
 
 
 def _power_of_two(width: int) -> bool:
@@ -338,9 +371,14 @@ def _workspace(device: torch.device, parts: int, pairs: int) -> tuple[Tensor, Te
 def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
-    scaling: float, tiles: Tiles | None = None,
+    scaling: float, rounded: tuple[Tensor, Tensor, Tensor] | None = None, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ``kernels.attention.attend_token``; ``tiles`` as by default if None."""
+    """See ``kernels.attention.attend_token``.
+
+    Args:
+        rounded: codes, scales and sums of the tokens, written as ``linear.quantize_tokens`` would; None for none.
+        tiles: None for the usual ones.
+    """
     batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
     out_BC = qkv_BC.new_empty(batch, heads * width)
     if batch == 0:
@@ -348,12 +386,14 @@ def attend(
     pairs, group = batch * kv_heads, heads // kv_heads
     tiles = tiles or (ONE_HEAD if group == 1 else SOME_HEADS)
     splits = max(1, min(triton.cdiv(PROGRAMS, pairs), triton.cdiv(capacity, tiles.least), 64))
-    partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
+    partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs + batch)
+    table_stride = cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, valid_BS, out_BC, partial, counters,
-        capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon, splits,
+        *(rounded or (None, None, None)), capacity, table_stride, scaling, epsilon, splits,
         kv_heads=kv_heads, group=group, rows=1 if tiles.alone else max(16, triton.next_power_of_2(group)), width=width,
         block=tiles.keys, least=tiles.least, normed=q_gain_D is not None, masked=valid_BS is not None,
+        rounded=rounded is not None, row=triton.next_power_of_2(heads * width),
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC

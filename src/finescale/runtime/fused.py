@@ -1,8 +1,8 @@
 """Decoder blocks of few kernels: one product for query, key and value, one for gate and up, norms in the rounding.
 
 `fuse` takes the decoder of a loaded transformers model apart and puts it together again as one module that computes the
-same. Everything around it stays transformers' own: embeddings, head, caches, generation. A block then is nine kernels
-for one token: add, norm and round; q, k, v; rotary embedding, cache and attention; round; output product; add, norm and
+same. Everything around it stays transformers' own: embeddings, head, caches, generation. A block then is eight kernels
+for one token: add, norm and round; q, k, v; rotary embedding, cache, attention and round; output product; add, norm and
 round; gate and up; silu, product and round; down product. The sum that follows a block is part of the next one's first.
 
 Shape legend: B sequences, T tokens (of all sequences where there is no B), W width of the hidden states, C channels of
@@ -21,11 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from finescale.errors import InputError
-from finescale.kernels.attention import attend_token, rotate_heads
+from finescale.kernels.attention import attend_token, attend_token_rounded, rotate_heads
 from finescale.kernels.norms import add_rms_norm, rotary_tables
 from finescale.models.skeleton import find_blocks
 from finescale.runtime.packed import PackedLinear
-from finescale.runtime.products import Product, check_fusable, fused
+from finescale.runtime.products import PackedProduct, Product, check_fusable, fused
 
 NAME = "finescale-fused"
 BLOCKS = (
@@ -114,8 +114,7 @@ class FusedDecoder(nn.Module):
             first = (residual_TW, None) if change_TW is None else (change_TW, residual_TW)
             qkv_TC = block.qkv(first[0], "rms", first[1], block.attention_gain_W, block.epsilon)
             qkv_BTC = qkv_TC.view(batch, tokens, -1)
-            heads_TC = self._attention(block, index, qkv_BTC, cos, sin, attention_mask, past_key_values)
-            change_TW = block.out(heads_TC)
+            change_TW = self._attention(block, index, qkv_BTC, cos, sin, attention_mask, past_key_values)
             if block.gate_up is None or block.down is None:
                 inputs_TW = add_rms_norm(change_TW, residual_TW, block.mlp_gain_W, block.mlp_epsilon)
                 change_TW = block.experts(inputs_TW.view(batch, tokens, width)).view(-1, width)
@@ -139,7 +138,7 @@ class FusedDecoder(nn.Module):
         mask: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """[B * T, H * D]: attention over the cache, if there is one, and the tokens themselves, which go into it."""
+        """[B * T, W]: attention to the cache and the tokens themselves, which go into it, and the product behind it."""
         batch, tokens, _ = qkv_BTC.shape
         facts = block.rotary_facts()
         shape = (batch, block.kv_heads, tokens, block.head_dim)
@@ -150,8 +149,10 @@ class FusedDecoder(nn.Module):
                 layer.lazy_initialization(empty, empty)
             place = (layer.keys, layer.values, layer.cumulative_length)
             if tokens == 1 and (mask is None or mask.dim() == 2):
-                one = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0])
-                return attend_token(*one, *facts, *place, mask, block.scaling)
+                given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling)
+                if isinstance(block.out, PackedProduct) and block.out.gather is None:
+                    return block.out.multiply(*attend_token_rounded(*given), qkv_BTC.dtype)
+                return block.out(attend_token(*given))
             query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place)
             keys, values = layer.keys, layer.values
             if mask is None:  # these tokens are the first ones
@@ -168,7 +169,7 @@ class FusedDecoder(nn.Module):
             query_BTHD.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and tokens > 1,
             scale=block.scaling, enable_gqa=groups > 1 and mask is None,
         )  # fmt: skip
-        return out_BHTD.transpose(1, 2).reshape(batch * tokens, -1)
+        return block.out(out_BHTD.transpose(1, 2).reshape(batch * tokens, -1))
 
 
 class FusedRotary(nn.Module):
