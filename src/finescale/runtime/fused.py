@@ -151,7 +151,8 @@ class FusedDecoder(nn.Module):
             if tokens == 1 and (mask is None or mask.dim() == 2):
                 given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling)
                 if isinstance(block.out, PackedProduct) and block.out.gather is None:
-                    return block.out.multiply(*attend_token_rounded(*given), qkv_BTC.dtype)
+                    codes, scale_B, sum_B = attend_token_rounded(*given)
+                    return block.out.multiply(codes, scale_B, sum_B, qkv_BTC.dtype)
                 return block.out(attend_token(*given))
             query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place)
             keys, values = layer.keys, layer.values
