@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from finescale.api import evaluate
 from finescale.bench.machine import machine_facts
@@ -42,10 +43,7 @@ def row_of(
         command = [python, str(HERE / f"{tool}.py"), "--model", model, "--tokens", str(work / "tokens.safetensors"),
                    "--out", str(out), "--bits", str(bits), "--group", str(group)]  # fmt: skip
         subprocess.run(command, check=True)
-    original, changed = load(model), load(model)
-    for name, weight_OI in load_file(out / "weights.safetensors").items():
-        module: Any = changed.get_submodule(name)
-        module.weight.data.copy_(weight_OI)
+    original, changed = load(model), _changed(model, out)
     found = evaluate(
         changed, str(work / "evaluation.txt"), windows=setting["windows"], length=setting["length"], against=original,
         tokenizer_from=model,
@@ -66,6 +64,17 @@ def row_of(
             "processor_seconds": round(facts["cpu_seconds"]),
         },
     }
+
+
+def _changed(model: str, out: Path) -> PreTrainedModel:
+    """The model as a tool left it: dequantized weights put into the original, or a checkpoint that finescale reads."""
+    if (out / "checkpoint").is_dir():
+        return load(out / "checkpoint")
+    changed = load(model)
+    for name, weight_OI in load_file(out / "weights.safetensors").items():
+        module: Any = changed.get_submodule(name)
+        module.weight.data.copy_(weight_OI)
+    return changed
 
 
 def main() -> None:
