@@ -70,11 +70,45 @@ def quantizers() -> Iterator[str]:
             yield f"{kind} {tokens} x {inputs}"
 
 
+def mixtures() -> Iterator[str]:
+    """Whole feed-forwards of experts, and both grouped products in every variant."""
+    import torch
+
+    from finescale.kernels import experts as moe
+    from finescale.kernels.hopper import grouped
+
+    hidden, width, count, choices = 384, 200, 6, 2
+    for tokens, folded in ((1, False), (70, True), (300, False)):
+        layers = []
+        for outputs, inputs in ((2 * width, hidden), (hidden, width)):
+            codes = torch.randint(-8, 8, (count, outputs, inputs), dtype=torch.int8, device="cuda")
+            scales = torch.randint(1, 16, (count, outputs, -(-inputs // 64)), dtype=torch.int32, device="cuda")
+            factor_EO = torch.full((count, outputs), 1 / 4096, device="cuda")
+            layers.append(moe.pack_experts(list(codes), list(scales), factor_EO, 64, folded))
+        x_TI = torch.randn(tokens, hidden, device="cuda").bfloat16()
+        expert_TK = torch.rand(tokens, count, device="cuda").topk(choices).indices
+        weight_TK = torch.rand(tokens, choices, device="cuda")
+        out_TO = moe.w4a8_experts(x_TI, expert_TK, weight_TK, *layers).float()
+        exact_TO = moe.exact_experts(x_TI, expert_TK, weight_TK, *layers).float()
+        if (out_TO - exact_TO).abs().max() > 0.01 * exact_TO.abs().max():
+            raise SystemExit(f"experts of {tokens} tokens are not those of the exact product.")
+        yield f"experts of {tokens} tokens"
+        position_TK, row_end_E = moe.route_tokens(expert_TK, count)
+        routed = moe.quantize_routed(x_TI, position_TK, "plain", count)
+        layer = layers[0]
+        for variant in grouped.variants(tokens, 2, folded, 0, count):
+            grouped.run(
+                *routed, row_end_E, layer.packed, layer.factor_EO, 2 * width, tokens, choices, torch.bfloat16, folded,
+                variant,
+            )  # fmt: skip
+            yield f"{variant} of {tokens} tokens"
+
+
 def run_all() -> None:
     import torch
 
     torch.manual_seed(0)
-    for family in (products, quantizers):
+    for family in (products, quantizers, mixtures):
         for name in family():
             torch.cuda.synchronize()
             print("ran", name)

@@ -243,7 +243,7 @@ def test_refusals():
         moe.quantize_routed(x[:3], position, "plain", 4)
     routed = moe.quantize_routed(x, position, "plain", 4)
     with pytest.raises(InputError, match="do not fit"):
-        moe.w4a8_grouped_product(*routed, row_end, gate_up.packed, gate_up.factor_EO, 5, 2, False, x.dtype)
+        moe.w4a8_grouped_product(*routed, row_end, gate_up.packed, gate_up.factor_EO, 9, 2, False, x.dtype)
     with pytest.raises(InputError, match="ends of rows"):
         moe.w4a8_grouped_product(*routed, row_end[:3], gate_up.packed, gate_up.factor_EO, 4, 2, False, x.dtype)
     with pytest.raises(InputError, match="do not fit"):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tools.docs_benchmarks import benchmark_tables, decode_cpu, products, runs, triton_tiles
+from tools.docs_benchmarks import benchmark_tables, decode_cpu, mixtures, products, runs, triton_tiles
 from tools.docs_text import number
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -37,6 +37,11 @@ def test_products_without_a_time_have_a_dash():
     rows = [{"inputs": 8, "outputs": 4, "tokens": 1, "bf16": 10.0, "integer": 4.0, "fp8_error": "wrong by 1"}]
     text = products({"base": "bf16", "names": ["integer", "fp8"], "group_size": 128, "rows": rows})
     assert "| 8, 4 | 1 | 10 | 2.5 | – |" in text
+
+
+def test_mixtures_of_experts():
+    row = {"model": "m", "part": "gate_up", "tokens": 16, "bf16": 12.0, "integer": 4.0, "folded": 3.0}
+    assert "| m | gate and up | 16 | 12 | 4 (3.00 x) | 3 (4.00 x) |" in mixtures({"rows": [row]})
 
 
 def test_decoding_on_a_cpu():

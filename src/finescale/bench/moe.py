@@ -283,7 +283,11 @@ def bench_moe(
                 on_row(rows[-1])
         del layers
         torch.cuda.empty_cache()
-    return {"machine": machine_facts(), "group_size": GROUP, "seed": SEED, "rows": rows}
+    return _result(rows)
+
+
+def _result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"benchmark": "moe", "machine": machine_facts(), "group_size": GROUP, "seed": SEED, "rows": rows}
 
 
 def _bench_size(mixture: Mixture, layers: dict[str, Layer], tokens: int, every_variant: bool) -> list[dict[str, Any]]:
@@ -370,10 +374,16 @@ def main() -> None:
     options = parser.parse_args()
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     models = options.model or tuple(MODELS)
-    result = bench_moe(models, tokens, options.every_variant, lambda row: print(text_row(row), flush=True))
-    result["command"] = " ".join(["python -m finescale.bench.moe", *sys.argv[1:]])
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    command = " ".join(["python -m finescale.bench.moe", *sys.argv[1:]])
+    rows: list[dict[str, Any]] = []
+
+    def on_row(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(text_row(row), flush=True)
+        if options.json:  # what is done is kept if the rest is stopped
+            options.json.write_text(json.dumps(_result(rows) | {"command": command}, indent=1) + "\n")
+
+    bench_moe(models, tokens, options.every_variant, on_row)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ struct Computer {
         noted = find_place(a, work.tile);
 #endif
         if (inside() && part.take(total, thread)) {
-            facts.fetch(a, place(), thread);
+            facts.fetch(a, place(), part.group, thread);
             write(total);
         }
     }
@@ -132,7 +132,7 @@ struct Computer {
 #if GROUPED
             noted = noted_place(ahead.stage);
 #endif
-            facts.fetch(a, place(), thread);
+            facts.fetch(a, place(), part.group, thread);
         }
     }
 

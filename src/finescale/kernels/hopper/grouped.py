@@ -20,7 +20,6 @@ from finescale.kernels.hopper.gemm import (
     Arguments,
     Variant,
     multiprocessors_of,
-    schedule,
     zeros_of,
 )
 from finescale.kernels.jit import load_kernel
@@ -62,25 +61,40 @@ def expected_tiles(tokens: int, choices: int, experts: int, width: int) -> tuple
     return experts * -math.expm1(tokens * log_rest), experts * tiles
 
 
+UNIT_CYCLES = {
+    False: ((180, 3.4), (300, 4.6), (400, 6.4)),
+    True: ((150, 2.3), (250, 3.6), (330, 5.2)),
+}
+"""What 128 inputs of a tile cost when memory is no limit, by folded and warpgroups: cycles, and cycles a token."""
+TILE_CYCLES = 1000
+"""What the end of a tile costs."""
+
+
 def predicted_microseconds(
     variant: Variant, tokens: int, choices: int, outputs: int, blocks: int, multiprocessors: int
 ) -> float:
-    """Time of a product on an H100 under uniform routing, good enough to rank variants (see hopper/gemm.py)."""
+    """Time of a product on an H100 under uniform routing, good enough to rank variants.
+
+    Fitted to timings of dense products that are bound by computing (benchmarks/results/gemm-variants-h100.json) and of
+    grouped ones that are bound by memory (benchmarks/results/moe-h100.json).
+    """
     clock = 1700.0  # cycles a microsecond
+    memory, cache, stream = 2.95e6, 20e6, 18e3  # bytes a microsecond; of one warpgroup's stages, on one multiprocessor
     active, token_tiles = expected_tiles(tokens, choices, variant.experts, variant.tokens)
-    channel_tiles = -(-outputs // (64 * variant.warpgroups))
-    tiles = max(1, round(token_tiles * channel_tiles))
-    shares = schedule(variant, tiles * variant.tokens, 64 * variant.warpgroups, blocks, multiprocessors)
-    split_tiles = tiles - shares.whole_tiles
-    units = -(-shares.whole_tiles // multiprocessors) * blocks + (-(-blocks // shares.splits) if split_tiles else 0)
-    weight_bytes = variant.warpgroups * (4096 + 128 * variant.groups)
-    filled = tokens * choices / token_tiles
-    multiply = variant.tokens * variant.warpgroups * 2
-    cycles = multiply * 1.02 + 60 if variant.folded else multiply * 1.282 * (1 + variant.groups) / 2 + 224
-    from_cache = (filled * 128 + weight_bytes) / 39.1
-    from_memory = units * weight_bytes / 24.7 * active / token_tiles
-    sums = 0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6 if split_tiles else 0
-    return 2.5 + max(units * max(cycles, from_cache), from_memory) / clock + sums
+    tiles = max(1, round(token_tiles * -(-outputs // (64 * variant.warpgroups))))
+    left = tiles % multiprocessors
+    splits = min(blocks, multiprocessors // left) if left else 1
+    whole = tiles if splits == 1 else tiles - left
+    units = -(-whole // multiprocessors) * blocks + (-(-blocks // splits) if splits > 1 else 0)
+    weight_bytes = -(-outputs // 64) * blocks * (4096 + 128 * variant.groups)
+    x_bytes = tokens * choices * blocks * 128 * -(-outputs // (64 * variant.warpgroups))
+    fixed, each = UNIT_CYCLES[variant.folded][variant.warpgroups - 1]
+    cycles = fixed + each * variant.tokens * (1 if variant.folded else (1 + variant.groups) / 2)
+    computing = (units * cycles + units / blocks * TILE_CYCLES) / clock
+    fetching = weight_bytes * active / memory + (weight_bytes * (token_tiles - active) + x_bytes) / cache
+    if variant.warpgroups == 1:
+        fetching = max(fetching, units * (4096 + 128 * variant.groups) / stream)
+    return 3.5 + (computing**4.5 + fetching**4.5) ** (1 / 4.5)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,7 +122,7 @@ def run(
     x_sum_R: Tensor,
     row_end_E: Tensor,
     packed_weight: Tensor,
-    factor_EO: Tensor | None,
+    factor_EO: Tensor,
     outputs: int,
     tokens: int,
     choices: int,
@@ -143,7 +157,7 @@ def run(
         x_scale_R.data_ptr(),
         x_sum_R.data_ptr(),
         None,
-        None if factor_EO is None else factor_EO.data_ptr(),
+        factor_EO.data_ptr(),
         y_RO.data_ptr(),
         workspace.data_ptr() + 4 * COUNTERS,
         workspace.data_ptr(),

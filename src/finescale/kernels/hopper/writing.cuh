@@ -1,18 +1,28 @@
 // A finished tile: from int32 sums in registers to rows of outputs.
 
-// Scales and sums of the tokens of a tile, fetched when the tile begins and used when it ends.
+// Scales and sums of the tokens of a tile, fetched when the tile begins and used when it ends; nothing is computed with
+// them before, so that nobody waits for them.
 struct TokenFacts {
     float scale[META];
     int sum[META];
+#if GROUPED
+    float own[2];  // factors of the thread's two channels
+#endif
 
-    __device__ void fetch(const Arguments& a, const Place& place, int thread) {
+    __device__ __forceinline__ void fetch(const Arguments& a, const Place& place, int group, int thread) {
 #pragma unroll
         for (int i = 0; i < META; i++) {
             int token = place.token0 + i * 128 + thread;
             bool inside = i * 128 + thread < TOKENS && token < place.token_end;
-            scale[i] = inside ? __ldcg(a.x_scale + token) * a.factor : 0;
-            sum[i] = FOLDED && inside ? 128 * __ldcg(a.x_sum + token) : 0;
+            scale[i] = inside ? __ldcg(a.x_scale + token) : 0;
+            sum[i] = FOLDED && inside ? __ldcg(a.x_sum + token) : 0;
         }
+#if GROUPED
+        int channel = (place.channel_slab + group) * 64 + thread / 32 * 16 + thread % 32 / 4;
+        const float* factor = a.channel_scale + static_cast<long long>(place.expert) * a.channels + channel;
+        own[0] = channel < a.channels ? __ldg(factor) : 1;
+        own[1] = channel + 8 < a.channels ? __ldg(factor + 8) : 1;
+#endif
     }
 };
 
@@ -32,21 +42,24 @@ __device__ __forceinline__ void write_tile(
 #pragma unroll
     for (int i = 0; i < META; i++)
         if (i * 128 + thread < TOKENS) {
-            scales[i * 128 + thread] = facts.scale[i];
-            sums[i * 128 + thread] = facts.sum[i];
+            scales[i * 128 + thread] = facts.scale[i] * a.factor;
+            sums[i * 128 + thread] = 128 * facts.sum[i];
         }
     named_barrier(1 + group, 128);
-    int channel = channel0 + warp * 16 + lane / 4;
-    const float* own = a.channel_scale + static_cast<long long>(place.expert) * a.channels;
+    [[maybe_unused]] int channel = channel0 + warp * 16 + lane / 4;
     float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
+#if GROUPED
+    own0 = facts.own[0], own1 = facts.own[1];
+#else
     if (channel < a.channels) {
         if (a.bias) bias0 = a.bias[channel];
-        if (a.channel_scale) own0 = own[channel];
+        if (a.channel_scale) own0 = a.channel_scale[channel];
     }
     if (channel + 8 < a.channels) {
         if (a.bias) bias1 = a.bias[channel + 8];
-        if (a.channel_scale) own1 = own[channel + 8];
+        if (a.channel_scale) own1 = a.channel_scale[channel + 8];
     }
+#endif
     u32 own_buffer = shared_address(buffer) + group * 2 * (CHUNK * PITCH);
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
@@ -64,8 +77,8 @@ __device__ __forceinline__ void write_tile(
             for (int i = 0; i < 4; i++) {
                 Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
                 value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
-                if (a.channel_scale) value[i] *= i < 2 ? own0 : own1;
-                if (a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
+                if (GROUPED || a.channel_scale) value[i] *= i < 2 ? own0 : own1;
+                if (!GROUPED && a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
                 int token = token0 + inner + i % 2, c = channel + i / 2 * 8;
                 if (token < place.token_end && c < a.channels) {
