@@ -45,12 +45,14 @@ def test_what_makes_no_outliers_is_refused(tiny, tmp_path):
 
 # FPTQ's published thresholds send ranges above 150 to one scale per token without equalization, which recovers a tenth;
 # the zoo's planted ranges are above.
+# Four channels of 50 times the rest would have to become 200 of 256: QLLM recovers 89.9 % with the published fifth.
 METHODS = {
     "smoothquant": [{"name": "smoothquant"}],
     "fptq": [{"name": "fptq", "options": {"equalize": "all"}}],
     "awq": [{"name": "awq"}],
     "quarot": [{"name": "quarot"}],
-    "qllm": [{"name": "qllm"}],
+    "omniquant": [{"name": "omniquant", "options": {"iterations": 40}}],
+    "qllm": [{"name": "qllm", "options": {"max_expansion": 0.3}}],
 }
 
 
@@ -82,6 +84,4 @@ def test_plain_w4a8_collapses_and_each_method_recovers(bed):
     assert plain > 1.5 * clean
     loss = math.log(plain) - math.log(clean)
     recovered = {name: (math.log(plain) - math.log(bed(transforms))) / loss for name, transforms in METHODS.items()}
-    # Four channels of 50 times the rest would have to become 200; QLLM stops at a fifth of the 256 there are.
-    least = {name: 0.85 if name == "qllm" else 0.9 for name in METHODS}
-    assert all(share > least[name] for name, share in recovered.items()), recovered
+    assert all(share > 0.9 for share in recovered.values()), recovered

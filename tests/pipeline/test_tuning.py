@@ -24,6 +24,7 @@ from tests.helpers import (
     make_model,
     quantize,
     read_json,
+    read_tensors,
     recipe,
     save_model,
 )
@@ -207,12 +208,14 @@ def corrected(blocks, iterations=40, **parts):
 
 def test_blocks_corrected_together_come_closer_at_their_end(tokenizer, text, tmp_path):
     model = save_model(make_model("llama", num_hidden_layers=4), tokenizer, tmp_path / "model")
-    facts = {}
+    facts, norm = {}, "model.layers.1.input_layernorm.weight"
     for blocks in (1, 3):
         report = quantize(model, tmp_path / str(blocks), corrected(blocks, 16), text)
         facts[blocks] = [block[0] for block in report["tuning"]]
         assert all(fact["error_after"] < fact["error_before"] for fact in facts[blocks])
         verify(tmp_path / str(blocks), model)
+        before, after = read_tensors(model)[norm], read_tensors(tmp_path / str(blocks))[norm]
+        assert norm in report["changed_tensors"] and 0 < float((after - before).abs().max()) < 0.1
     # Groups of 3 and 1; the blocks of a group share one error, that of the last one's output.
     assert facts[3][0] == facts[3][1] == facts[3][2] != facts[3][3]
     assert facts[3][2]["error_before"] != facts[1][2]["error_before"]

@@ -234,8 +234,9 @@ def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Prog
         report["tuning"] = [entry.get("tuning", []) for entry in entries]
     if job.recipe.transforms:
         report["transforms"] = [entry["transforms"] for entry in entries]
+    if job.recipe.transforms or job.recipe.tuning:
         outside = turned.names(job.skeleton) if turned else []
-        report["changed_tensors"] = outside + [name for entry in entries for name in entry["changed"]]
+        report["changed_tensors"] = outside + [name for entry in entries for name in entry.get("changed", ())]
     journals.write_json(
         job.out / "run.json", run_facts(job.device, entries, started, time.perf_counter() - clock, resumed)
     )

@@ -84,7 +84,7 @@ def transform_block(
     Raises:
         NumericsError: a transform changed the block's function.
     """
-    before = {name: value.clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
+    before = unplanned(block, plans)
     rules = {path: InputRule(plan.activations) for path, plan in plans.items()}
     hooks: list[Any] = []
     limits: dict[str, Limits] = {}
@@ -110,7 +110,7 @@ def transform_block(
         tolerance = PRESERVED[expected_BTI.dtype] if part.entry().keeps_function else LOOSELY_KEPT
         _check_same(f"{part.name} on block {index}", expected_BTI, run_block(block, x_BTI, kwargs), tolerance)
         facts.append({"transform": part.name, "layers": changes.facts})
-    tensors = _changed_tensors(skeleton, block, index, before, stored) if parts else {}
+    tensors = changed_tensors(skeleton, block, index, before, stored) if parts else {}
     rules |= _static_rules(block, rules, steps, batches, device)
     return Transformed(_settled(block, plans, rules, limits), rules, hooks, tensors, facts)
 
@@ -167,7 +167,12 @@ def _check_same(what: str, expected: Tensor, found: Tensor, tolerance: float) ->
         )
 
 
-def _changed_tensors(
+def unplanned(block: nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, Tensor]:
+    """Copies of all parameters of a block besides the weights that will be quantized, by name."""
+    return {name: value.detach().clone() for name, value in block.named_parameters() if not _is_planned(name, plans)}
+
+
+def changed_tensors(
     skeleton: Skeleton, block: nn.Module, index: int, before: Mapping[str, Tensor], stored: torch.dtype
 ) -> dict[str, Tensor]:
     """Parameters that differ from ``before``, rounded to the stored type in the block too: what comes after must see

@@ -32,7 +32,7 @@ from finescale.pipeline.block import Batches, Timer, propagate, quantize_block, 
 from finescale.pipeline.job import Job, Progress
 from finescale.pipeline.output import Output, unpack_layer
 from finescale.pipeline.plan import active_blocks
-from finescale.pipeline.transform import Transformed, install_changed, transform_block
+from finescale.pipeline.transform import Transformed, changed_tensors, install_changed, transform_block, unplanned
 from finescale.pipeline.tune import (
     FloatStream,
     Tuning,
@@ -186,6 +186,7 @@ def _quantize_group(walk: _Walk, group: range, active: int, on_progress: Progres
     # The targets of a lone block are settled before it is corrected: they are what it put out till then.
     tunings = None if single is None else [(chosen, _windows(walk, single, chosen)) for chosen in options]
     if walk.stream is not None and job.recipe.tuning:
+        before = [unplanned(block.module, block.changed.plans) for block in prepared]
         corrections = tunings or [(chosen, _group_windows(walk, prepared, chosen)) for chosen in options]
         plans = [block.changed.plans for block in prepared]
         facts = prepared[0].timer.measure(
@@ -194,7 +195,9 @@ def _quantize_group(walk: _Walk, group: range, active: int, on_progress: Progres
             _tuning(walk, [block.index for block in prepared], corrections, {}),
         )  # fmt: skip
         del corrections
-        for block in prepared:
+        for block, values in zip(prepared, before, strict=True):
+            found = changed_tensors(job.skeleton, block.module, block.index, values, job.scale_dtype)
+            block.changed.tensors.update(found)
             block.facts["tuning"] = list(facts) if block.changed.plans else []
     entries = []
     for number, block in enumerate(prepared):
@@ -230,9 +233,7 @@ def _prepare(walk: _Walk, index: int, ahead: Any) -> _Prepared:
         "transform", transform_block, job.skeleton, block, index, job.plan.blocks[index], walk.traced[names], batches,
         job.recipe.transforms, job.device, job.scale_dtype, walk.rotation, learning,
     )  # fmt: skip
-    facts: Entry = {}
-    if job.recipe.transforms:
-        facts = {"transforms": changed.facts, "changed": sorted(changed.tensors)}
+    facts: Entry = {"transforms": changed.facts} if job.recipe.transforms else {}
     return _Prepared(index, block, walk.traced[names], changed, stream, timer, facts)
 
 
@@ -284,6 +285,8 @@ def _solve(walk: _Walk, block: _Prepared, tuning: Tuning | None, last: bool) -> 
     changed = block.changed
     if job.ranks.leads:
         timer.measure("write", walk.output.write_block, block.index, solved, changed.tensors, changed.rules)
+    if job.recipe.transforms or job.recipe.tuning:
+        entry["changed"] = sorted(changed.tensors)
     entry |= {"layers": [result.record | {"inputs": changed.rules[result.plan.path].describe()} for result in results]}
     del tuning, batches  # or they would keep the block's inputs beside its outputs
     block.stream = None
@@ -354,7 +357,7 @@ def _install(job: Job, output: Output, index: int, block: torch.nn.Module, entry
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         replace_weight_OI(block.get_submodule(plan.path), unpack_layer(job.fmt, plan, own).to(job.device))
         rules[plan.path] = input_rule(records[plan.name]["inputs"], own, plan.name).to(job.device)
-    if job.recipe.transforms:
+    if job.recipe.transforms or job.recipe.tuning:
         planned = {plan.name + ".weight" for plan in job.plan.blocks[index].values()}
         others = {key: tensor for key, tensor in tensors.items() if key not in planned}
         install_changed(job.skeleton, block, index, others)

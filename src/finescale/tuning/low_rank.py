@@ -3,7 +3,8 @@
 Each layer gets W + c * B A with A [R, I] and B [O, R]; only A and B are tuned, by AdamW with a rate that falls linearly
 to zero. At the end c * B A is merged into the weight, which is then quantized like any other: nothing remains at run
 time. The authors tune quant(W) + c * B A and lose accuracy when they merge; ``forward: merged`` tunes what will be
-stored, quant(W + c * B A), gradients passing straight through the rounding.
+stored, quant(W + c * B A), gradients passing straight through the rounding. As in their code, the gains and biases of
+the norms are tuned too.
 
 Shape legend: O outputs, I inputs, R rank.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from finescale.errors import NumericsError
 from finescale.grid import InputRule, WeightScheme
+from finescale.models.edges import is_norm
 from finescale.tuning.nearest import rounded
 from finescale.tuning.reconstruction import (
     ReconstructionOptions,
@@ -46,6 +48,7 @@ class LowRankOptions(ReconstructionOptions):
         iterations: steps per block (10 passes over 128 windows).
         scaling: c; the authors' code has 1 / rank.
         forward: see above.
+        norms: tune the gains and biases of norms too.
         blocks: consecutive blocks that are corrected together, by the output of the last.
     """
 
@@ -56,6 +59,7 @@ class LowRankOptions(ReconstructionOptions):
     batch_size: int = Field(default=1, ge=1)
     scaling: float = Field(default=0.25, gt=0.0)
     forward: Literal["merged", "sum"] = "merged"
+    norms: bool = True
     blocks: int = Field(default=4, ge=1)
 
 
@@ -86,7 +90,7 @@ def correct_weights(
     """Tune low-rank additions to a block's weights.
 
     Args:
-        block: filled with float weights, as they are to be quantized; left as it was.
+        block: filled with float weights, as they are to be quantized; left as it was, but for tuned norms.
         schemes: of the layers to correct, by path. While tuning they are rounded to nearest, without clipping search.
         windows: the block's inputs and target outputs.
         arguments_of: the block's other arguments for a number of windows.
@@ -111,7 +115,6 @@ def correct_weights(
         for module, s in zip(modules, schemes.values(), strict=True)
     ]
     factors = [factor for layer in layers for factor in (layer.a_RI, layer.b_OR)]
-    optimizer = torch.optim.AdamW(factors, lr=options.rate, weight_decay=0.0)
     size = min(options.batch_size, len(windows))
     fixed = fixed_windows(len(windows), options.held, size)
     order = window_batches(len(windows), size, seed)
@@ -120,7 +123,11 @@ def correct_weights(
         with weights_with_gradients(block, modules, options, device):
             _show(modules, layers, options, merged=True)
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
-            kept = [factor.detach().clone() for factor in factors]
+            tuned = factors + (_norm_parameters(block) if options.norms else [])
+            optimizer = torch.optim.AdamW(tuned, lr=options.rate, weight_decay=0.0)
+            for parameter in tuned[len(factors) :]:
+                parameter.requires_grad_()
+            kept = [value.detach().clone() for value in tuned]
             for iteration in range(options.iterations):
                 for group in optimizer.param_groups:
                     group["lr"] = options.rate * (1 - iteration / options.iterations)
@@ -129,20 +136,27 @@ def correct_weights(
                 for module, layer in zip(modules, layers, strict=True):
                     _pass_on(gradient_of(module), layer, options.scaling)
                 optimizer.step()
+                optimizer.zero_grad()
                 if is_check(iteration, options.iterations, options.checks):
                     _show(modules, layers, options, merged=True)
                     error = block_error(block, windows, fixed, arguments_of, options, device)
                     if not math.isfinite(error):
                         raise NumericsError("low-rank correction met NaN or Inf; tune with precision float32.")
                     if error < best:
-                        best, kept = error, [factor.detach().clone() for factor in factors]
+                        best, kept = error, [value.detach().clone() for value in tuned]
+            for value, found in zip(tuned, kept, strict=True):
+                value.requires_grad_(False).copy_(found)
     finally:
         for hook in hooks:
             hook.remove()
-    for factor, value in zip(factors, kept, strict=True):
-        factor.copy_(value)
     merged = [layer.weight_OI + layer.addition(options.scaling) for layer in layers]
     return dict(zip(schemes, merged, strict=True)), {"error_before": first, "error_after": best}
+
+
+def _norm_parameters(block: nn.Module) -> list[Tensor]:
+    return [
+        parameter for module in block.modules() if is_norm(module) for parameter in module.parameters(recurse=False)
+    ]
 
 
 def _start(weight_OI: Tensor, scheme: WeightScheme, options: LowRankOptions, generator: torch.Generator) -> _Correction:
