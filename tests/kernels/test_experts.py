@@ -132,3 +132,9 @@ def test_variants_fit_the_chip(tokens, experts, folded):
             assert variant.tokens * variant.warpgroups <= LARGEST_TILE
         for outputs, blocks in ((28672, 32), (4096, 112), (1536, 16), (2048, 6)):
             assert grouped.choose(tokens, min(2, experts), experts, outputs, blocks, groups, folded, 0, 132) in found
+
+
+def test_few_numbers_of_tokens_are_chosen_for():
+    assert all(tokens <= grouped.rounded(tokens) <= tokens * 1.125 for tokens in range(1, 70000))
+    assert len({grouped.rounded(tokens) for tokens in range(1, 65537)}) < 120
+    assert all(grouped.rounded(2**power) == 2**power for power in range(17))

@@ -116,6 +116,12 @@ def choose(
     )
 
 
+def rounded(tokens: int) -> int:
+    """``tokens``, up by at most an eighth: so that only few numbers are ever chosen for."""
+    step = max(1, 1 << max(tokens - 1, 1).bit_length() >> 4)
+    return -(-tokens // step) * step
+
+
 def run(
     packed_x: Tensor,
     x_scale_R: Tensor,
@@ -142,14 +148,15 @@ def run(
         return y_RO
     multiprocessors = multiprocessors_of(device.index)
     groups = (slab_bytes - 4096) // 128
+    expected = rounded(tokens)
     variant = variant or choose(
-        tokens, choices, experts, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors
+        expected, choices, experts, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors
     )
     workspace = zeros_of(device)
     function = load_kernel(
         "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
     )
-    active, token_tiles = expected_tiles(tokens, choices, experts, variant.tokens)
+    active, token_tiles = expected_tiles(expected, choices, experts, variant.tokens)
     reused = token_tiles > 1.5 * active
     arguments = Arguments(
         packed_weight.data_ptr(),
