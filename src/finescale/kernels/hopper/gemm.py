@@ -62,7 +62,7 @@ class Variant:
     @property
     def fixed_bytes(self) -> int:
         table = 8 * self.experts + 32 if self.experts else 0
-        chunk = min(self.tokens, 16 if self.warpgroups == 3 else 32)
+        chunk = min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
         return self.warpgroups * (2 * chunk * 144 + self.tokens * 8 + 24) + table
 
     @property

@@ -25,8 +25,8 @@ from finescale.kernels.hopper.gemm import (
 from finescale.kernels.jit import load_kernel
 from finescale.kernels.launch import launch
 
-WIDTHS = (8, 16, 32, 64, 96, 128)
-FOLDED_WIDTHS = (*WIDTHS, 160, 192, 256)
+WIDTHS = (8, 16, 32, 48, 64, 80, 96, 128)
+FOLDED_WIDTHS = (*WIDTHS, 144, 160, 192, 256)
 
 
 def variants(tokens: int, groups: int, folded: bool, out: int, experts: int) -> list[Variant]:

@@ -4,7 +4,7 @@ constexpr int STEPS = 4 / GROUPS;                      // wgmmas of 32 inputs in
 constexpr int SLAB_BYTES = 4096 + 128 * GROUPS;        // 64 channels by 128 inputs, and their scales
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = WARPGROUPS * SLAB_BYTES;
-constexpr int LARGEST_CHUNK = WARPGROUPS == 3 ? 16 : 32;
+constexpr int LARGEST_CHUNK = WARPGROUPS == 3 || TOKENS % 32 ? 16 : 32;
 constexpr int FINISHERS = CLUSTER < 2 || TOKENS < 16 ? 1 : CLUSTER < 4 || TOKENS < 32 ? 2 : CLUSTER < 8 || TOKENS < 64 ? 4 : 8;
 constexpr int SHARE = TOKENS / FINISHERS;              // tokens of a shared tile that one block of the cluster writes
 constexpr int CHUNK = SHARE < LARGEST_CHUNK ? SHARE : LARGEST_CHUNK;  // tokens a warpgroup writes at a time
