@@ -129,11 +129,12 @@ def test_embeddings_of_the_caller_stay_as_they_were(checkpoint):
     assert torch.equal(embedded, before)
 
 
-def test_a_whole_step_is_one_graph(checkpoint):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_whole_step_is_one_graph(checkpoint, backend):
     """torch.compile traces the step without a break, and gives the same."""
     model = load_exact(checkpoint("llama"))
     fuse(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     tokens_BT = some_tokens(2, 6)
     logits = []
     for step in (model, compiled):

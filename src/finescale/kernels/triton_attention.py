@@ -351,21 +351,21 @@ def rotate(
     return query_BTHD
 
 
-_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+_workspaces: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
 
 
-def _workspace(device: torch.device, parts: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """Room for parts of sums, and counters that the kernel leaves at zero; one for each stream."""
+def _workspace(device: torch.device, parts: int, counters: int) -> tuple[Tensor, Tensor]:
+    """Room for parts of sums, and counters that the kernel leaves at zero; one for each stream.
+
+    One that has become too small is kept: CUDA graphs hold on to its address.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _scratch.get((device, stream))
-    if found is None or found[0].numel() < parts or found[1].numel() < pairs:
-        parts, pairs = max(parts, 2**20), max(pairs, 2**14)
-        found = (
-            torch.empty(parts, dtype=torch.float32, device=device),
-            torch.zeros(pairs, dtype=torch.int32, device=device),
-        )
-        _scratch[device, stream] = found
-    return found
+    found = _workspaces.setdefault((device, stream), [])
+    if not found or found[-1][0].numel() < parts or found[-1][1].numel() < counters:
+        parts, counters = max(parts, 2**20), max(counters, 2**15)
+        room = torch.empty(parts, dtype=torch.float32, device=device)
+        found.append((room, torch.zeros(counters, dtype=torch.int32, device=device)))
+    return found[-1]
 
 
 def attend(
@@ -386,7 +386,8 @@ def attend(
     pairs, group = batch * kv_heads, heads // kv_heads
     tiles = tiles or (ONE_HEAD if group == 1 else SOME_HEADS)
     splits = max(1, min(triton.cdiv(PROGRAMS, pairs), triton.cdiv(capacity, tiles.least), 64))
-    partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs + batch)
+    parts = pairs * splits * group * (width + 2) if splits > 1 else 0
+    partial, counters = _workspace(qkv_BC.device, parts, pairs + batch)
     table_stride = cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, valid_BS, out_BC, partial, counters,
