@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--bits", default="4,3")
     parser.add_argument("--seeds", help="of the whole runs, instead of the usual ones, such as 0,1,2,3")
     parser.add_argument("--parts", default="layers,solvers,scales")
+    parser.add_argument("--scales", help="only rows of that part whose name begins with float or one of these, by |")
     parser.add_argument(
         "--scale-windows", type=int, help="of the scales, instead of the usual ones; 0 for the whole text"
     )
