@@ -24,10 +24,12 @@ def test_a_small_shape():
     seen = []
     result = bench_gpu_solver("cpu", 3, 60, [(32, 64)], 16, seen.append)
     row = result["rows"][0]
-    assert seen == [row] and row["rows_timed"] == 32 and row["shape"] == [32, 64]
-    for key in ("quantease", "quantease_3xtf32", "gptq", "quantease_gptq10_3xtf32", "algorithm_2"):
+    assert seen == [result] and row["rows_timed"] == 32 and row["shape"] == [32, 64]
+    for key in ("quantease", "quantease_3xfp16", "gptq", "quantease_gptq10_3xfp16", "algorithm_2"):
         assert row[f"{key}_seconds"] > 0
-    assert row["quantease_3xtf32_objective"] == pytest.approx(row["quantease_objective"], rel=1e-3)
+    assert row["quantease_3xfp16_objective"] == pytest.approx(row["quantease_objective"], rel=1e-3)
+    assert row["objective_other_blocks_over_float32"] == pytest.approx(1, rel=1e-2)
+    assert row["speedup_over_algorithm_2_3xfp16"] == row["algorithm_2_seconds"] / row["quantease_3xfp16_seconds"]
     assert bench_gpu_solver("cpu", 1, -1, [(32, 64)])["skipped"] == [[32, 64]]
 
 
@@ -40,6 +42,14 @@ def test_the_layer_has_the_moments_it_says():
 
 
 def test_whole_models_are_summed_over_their_layers():
-    rows = [{"shape": [o, i], "quantease_seconds": 1.0} for o, i, _ in SHAPES["Llama-2-7B"].values()]
-    assert model_seconds(rows) == {"Llama-2-7B": {"quantease_seconds": 32 * 7.0}}
+    rows = [{"shape": [o, i], "sweeps": 30, "quantease_seconds": 1.0} for o, i, _ in SHAPES["Llama-2-7B"].values()]
+    found = model_seconds(rows)
+    assert list(found) == ["Llama-2-7B"] and found["Llama-2-7B"]["quantease_seconds"] == 32 * 7.0
+    assert found["Llama-2-7B"]["operations"] == 32 * 60 * (4 * 4096**3 + 2 * 11008 * 4096**2 + 4096 * 11008**2)
+    )
+    sums = found["Llama-2-7B"]["arithmetic"]
+    assert sums["quantease_seconds"] == "32 blocks x (4 x 1.000 + 2 x 1.000 + 1 x 1.000) s = 224 s"
+    assert sums["operations"].startswith(
+        "32 blocks x 2 x (4 x 4096 x 4096^2 + 2 x 11008 x 4096^2 + 1 x 4096 x 11008^2)"
+    )
     assert model_seconds(rows[:-1]) == {}
