@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What is compared. Machete is what vLLM takes for W4A16 on Hopper; Marlin rounds activations to int8 only when told to
 by its environment variable, and its Hopper code is compiled for float16."""
-DEFAULT = ("bf16", "machete", "marlin-w4a8", "finescale-folded", "finescale-integer")
+DEFAULT = ("check", "bf16", "machete", "marlin-w4a8", "finescale-folded", "finescale-integer")
 
 
 def model_config(shape: str, dtype: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
         _random_bits_in_dummy_weights()
     started = time.time()
     llm = engine(folder, arm, memory)
-    result: dict[str, Any] = {"ready_seconds": round(time.time() - started, 1), "gpu": torch.cuda.get_device_name()}
+    result: dict[str, Any] = {"ready_seconds": round(time.time() - started, 1), "machine": _machine()}
     print(f"ready in {result['ready_seconds']} s", flush=True)
     vocabulary = SHAPES[shape]["vocab_size"]
 
@@ -221,6 +221,14 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
         answer.write_text(json.dumps(result))
     result["kernels"] = {str(batch): _profile(lambda b=batch: seconds(b, PROMPT, 9)) for batch in (1, 64)}  # type: ignore[misc]
     answer.write_text(json.dumps(result))
+
+
+def _machine() -> dict[str, Any]:
+    import vllm
+
+    from finescale.bench.machine import machine_facts
+
+    return machine_facts() | {"vllm": vllm.__version__}
 
 
 def _summary(values: list[float]) -> dict[str, float]:
@@ -265,10 +273,8 @@ def _random_bits_in_dummy_weights() -> None:
 def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> dict[str, Any]:
     """Greedy tokens of the small model by the plugin, with CUDA graphs, and by `finescale.load`, on the same GPU."""
     import torch
-    import vllm
 
     import finescale
-    from finescale.bench.machine import machine_facts
 
     prompts = random_prompts(3, 24, SHAPES["tiny"]["vocab_size"], seed=1)
     outputs = generated(engine(folder, arm, memory), prompts, 24, logprobs=1)
@@ -285,7 +291,7 @@ def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> 
             found = output.outputs[0].logprobs[step][token].logprob
             worst = max(worst, abs(found - float(expected[step, token])))
     return {
-        "machine": machine_facts() | {"vllm": vllm.__version__},
+        "machine": _machine(),
         "tokens": total,
         "same_token": equal,
         "largest_logprob_difference": round(worst, 4),
@@ -318,7 +324,7 @@ def compile_ahead(shape: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=["check", *ARMS])
     parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=90, help="limit for each arm")
@@ -344,18 +350,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
         folder = options.folder or Path(temporary)
         # All processes start at once and wait with everything imported, for imports take longer than most runs.
-        names = ["compile", "check", *options.arms]
+        names = ["compile", *options.arms]
         processes = {name: _start(name, options, folder) for name in names}
         for name, process in processes.items():
             answer = _finish(name, process, options.seconds, folder)
+            facts["machine"] |= answer.pop("machine", {})
             if name in ("compile", "check"):
-                facts["machine"] |= answer.pop("machine", {})
                 facts[name] = answer
             else:
                 facts["arms"][name] = answer
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts["check"]))
+    print(json.dumps(facts.get("check", {})))
     print(summary_table(facts["arms"]))
 
 

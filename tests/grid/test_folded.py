@@ -23,7 +23,7 @@ from finescale.grid import (
     with_integer_scales,
 )
 from finescale.grid.folded import FOLDED_BITS, LARGEST_S
-from finescale.grid.integer_scale import LARGEST_FOLDED_SCALE, common_factor, significand_bits
+from finescale.grid.integer_scale import LARGEST_FOLDED_SCALE, common_factor, power_of_two, significand_bits
 from finescale.kernels import layout
 from finescale.solvers import find_solver
 
@@ -223,3 +223,9 @@ def test_a_solver_that_fits_groups_anew_refuses_them():
         entry = find_solver(solver)
         with pytest.raises(NumericsError, match="static_groups true"):
             entry.solve(weight_OI, torch.eye(48), grid, entry.options(static_groups=False))
+
+
+def test_powers_of_two_are_exact():
+    exponents = torch.arange(-1022, 1024)
+    assert power_of_two(exponents).tolist() == [2.0**exponent for exponent in exponents.tolist()]
+    assert power_of_two(exponents.double()).tolist() == power_of_two(exponents.int()).tolist()

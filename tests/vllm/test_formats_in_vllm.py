@@ -6,17 +6,15 @@ vLLM's CPU kernels for packed weights refuse float32. In float16 they multiply b
 file says of these; in bfloat16, on a processor with AMX, by activations of 8 bits, whatever the file says.
 """
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from finescale.grid import ActivationScheme, WeightScheme
 from tests.formats.checkpoints import LLAMA, PROMPTS, prompt_logits, random_model, write_checkpoint, write_dense
+from tests.vllm.asking import ask
 
 pytestmark = pytest.mark.vllm
-WORKER = Path(__file__).parent / "greedy_worker.py"
 TOKENS = 8
 A8 = ActivationScheme(8)
 CASES = {
@@ -55,13 +53,8 @@ def answers(request, tmp_path_factory):
             root / "source", tensors, root / case, format_name, scheme, activations, overrides=overrides
         )
         write_dense(root / "source", dense, root / f"{case}-dense")
-    request_path, answer_path = root / "request.json", root / "answer.json"
-    folders = [str(root / case) for case in CASES | REFUSED]
-    request_path.write_text(
-        json.dumps({"checkpoints": folders, "prompts": PROMPTS, "tokens": TOKENS, "dtype": "float16"})
-    )
-    subprocess.run([python, str(WORKER), str(request_path), str(answer_path)], check=True)
-    return root, {Path(answer["checkpoint"]).name: answer for answer in json.loads(answer_path.read_text())}
+    folders = [root / case for case in CASES | REFUSED]
+    return root, ask(python, root, folders, prompts=PROMPTS, tokens=TOKENS, dtype="float16", plugins="")
 
 
 def greedy(folder: Path) -> list[list[int]]:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ from tests.vllm.asking import ask, greedy
 
 pytestmark = pytest.mark.vllm
 FAMILIES = ("llama", "mistral", "opt", "falcon", "mixtral")
-OWN_INPUTS = {"rotated": "quarot-w4a4", "gathered": "qllm-w4a8"}
+OWN_INPUTS = {
+    "rotated": ("quarot-w4a4", ()),
+    "gathered": ("qllm-w4a8", ("tuning=[]", "transforms=[{name: qllm, options: {expansion: 0.1}}]")),
+}
 QUICK = ("solver.name=rtn", "weights.group_size=64", "calibration.samples=2", "calibration.length=64")
 
 
@@ -32,8 +36,8 @@ def checkpoints(vllm_python, zoo, shared, tmp_path_factory):
     source = save_model(make_model("qwen3_moe", head_dim=32), make_tokenizer(), root / "qwen3_moe-source")
     settings = [setting.replace("=64", "=32") for setting in QUICK]
     finescale.quantize(source, "w4a8-integer-scale", out=root / "qwen3_moe", calibration=text, settings=settings)
-    for name, recipe in OWN_INPUTS.items():
-        settings = ("calibration.samples=2", "calibration.length=64")
+    for name, (recipe, settings) in OWN_INPUTS.items():
+        settings = (*settings, "calibration.samples=2", "calibration.length=64")
         finescale.quantize(zoo("llama"), recipe, out=root / name, calibration=text, settings=settings)
     return root
 
@@ -41,8 +45,11 @@ def checkpoints(vllm_python, zoo, shared, tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(checkpoints, vllm_python):
     # float32, which vLLM's own CPU kernels refuse for packed weights: these are finescale's.
-    names = [*FAMILIES, "qwen3_moe", *OWN_INPUTS]
-    return ask(vllm_python, checkpoints, [checkpoints / name for name in names])
+    cache = checkpoints / "llama-fp8-cache"
+    cache.symlink_to(checkpoints / "llama")
+    names = [*FAMILIES, "qwen3_moe", *OWN_INPUTS, cache.name]
+    each = {str(cache): {"options": {"kv_cache_dtype": "fp8"}}}
+    return ask(vllm_python, checkpoints, [checkpoints / name for name in names], each=each)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen3_moe"])
@@ -58,6 +65,14 @@ def test_inputs_are_gathered_and_rotated(answers, checkpoints, name):
     assert any(any(facts.get("inputs", {}).values()) for facts in config["finescale"]["layers"].values())
     assert "error" not in answers[name], answers[name]["error"]
     assert answers[name]["tokens"] == greedy(load(checkpoints / name))
+
+
+def test_options_of_the_cache_are_vllms_own(answers):
+    plain, rounded = answers["llama"], answers["llama-fp8-cache"]
+    assert "error" not in rounded, rounded["error"]
+    pairs = zip(chain(*plain["prompt_logprobs"]), chain(*rounded["prompt_logprobs"]), strict=True)
+    differences = [abs(one - other) for one, other in pairs]
+    assert 0 < sum(differences) / len(differences) < 0.3
 
 
 def test_norms_and_silu_quantize_on_the_way(checkpoints, vllm_python):

@@ -27,7 +27,7 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CONV1D_FAMILIES = ("gpt2",)
 _CONV1D = "GPT-2's Conv1D layers are read packed by finescale only; save with dense"
 _OUTLIERS = "only finescale reads outliers and quantized scales, and without them weights are wrong; save with dense"
-_OWN_INPUTS = "only finescale rearranges the inputs of layers (a gather or an online rotation) before the product"
+_OWN_INPUTS = "only finescale, in vLLM by its plugin, rearranges the inputs of layers (a gather or an online rotation)"
 _W8A8_ONLY = "int-quantized weights must be symmetric 8-bit per channel, with 8-bit activations"
 _ONE_SCHEME = "the schemes within {} differ, yet engines load these layers as one; give them one scheme"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finescale.errors import NumericsError
 from finescale.grid.fit import rounding_error, smallest_scale
-from finescale.grid.integer_scale import LARGEST_FOLDED_SCALE, significand_bits
+from finescale.grid.integer_scale import LARGEST_FOLDED_SCALE, power_of_two, significand_bits
 from finescale.grid.scheme import Grid, WeightScheme
 
 FOLDED_BITS = 4
@@ -78,7 +78,7 @@ def _factors(scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """Candidates of c for the largest scale of each output, float64 [C, O], with so few bits that c * 15 is stored."""
     wanted_CO = torch.stack([scale_O.double() / largest for largest in LARGEST_S])
     _, exponent_CO = torch.frexp(wanted_CO)
-    step_CO = torch.pow(2.0, (exponent_CO - (significand_bits(dtype) - FOLDED_BITS)).double())
+    step_CO = power_of_two(exponent_CO - (significand_bits(dtype) - FOLDED_BITS))
     # Below the normal numbers a type has fewer bits: multiples of its smallest number only.
     step_CO = step_CO.clamp(min=smallest_scale(dtype))
     return ((wanted_CO / step_CO).round() * step_CO).clamp(min=smallest_scale(dtype))

@@ -76,12 +76,17 @@ def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype) -
     """
     target_OG = (scale_OG.double() * amplifier).round().clamp(min=1)
     excess_OG = torch.clamp(torch.floor(torch.log2(target_OG)) + 1 - significand_bits(scale_dtype), min=0)
-    step_OG = torch.pow(2.0, excess_OG)
+    step_OG = power_of_two(excess_OG)
     # A value like 255.6 rounds up to 256 inside its own binade, which is still representable.
     integer_OG = (target_OG / step_OG).round() * step_OG
     if bool((integer_OG >= INT32_LIMIT).any()):
         raise NumericsError(f"an amplifier of {amplifier} lifts a scale over 2^31; use a smaller amplifier or auto.")
     return integer_OG.to(torch.int32)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2 to a whole exponent from -1022 to 1023, float64, made of its bits: pow on a GPU is not exact."""
+    return (exponent.long() + 1023 << 52).view(torch.float64)
 
 
 def common_factor(scale_OG: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def common_factor(scale_OG: Tensor) -> Tensor:
     _, exponent_OG = torch.frexp(scale_OG.double())
     # Every scale of a row is a whole number of the last bits of its smallest one.
     least_O1 = exponent_OG.amin(1, keepdim=True) - 24
-    whole_OG = scale_OG.double() * torch.pow(2.0, -least_O1.double())
+    whole_OG = scale_OG.double() * power_of_two(-least_O1)
     if bool((whole_OG.amax(1) > LARGEST_FOLDED_SCALE * whole_OG.amin(1)).any()):
         raise NumericsError(_NOT_FOLDED)
     whole_OG = whole_OG.to(torch.int64)
@@ -107,7 +112,7 @@ def common_factor(scale_OG: Tensor) -> Tensor:
         divisor_O = torch.gcd(divisor_O, whole_O)
     if bool((whole_OG > LARGEST_FOLDED_SCALE * divisor_O[:, None]).any()):
         raise NumericsError(_NOT_FOLDED)
-    return (divisor_O.double() * torch.pow(2.0, least_O1[:, 0].double())).float()
+    return (divisor_O.double() * power_of_two(least_O1[:, 0])).float()
 
 
 def group_absolute_sums(codes_OI: Tensor, group_of_I: Tensor, groups: int) -> Tensor:

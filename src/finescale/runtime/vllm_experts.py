@@ -43,15 +43,10 @@ class FinescaleMoEMethod(FusedMoEMethodBase):
         self.enforce_eager = bool(get_current_vllm_config().model_config.enforce_eager)
         name = experts[0][0].name
         layers = [part for pair in experts for part in pair]
-        if any(each.scheme != layers[0].scheme or each.activations != layers[0].activations for each in layers):
+        if len({gate_up.scheme for gate_up, _ in experts}) > 1 or len({down.scheme for _, down in experts}) > 1:
             raise InputError(f"{name}: experts are quantized differently; vLLM fuses them.")
-        scheme, activations = layers[0].scheme, layers[0].activations
-        if (
-            not all(each.integer for each in layers)
-            or activations is None
-            or (scheme.bits, activations.bits) != (4, 8)
-            or layers[0].layout != PACKED
-        ):
+        bits = {(each.scheme.bits, each.activations.bits if each.activations else 16) for each in layers}
+        if not all(each.integer for each in layers) or bits != {(4, 8)} or layers[0].layout != PACKED:
             raise InputError(f"{name}: finescale serves experts of W4A8 with integer scales only; use finescale.load.")
         if any(each.inputs.get("gather") or each.inputs.get("rotation") for each in layers):
             raise InputError(f"{name} gathers or rotates the inputs of experts; use finescale.load.")
@@ -71,11 +66,13 @@ class FinescaleMoEMethod(FusedMoEMethodBase):
     ) -> None:
         loader: Callable[..., Any] = extra_weight_attrs["weight_loader"]
         gate_up, down = self.experts[0]
-        size, width, bits = gate_up.scheme.group_size, intermediate_size_per_partition, gate_up.scheme.bits
+        width, bits = intermediate_size_per_partition, gate_up.scheme.bits
         ranks = int(self.moe.moe_parallel_config.tp_size)
         if ranks > 1:
             down.check_cut(width, ranks)
-        for kind, outputs, inputs in (("w13", 2 * width, hidden_size), ("w2", hidden_size, width)):
+        gate_up_size, down_size = gate_up.scheme.group_size, down.scheme.group_size
+        kinds = (("w13", 2 * width, hidden_size, gate_up_size), ("w2", hidden_size, width, down_size))
+        for kind, outputs, inputs, size in kinds:
             # NaN stays where the checkpoint has no scale, zeros where it has no shape.
             scale = torch.full((num_experts, outputs, number_of_groups(inputs, size)), torch.nan, dtype=torch.float32)
             packed = torch.zeros(num_experts, outputs, packed_words(inputs, bits), dtype=torch.int32)
