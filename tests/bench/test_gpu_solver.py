@@ -46,7 +46,6 @@ def test_whole_models_are_summed_over_their_layers():
     found = model_seconds(rows)
     assert list(found) == ["Llama-2-7B"] and found["Llama-2-7B"]["quantease_seconds"] == 32 * 7.0
     assert found["Llama-2-7B"]["operations"] == 32 * 60 * (4 * 4096**3 + 2 * 11008 * 4096**2 + 4096 * 11008**2)
-    )
     sums = found["Llama-2-7B"]["arithmetic"]
     assert sums["quantease_seconds"] == "32 blocks x (4 x 1.000 + 2 x 1.000 + 1 x 1.000) s = 224 s"
     assert sums["operations"].startswith(
