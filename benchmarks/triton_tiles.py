@@ -34,11 +34,23 @@ TOKENS = (1, 16, 64, 256, 1024)
 def tiles_for(count: int) -> list[Tile]:
     """Those worth a try for so many tokens."""
     if count <= 16:
-        shapes = itertools.product((32, 64, 128), (16,), (1, 2, 4, 8), (4,), (4, 6))
+        shapes = [
+            *itertools.product((32, 64, 128), (16,), (1, 2, 4, 8), (4,), (5,)),
+            (64, 16, 4, 4, 3),
+            (64, 16, 4, 8, 5),
+        ]
     elif count <= 64:
-        shapes = itertools.product((64, 128), (count, 32), (1, 2, 4), (4, 8), (3, 5))
+        shapes = [
+            *itertools.product((64, 128), (32, 64), (1, 2, 4), (4,), (3,)),
+            (128, 64, 1, 8, 3),
+            (128, 64, 1, 4, 4),
+        ]
     else:
-        shapes = itertools.product((64, 128), (64, 128, 256), (1, 2), (4, 8), (3, 4))
+        shapes = [
+            *((128, wide, 1, warps, 3) for wide, warps in ((128, 8), (128, 4), (256, 8), (64, 4))),
+            *((64, wide, 1, 4, stages) for wide, stages in ((64, 4), (128, 3), (128, 4), (256, 3))),
+            *((128, 128, 2, 8, 3), (128, 128, 1, 8, 4), (256, 128, 1, 8, 3)),
+        ]  # fmt: skip
     return [Tile(*shape) for shape in shapes]
 
 
