@@ -188,7 +188,7 @@ def attend_token_rounded(
     from finescale.kernels import triton_attention
 
     _check_token(*given, *cache[:-1])
-    rounded = _rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
+    rounded = rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
     triton_attention.attend(*given, *cache, rounded)
     return rounded
 
@@ -209,10 +209,11 @@ def _(
     valid_BS: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
+    return rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
 
 
-def _rounded_like(x_BC: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_like(x_BC: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what ``attend_token_rounded`` returns."""
     batch = x_BC.shape[0]
     return (
         x_BC.new_empty(packed_tokens_shape(batch, channels), dtype=torch.int8),
