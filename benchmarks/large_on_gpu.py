@@ -51,7 +51,8 @@ def shards(out: Path) -> dict[str, str]:
 
 def whole_run(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    done = subprocess.run(command(model, out, arguments), capture_output=True, text=True)
+    part = ("--set", f"blocks={arguments.blocks}") if arguments.blocks else ()
+    done = subprocess.run(command(model, out, arguments, *part), capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"quantize failed: {done.stdout[-2000:]} {done.stderr[-3000:]}")
@@ -108,12 +109,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, help="only the first ones, and no killed run")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/large-on-gpu.json"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     arguments.folder.mkdir(parents=True)
     result: dict[str, Any] = {"benchmark": "large_on_gpu", "shape": arguments.shape, "seed": 0}
     result |= {"machine": machine_facts(), "samples": arguments.samples, "length": arguments.length}
+    result["first_blocks_only"] = arguments.blocks
     result["arguments"] = list(RECIPE)
 
     def save() -> None:
@@ -130,6 +133,9 @@ def main() -> None:
     whole = result["whole"]
     print(f"whole: {whole['seconds']:.0f} s, phases {whole['phases']}, GPU {(whole['peak_gpu_bytes'] or 0) / 1e9:.1f} "
           f"GB, host {whole['peak_host_bytes'] / 1e9:.1f} GB", flush=True)  # fmt: skip
+    if arguments.blocks:
+        shutil.rmtree(arguments.folder)
+        return
     result["killed"] = killed_run(model, second, arguments)
     blocks = [name for name in shards(second) if 2 <= int(name[6:11]) <= 5]
     same = shards(first)

@@ -79,7 +79,7 @@ def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed:
     """Quantize and evaluate; perplexity, KL, stored bits per weight and the layers' mean relative error."""
     with tempfile.TemporaryDirectory() as folder:
         # Windows as long as those evaluated: some models have learned their positions.
-        settings = ("calibration.samples=64", f"calibration.length={LENGTH}", *settings)
+        settings = ("calibration.samples=128", f"calibration.length={LENGTH}", *settings)
         out = Path(folder) / "q"
         report = quantize(
             model, recipe, out=out, calibration=texts.calibration, settings=settings, seed=seed, device=texts.device
