@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --data ../shared --model SMOLLM2.gguf --device cuda --jobs 12 --work WORK
 
-makes ``compare-NAME.json`` (every method of ``grids/methods.yaml``, mixed precision at three sizes, other tools' rows),
+makes ``compare-NAME.json`` (the methods of ``grids/``, mixed precision at three sizes, other tools' rows),
 ``tasks-NAME.json`` (eight tasks with float and integer scales) and figures, in ``--results``. Calibration is 64 windows
 of 512 tokens from the start of the text, evaluation 20 windows of 2048, the setting of the other tools' rows in
 ``peers/NAME.json``. What ``WORK`` holds already is not made again; ``--minutes`` ends the run early with what it has.
@@ -28,10 +28,12 @@ from finescale.report.compare import write_comparison
 
 HERE = Path(__file__).parent
 SAMPLES, LENGTH, JUDGING = 64, 512, 8
-TARGETS = (3.5, 3.75, 4.0)
+GRIDS = "core,more,inputs,learned,omniquant"
+TARGETS = (3.75, 3.5, 4.0)
 """Stored bits per weight, scales included: groups of 64 make 3.25 of all 3 bits and 4.25 of all 4."""
-MIXED = ("--set", "weights.symmetric=true", "--set", "weights.group_size=64", "--set", "weights.clip=mse",
-         "--set", "solver.sweeps=10")  # fmt: skip
+GROUPS = ("--set", "weights.symmetric=true", "--set", "weights.group_size=64", "--set", "weights.clip=mse")
+MEASURED = (*GROUPS, "--set", "solver.sweeps=3")
+"""What bits cost hardly depends on the last sweeps; the mixed recipes run with all of them."""
 
 
 def beginning(text: str, tokenizer: Any, windows: int) -> str:
@@ -74,6 +76,7 @@ class Runner:
         self.model = str(local_folder(arguments.model))
         self.work, self.device, self.jobs = arguments.work, arguments.device, arguments.jobs
         self.grids = arguments.grids
+        self.targets = [float(word) for word in arguments.targets.split(",") if word]
         self.work.mkdir(parents=True, exist_ok=True)
         self.setting = setting_of(arguments.name, arguments.data, self.work, self.model)
         self.end = time.monotonic() + 60 * arguments.minutes
@@ -106,7 +109,7 @@ class Runner:
     def mix(self, target: float) -> Path:
         out: Path = self.work / f"mixed-{target:g}.yaml"
         process = self.start(
-            "mix", self.model, "--recipe", "quantease", *MIXED, "--target-bits", target, "--choices", "2,3,4,6",
+            "mix", self.model, "--recipe", "quantease", *MEASURED, "--target-bits", target, "--choices", "2,3,4,6",
             "--calibration", self.work / "mixing.txt", "--samples", SAMPLES, "--length", LENGTH, "--windows", JUDGING,
             "--sensitivity", self.work / "sensitivity.json", "--device", self.device, "--out", out,
             "--json", out.with_suffix(".json"),
@@ -115,21 +118,19 @@ class Runner:
         return out
 
 
-def methods(runner: Runner, name: str, results: Path) -> None:
-    """The grid of methods, and beside it sensitivities, mixed recipes, and what they are held against; one table."""
+def methods(runner: Runner, name: str, results: Path, files: list[str]) -> None:
+    """The grids, and beside them sensitivities and mixed recipes, whose size lies between the grid's; one table."""
     out, mixed = runner.work / "compare", runner.work / "mixed"
-    grids = [word for file in ("methods", "omniquant") for word in ("--grid", runner.grids / f"{file}.yaml")
-             if file != "omniquant" or any(HERE.parent.glob("src/finescale/recipes/omniquant-w3.yaml"))]  # fmt: skip
+    grids = [word for file in files for word in ("--grid", runner.grids / f"{file}.yaml")]
     peers = HERE / "peers" / f"{name}.json"
     grid = runner.compare(out, *grids, *(["--peers", peers] if peers.is_file() else []))
-    recipes = [path for path in map(runner.mix, TARGETS) if path.is_file()]
+    recipes = [path for path in map(runner.mix, runner.targets) if path.is_file()]
     if recipes:
         chosen = {path.stem: json.loads(path.with_suffix(".json").read_text()) for path in recipes}
         sensitivity = json.loads((runner.work / "sensitivity.json").read_text())
         found = {"setting": sensitivity["setting"], "chosen": chosen, "units": sensitivity["units"]}
         (results / f"sensitivity-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        words = ["--recipes", ",".join(map(str, recipes)), "--grid", runner.grids / "halves.yaml"]
-        runner.wait(runner.compare(mixed, *words))
+        runner.wait(runner.compare(mixed, "--recipes", ",".join(map(str, recipes)), "--set", "solver.sweeps=30"))
     runner.wait(grid)
     joined = joined_result(out, mixed)
     if joined is not None:
@@ -198,6 +199,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and numbers so far")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--grids", type=Path, default=HERE / "grids", help="folder of the grid files")
+    parser.add_argument("--files", default=GRIDS, help="grid files of the part methods, the first cells first")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="sizes of mixed precision")
     parser.add_argument("--parts", default="methods,tasks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
@@ -207,7 +210,7 @@ def main() -> None:
     runner = Runner(arguments)
     arguments.results.mkdir(parents=True, exist_ok=True)
     if "methods" in arguments.parts.split(","):
-        methods(runner, arguments.name, arguments.results)
+        methods(runner, arguments.name, arguments.results, arguments.files.split(","))
     if "tasks" in arguments.parts.split(","):
         tasks(runner, arguments.name, arguments.results, arguments.data, arguments.limit)
 

@@ -107,7 +107,7 @@ def test_measurements_are_kept_and_not_mistaken(tiny, text, tmp_path, monkeypatc
     from finescale.mixed import choose
 
     file, made, real = tmp_path / "s.json", [], choose.measure
-    monkeypatch.setattr(choose, "measure", lambda job, told: made.append(job.bits) or real(job, told))
+    monkeypatch.setattr(choose, "measure", lambda job, *rest: made.append(job.bits) or real(job, *rest))
     given = (tiny("llama"), recipe("rtn", group=32), file, (2, 4), str(text))
     first = sensitivities(*given, windows=2)
     assert sensitivities(*given, windows=2) == first and len(made) == 1
@@ -118,6 +118,27 @@ def test_measurements_are_kept_and_not_mistaken(tiny, text, tmp_path, monkeypatc
     file.write_text("{}")
     with pytest.raises(InputError, match="no sensitivities"):
         sensitivities(*given, windows=2)
+
+
+def test_an_interrupted_measurement_goes_on(tiny, text, tmp_path, monkeypatch):
+    from finescale.mixed import sensitivity
+
+    given = (tiny("llama-tied"), recipe("rtn", group=32), tmp_path / "s.json", (2, 4), str(text))
+    whole = sensitivities(*given[:2], tmp_path / "whole.json", *given[3:], windows=2)
+    real, measured = sensitivity._units_of, []
+
+    def stopping(job, index, *rest):
+        if index == 2 and 2 not in measured:
+            measured.append(2)
+            raise KeyboardInterrupt
+        measured.append(index)
+        return real(job, index, *rest)
+
+    monkeypatch.setattr(sensitivity, "_units_of", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivities(*given, windows=2)
+    assert sensitivities(*given, windows=2) == whole and measured == [0, 1, 2, 2]
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_a_quantized_model_has_the_promised_size(tiny, text, tmp_path):

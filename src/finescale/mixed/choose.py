@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from finescale.mixed.sensitivity import (
     WINDOWS,
     Progress,
     Sensitivities,
+    Unit,
     measure,
     prepare_measurement,
 )
@@ -103,6 +105,8 @@ def sensitivities(
 ) -> Sensitivities:
     """What ``file`` holds if it was measured in the same setting, else measured now and kept there.
 
+    A measurement that is interrupted goes on after its last block; ``FILE.partial.json`` has what it did.
+
     Raises:
         InputError: what cannot work; or ``file`` is something else.
     """
@@ -114,7 +118,22 @@ def sensitivities(
             raise InputError(f"{file} holds no sensitivities; remove it or name another --sensitivity.") from error
         if kept.signature == job.signature:
             return kept
-    found = measure(job, on_progress)
     file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial.json")
+
+    def keep(blocks: list[list[Unit]]) -> None:
+        write_json(partial, {"signature": job.signature, "blocks": [[asdict(unit) for unit in b] for b in blocks]})
+
+    found = measure(job, on_progress, _interrupted(partial, job.signature), keep)
     write_json(file, found.to_dict())
+    partial.unlink(missing_ok=True)
     return found
+
+
+def _interrupted(partial: Path, signature: str) -> list[list[Unit]]:
+    """Units of the blocks that an interrupted measurement has done."""
+    if not partial.is_file():
+        return []
+    kept = json.loads(partial.read_text(encoding="utf-8"))
+    same = kept["signature"] == signature
+    return [[Unit.from_dict(unit) for unit in block] for block in kept["blocks"]] if same else []

@@ -62,6 +62,11 @@ class Unit:
     parameters: int
     options: tuple[Option, ...]
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Unit:
+        options = tuple(Option(**option) for option in values["options"])
+        return cls(tuple(values["layers"]), values["parameters"], options)
+
 
 @dataclass(frozen=True)
 class Sensitivities:
@@ -82,11 +87,7 @@ class Sensitivities:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Sensitivities:
-        units = [
-            Unit(tuple(unit["layers"]), unit["parameters"], tuple(Option(**option) for option in unit["options"]))
-            for unit in values["units"]
-        ]
-        return cls(values["signature"], values["setting"], tuple(units))
+        return cls(values["signature"], values["setting"], tuple(map(Unit.from_dict, values["units"])))
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,21 @@ def prepare_measurement(
     )
 
 
-def measure(job: Measurement, on_progress: Progress | None = None) -> Sensitivities:
+def measure(
+    job: Measurement,
+    on_progress: Progress | None = None,
+    done: Sequence[Sequence[Unit]] = (),
+    on_block: Callable[[list[list[Unit]]], None] | None = None,
+) -> Sensitivities:
     """Quantize every unit alone at every choice and take the divergence.
 
     The solver runs on the statistics of the original's activations; transforms and tuning of the recipe are left out.
+
+    Args:
+        job: checked by ``prepare_measurement``.
+        on_progress: ``(what, blocks done, blocks in all)``.
+        done: units of the first blocks, from an interrupted measurement of the same job.
+        on_block: called after each block with the units of all blocks so far.
 
     Raises:
         NumericsError: NaN or Inf, with the name of the layer.
@@ -189,16 +201,18 @@ def measure(job: Measurement, on_progress: Progress | None = None) -> Sensitivit
     size = max(1, BATCH_TOKENS // job.judged_BT.shape[1])
     judging = _inputs(skeleton, job.judged_BT, size, device)
     judge = _Judge(model, blocks, job.judged_BT, size, judging, device)
-    units: list[Unit] = []
+    units = [list(block) for block in done]
     for index, block in enumerate(blocks):
         if on_progress:
             on_progress("measuring block", index, len(blocks))
-        if job.plan.blocks[index]:
-            units += _units_of(job, index, block, solving, judge)
+        if index == len(units):
+            units.append(_units_of(job, index, block, solving, judge) if job.plan.blocks[index] else [])
+            if on_block:
+                on_block(units)
         for inputs in (solving, judging):
             arguments = [inputs.kwargs[hidden.shape[0]][index] for hidden in inputs.hidden]
             propagate(block, skeleton.block_path(index), inputs.hidden, arguments, device)
-    return Sensitivities(job.signature, job.setting, tuple(units))
+    return Sensitivities(job.signature, job.setting, tuple(unit for block in units for unit in block))
 
 
 def _inputs(skeleton: Skeleton, tokens_BT: Tensor, size: int, device: torch.device) -> BlockInputs:
