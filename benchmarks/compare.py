@@ -1,6 +1,6 @@
 """The comparison of all methods on one model, mixed precision, and integer scales on zero-shot tasks.
 
-    python benchmarks/compare.py --data ../shared --model SMOLLM2.gguf --device cuda --jobs 12 --work WORK
+    python benchmarks/compare.py --data ../shared --model SMOLLM2.gguf --device cuda --jobs 3 --work WORK
 
 makes ``compare-NAME.json`` (the methods of ``grids/``, mixed precision at three sizes, other tools' rows),
 ``tasks-NAME.json`` (eight tasks with float and integer scales) and figures, in ``--results``. Calibration is 64 windows

@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     arguments = parser.parse_args()
     windows = load_file(arguments.tokens)["calibration"]
-    config = QuantizeConfig(bits=arguments.bits, group_size=arguments.group, sym=True, offload_to_disk=False)
+    config = QuantizeConfig(
+        bits=arguments.bits, group_size=arguments.group, sym=True, offload_to_disk=False, pack_impl="original"
+    )
     model = GPTQModel.load(arguments.model, config, device="cpu", dtype=torch.float32)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     wall, processor = time.perf_counter(), time.process_time()

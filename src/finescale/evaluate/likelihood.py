@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, batched: what multiple-choice tasks are scored by.
 
-Shape legend: B sequences, T tokens, V vocabulary.
+Shape legend: B sequences, T tokens, V vocabulary, N predicted tokens of a batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from finescale.errors import InputError, NumericsError
 
 Progress = Callable[[int, int], None]
 """``(sequences done, sequences in all)``."""
+_ROWS = 1024
+"""Rows of logits turned to log-probabilities at a time, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ def score_requests(
     scores: list[Score | None] = [None] * len(requests)
     done = 0
     for batch in _batches(sorted(users, key=len, reverse=True), batch_tokens):
-        logits = _logits(model, batch)
-        for inputs, logits_TV in zip(batch, logits, strict=True):
-            for number in users[inputs]:
-                scores[number] = _score(logits_TV[: len(inputs)], encoded[number])
+        numbers = [number for inputs in batch for number in users[inputs]]
+        rows = [row for row, inputs in enumerate(batch) for _ in users[inputs]]
+        found = _score_batch(_logits(model, batch), rows, [encoded[number] for number in numbers])
+        for number, score in zip(numbers, found, strict=True):
+            scores[number] = score
         done += len(batch)
         if on_progress:
             on_progress(done, len(users))
@@ -155,11 +158,32 @@ def _logits(model: PreTrainedModel, batch: Sequence[tuple[int, ...]]) -> Tensor:
     return logits_BTV
 
 
-def _score(logits_TV: Tensor, entry: _Encoded) -> Score:
-    chosen_TV = logits_TV[-len(entry.targets) :].float()
-    targets_T = torch.tensor(entry.targets, device=chosen_TV.device)
-    value = float(chosen_TV.log_softmax(-1).gather(1, targets_T[:, None]).double().sum())
-    if value != value:
+def _score_batch(logits_BTV: Tensor, rows: Sequence[int], entries: Sequence[_Encoded]) -> list[Score]:
+    """Scores of the requests of a batch, with one transfer from the device for all of them.
+
+    Args:
+        logits_BTV: outputs of the batch.
+        rows: sequence of each request.
+        entries: the requests.
+    """
+    device = logits_BTV.device
+    places = [
+        (row, len(entry.inputs) - len(entry.targets) + number, target)
+        for row, entry in zip(rows, entries, strict=True)
+        for number, target in enumerate(entry.targets)
+    ]
+    values = []
+    for start in range(0, len(places), _ROWS):
+        row_N, time_N, target_N = torch.tensor(places[start : start + _ROWS], device=device).T
+        log_NV = logits_BTV[row_N, time_N].float().log_softmax(-1)
+        first_N = log_NV.argmax(-1) == target_N
+        values.append(torch.stack([log_NV.gather(1, target_N[:, None])[:, 0].double(), first_N.double()]))
+    value_N, greedy_N = torch.cat(values, dim=1).cpu()
+    if bool(value_N.isnan().any()):
         raise NumericsError("the model puts out NaN on a task; check the checkpoint with finescale verify.")
-    greedy = bool((chosen_TV.argmax(-1) == targets_T).all())
-    return Score(value, greedy, len(entry.targets), entry.cut)
+    scores, start = [], 0
+    for entry in entries:
+        own = slice(start, start + len(entry.targets))
+        scores.append(Score(float(value_N[own].sum()), bool(greedy_N[own].all()), len(entry.targets), entry.cut))
+        start = own.stop
+    return scores

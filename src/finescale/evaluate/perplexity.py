@@ -105,22 +105,26 @@ def evaluate_windows(
     Raises:
         NumericsError: the model puts out NaN.
     """
-    loss = reference_loss = kl = 0.0
-    agreed = predicted = 0
+    loss = reference_loss = kl = agreed = 0.0
+    predicted = 0
     losses = []
+    sums: Tensor | None = None
     for number, tokens_T in enumerate(windows_WT):
         before = loss
         logits_TV = _logits(model, tokens_T)
         target_T = tokens_T[1:].to(logits_TV.device)
         reference_TV = None if reference is None else _reference_logits(reference, number, tokens_T)
+        if sums is None:  # they stay on the device: one transfer per window
+            sums = torch.zeros(4, dtype=torch.float64, device=logits_TV.device)
         for rows in _chunks(target_T.shape[0]):
             log_TV = logits_TV[rows].float().log_softmax(-1)
-            loss -= float(log_TV.gather(1, target_T[rows, None]).double().sum())
+            sums[0] -= log_TV.gather(1, target_T[rows, None]).double().sum()
             if reference_TV is not None:
                 other_TV = reference_TV[rows].float().log_softmax(-1)
-                reference_loss -= float(other_TV.gather(1, target_T[rows, None]).double().sum())
-                kl += float((other_TV.exp() * (other_TV - log_TV)).double().sum())
-                agreed += int((other_TV.argmax(-1) == log_TV.argmax(-1)).sum())
+                sums[1] -= other_TV.gather(1, target_T[rows, None]).double().sum()
+                sums[2] += (other_TV.exp() * (other_TV - log_TV)).double().sum()
+                sums[3] += (other_TV.argmax(-1) == log_TV.argmax(-1)).sum()
+        loss, reference_loss, kl, agreed = sums.tolist()
         predicted += target_T.shape[0]
         losses.append((loss - before) / target_T.shape[0])
         if math.isnan(loss):
