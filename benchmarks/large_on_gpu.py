@@ -61,7 +61,7 @@ def whole_run(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str
     return {
         "seconds": seconds,
         "seconds_of_run": run["seconds"],
-        "phases": {phase: sum(block[phase] for block in run["blocks"]) for phase in PHASES},
+        "phases": {phase: sum(block.get(phase, 0.0) for block in run["blocks"]) for phase in PHASES},
         "blocks": run["blocks"],
         "peak_gpu_bytes": run["peak_gpu_bytes"],
         "peak_host_bytes": run["peak_rss_bytes"],
