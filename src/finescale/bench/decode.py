@@ -33,6 +33,7 @@ from finescale.bench.random_model import ARMS, kernel_of, random_model, weight_b
 from finescale.bench.shapes import SHAPES
 from finescale.errors import InputError
 from finescale.kernels.jit import compile_source, source_text
+from finescale.report.speed import speed_figure
 from finescale.runtime.products import PackedProduct
 
 BATCHES = (1, 4, 16, 64, 128)
@@ -325,6 +326,12 @@ def speedups(rows: list[dict[str, Any]], model: str, arm: str) -> dict[str, floa
     }
 
 
+def speedups_by_model(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """``speedups`` of all models and arms, for ``report.speed.speed_figure``."""
+    names = dict.fromkeys(row["model"] for row in result["rows"])
+    return {name: {arm: speedups(result["rows"], name, arm) for arm in ARMS[1:]} for name in names}
+
+
 def text_row(row: dict[str, Any]) -> str:
     """One line: milliseconds of prefill and of a step by batch."""
     parts = [f"{row['model']:>14} {row['arm']:<12}"]
@@ -345,6 +352,7 @@ def main() -> None:
     parser.add_argument("--profiled", default="1,64", help="batches, 0 for the prefill")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG file of the speed-ups")
     options = parser.parse_args()
     models = options.model or ["llama-2-7b"]
     counts, profiled = ([int(n) for n in text.split(",") if n] for text in (options.batches, options.profiled))
@@ -354,6 +362,8 @@ def main() -> None:
         print(text_row(result["rows"][-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps(result | {"command": command}, indent=1) + "\n")
+        if options.plot:
+            options.plot.write_text(speed_figure(speedups_by_model(result)), encoding="utf-8")
 
     result = bench_decode(
         models, counts, options.arms.split(","), options.device, profiled=profiled, on_row=show_and_keep

@@ -146,7 +146,7 @@ def decode(
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
     """Prefill and decoding speed of whole models with random weights, W4A8 beside bfloat16, with CUDA graphs."""
-    from finescale.bench.decode import bench_decode, speedups, text_row
+    from finescale.bench.decode import bench_decode, speedups, speedups_by_model, text_row
     from finescale.errors import InputError
 
     try:
@@ -177,10 +177,9 @@ def decode(
     console.print(table)
     write_json_file(json_, result)
     if plot is not None:
-        from finescale.report.speed import COLOURS, speed_figure
+        from finescale.report.speed import speed_figure
 
-        found_by_model = {name: {arm: speedups(result["rows"], name, arm) for arm in COLOURS} for name in names}
-        plot.write_text(speed_figure(found_by_model), encoding="utf-8")
+        plot.write_text(speed_figure(speedups_by_model(result)), encoding="utf-8")
 
 
 def _explain(device: Any, json_: Path | None) -> None:
