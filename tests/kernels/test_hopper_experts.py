@@ -1,5 +1,6 @@
 """Kernels of mixtures of experts against exact ones, bit for bit. Run on a GPU machine with `pytest -m gpu`."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -128,23 +129,21 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Every variant that the tests below ask for, compiled side by side."""
-    wanted = {
-        variant
-        for tokens, _, experts, _, _, group_size, folded in CASES
-        for variant in grouped.variants(tokens, layout.groups_in_block(group_size), folded, 3, experts)
-    }
+@functools.cache
+def compiled(case):
+    """Every variant for a case, compiled side by side."""
+    tokens, _, experts, _, _, group_size, folded = case
+    found = grouped.variants(tokens, layout.groups_in_block(group_size), folded, 3, experts)
     with ThreadPoolExecutor() as pool:
-        texts = (source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in wanted)
+        texts = (source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in found)
         list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
+    return found
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["random", "bounds"])
 @pytest.mark.parametrize("kind", ["random", "one", "few", "some"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_variant_equals_the_exact_product(case, kind, adversarial, compiled):
+def test_every_variant_equals_the_exact_product(case, kind, adversarial):
     tokens, choices, experts, outputs, inputs, group_size, folded = case
     torch.manual_seed(0)
     layer, weights, scales = random_layer(outputs, inputs, experts, group_size, folded, adversarial)
@@ -154,8 +153,7 @@ def test_every_variant_equals_the_exact_product(case, kind, adversarial, compile
         for expert, first, end in bounds
         if end > first
     }
-    in_block = layout.groups_in_block(group_size)
-    for variant in grouped.variants(tokens, in_block, folded, 3, experts):
+    for variant in compiled(case):
         for _ in range(2):  # the second finds what the first left in the workspace
             sums = grouped.run(
                 *routed, layer.packed, layer.factor_EO, outputs, tokens, choices, torch.int32, folded, variant

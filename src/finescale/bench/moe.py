@@ -148,8 +148,8 @@ class Product:
     choices: int
     exact: list[tuple[int, int, Tensor]]
 
-    def chosen(self) -> Variant:
-        return _chosen(self.layer, self.tokens, self.choices, self.packed.folded)
+    def ranked(self) -> list[Variant]:
+        return _ranked(self.layer, self.tokens, self.choices, self.packed.folded)
 
     def run(self, weight: Tensor, rows: Rows, variant: Variant) -> Tensor:
         return grouped.run(
@@ -168,10 +168,10 @@ class Product:
         return median_microseconds([partial(self.run, weight, rows, variant) for weight, rows in calls])
 
 
-def _chosen(layer: Layer, tokens: int, choices: int, folded: bool) -> Variant:
+def _ranked(layer: Layer, tokens: int, choices: int, folded: bool) -> list[Variant]:
     multiprocessors = multiprocessors_of(torch.cuda.current_device())
     blocks = layer.inputs // 128
-    return grouped.choose(tokens, choices, layer.experts, layer.outputs, blocks, 1, folded, 0, multiprocessors)
+    return grouped.ranked(tokens, choices, layer.experts, layer.outputs, blocks, 1, folded, 0, multiprocessors)
 
 
 def _bf16_products(layer: Layer, rows: Sequence[Rows], total: int, copies: list[Tensor]) -> dict[str, float]:
@@ -250,7 +250,7 @@ def _experts(
 def bench_moe(
     models: Sequence[str] = tuple(MODELS),
     tokens: Sequence[int] = TOKENS,
-    every_variant: bool = False,
+    variants: int = 1,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Microseconds of both products and of the whole feed-forward of every model at every size.
@@ -258,7 +258,7 @@ def bench_moe(
     Args:
         models: names in ``MODELS``.
         tokens: numbers of tokens.
-        every_variant: also time every variant of our kernel, to see what the choice costs.
+        variants: how many of our kernel's variants are timed, those predicted to be fastest; the first is what runs.
         on_row: called with each row.
 
     Raises:
@@ -266,8 +266,8 @@ def bench_moe(
     """
     if not models or any(model not in MODELS for model in models):
         raise InputError(f"models are {', '.join(MODELS)}.")
-    if min(tokens, default=0) < 1:
-        raise InputError("tokens must be at least 1.")
+    if min(tokens, default=0) < 1 or variants < 1:
+        raise InputError("tokens and variants must be at least 1.")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise InputError("bench moe needs a Hopper GPU (compute capability 9.0).")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -276,9 +276,9 @@ def bench_moe(
     for model in models:
         mixture = MODELS[model]
         layers = {part: Layer(*shape, mixture.experts, device) for part, shape in mixture.layers().items()}
-        _compile_all(layers.values(), tokens, mixture.choices, every_variant)
+        _compile_all(layers.values(), tokens, mixture.choices, variants)
         for count in tokens:
-            for row in _bench_size(mixture, layers, count, every_variant):
+            for row in _bench_size(mixture, layers, count, variants):
                 rows.append({"model": model, "tokens": count, **row})
                 on_row(rows[-1])
         del layers
@@ -290,7 +290,7 @@ def _result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"benchmark": "moe", "machine": machine_facts(), "group_size": GROUP, "seed": SEED, "rows": rows}
 
 
-def _bench_size(mixture: Mixture, layers: dict[str, Layer], tokens: int, every_variant: bool) -> list[dict[str, Any]]:
+def _bench_size(mixture: Mixture, layers: dict[str, Layer], tokens: int, variants: int) -> list[dict[str, Any]]:
     device = torch.device("cuda", torch.cuda.current_device())
     choices = [routing(mixture, tokens, device) for _ in range(6)]
     touched = grouped.expected_tiles(tokens, mixture.choices, mixture.experts, 8)[0] / mixture.experts
@@ -305,15 +305,11 @@ def _bench_size(mixture: Mixture, layers: dict[str, Layer], tokens: int, every_v
         row["bf16"] = min(row["grouped_mm"], row["cublas_loop"])
         for name, folded in (("integer", False), ("folded", True)):
             product = products[part, folded] = _product(layer, rows, tokens, folded, touched, mixture.choices)
-            chosen = product.chosen()
-            row[f"{name}_equal"] = product.equal(chosen)
-            row[name] = product.microseconds(chosen)
-            row[f"{name}_variant"] = [chosen.tokens, chosen.warpgroups]
-            if every_variant:
-                every = grouped.variants(tokens, 1, folded, 0, mixture.experts)
-                row[f"{name}_variants"] = sorted(
-                    [product.microseconds(v), v.tokens, v.warpgroups, product.equal(v)] for v in every
-                )
+            timed = [
+                [product.microseconds(v), v.tokens, v.warpgroups, product.equal(v)] for v in product.ranked()[:variants]
+            ]
+            row[name], *row[f"{name}_variant"], row[f"{name}_equal"] = timed[0]
+            row[f"{name}_variants"] = sorted(timed)
         found.append(row)
     names = (("integer", False), ("folded", True))
     whole = _experts(
@@ -326,18 +322,14 @@ def _bench_size(mixture: Mixture, layers: dict[str, Layer], tokens: int, every_v
     return [*found, {"part": "experts", **whole, "bf16": whole["grouped_mm"]}]
 
 
-def _compile_all(layers: Sequence[Layer] | Any, tokens: Sequence[int], choices: int, every_variant: bool) -> None:
+def _compile_all(layers: Sequence[Layer] | Any, tokens: Sequence[int], choices: int, variants: int) -> None:
     """Compile every variant that will run, side by side."""
     needed = {
         variant
         for layer in layers
         for count in tokens
         for folded in (False, True)
-        for variant in (
-            grouped.variants(count, 1, folded, 0, layer.experts)
-            if every_variant
-            else [_chosen(layer, count, choices, folded)]
-        )
+        for variant in _ranked(layer, count, choices, folded)[:variants]
     }
     with ThreadPoolExecutor() as pool:
         list(
@@ -370,7 +362,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", action="append", choices=list(MODELS), help="may be repeated")
     parser.add_argument("--tokens", help="numbers with commas")
-    parser.add_argument("--every-variant", action="store_true")
+    parser.add_argument("--variants", type=int, default=1, help="those predicted to be fastest")
     options = parser.parse_args()
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     models = options.model or tuple(MODELS)
@@ -383,7 +375,7 @@ def main() -> None:
         if options.json:  # what is done is kept if the rest is stopped
             options.json.write_text(json.dumps(_result(rows) | {"command": command}, indent=1) + "\n")
 
-    bench_moe(models, tokens, options.every_variant, on_row)
+    bench_moe(models, tokens, options.variants, on_row)
 
 
 if __name__ == "__main__":

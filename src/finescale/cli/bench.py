@@ -112,9 +112,7 @@ def gemm(
 def moe(
     model: Annotated[list[str] | None, typer.Option(help="Sizes of a model's experts, may be repeated.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, with commas.")] = "1,16,64,256,1024",
-    every_variant: Annotated[
-        bool, typer.Option("--every-variant", help="Also time every variant of the kernel.")
-    ] = False,
+    variants: Annotated[int, typer.Option(help="Variants of the kernel to time, best guesses first.")] = 1,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
 ) -> None:
     """Microseconds of mixtures of experts in W4A8 on this GPU, beside bfloat16 grouped products, results checked."""
@@ -125,7 +123,7 @@ def moe(
         counts = tuple(int(count) for count in tokens.split(","))
     except ValueError as error:
         raise InputError("write --tokens as numbers with commas.") from error
-    result = bench_moe(model or tuple(MODELS), counts, every_variant)
+    result = bench_moe(model or tuple(MODELS), counts, variants)
     table = Table("model", "part", "tokens", "bf16 us", "integer us (x bf16)", "folded us (x bf16)", "exact")
     for row in result["rows"]:
         times = [f"{row[name]:.1f} ({row['bf16'] / row[name]:.2f})" for name in ("integer", "folded")]

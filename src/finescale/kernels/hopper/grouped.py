@@ -98,7 +98,7 @@ def predicted_microseconds(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
+def ranked(
     tokens: int,
     choices: int,
     experts: int,
@@ -108,9 +108,9 @@ def choose(
     folded: bool,
     out: int,
     multiprocessors: int,
-) -> Variant:
-    """The variant predicted to be fastest for ``tokens`` tokens of ``choices`` experts each."""
-    return min(
+) -> list[Variant]:
+    """Variants for ``tokens`` tokens of ``choices`` experts each, those predicted to be fastest first."""
+    return sorted(
         variants(tokens, groups, folded, out, experts),
         key=lambda variant: predicted_microseconds(variant, tokens, choices, outputs, blocks, multiprocessors),
     )
@@ -149,9 +149,9 @@ def run(
     multiprocessors = multiprocessors_of(device.index)
     groups = (slab_bytes - 4096) // 128
     expected = rounded(tokens)
-    variant = variant or choose(
-        expected, choices, experts, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], multiprocessors
-    )
+    out = OUT_TYPES[out_dtype]
+    if variant is None:
+        variant = ranked(expected, choices, experts, outputs, blocks, groups, folded, out, multiprocessors)[0]
     workspace = zeros_of(device)
     function = load_kernel(
         "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
