@@ -31,6 +31,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 2048,
     },
+    "tiny-mixtral": {
+        "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
     "llama-2-7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "vocab_size": 32000,
@@ -40,6 +44,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
+CHECKS = {"check": "tiny", "check-mixtral": "tiny-mixtral"}
 BATCHES = (1, 16, 64, 128)
 PREFILL, PROMPT, TOKENS = 2048, 128, 128
 CAPTURED = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
@@ -59,14 +64,15 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What is compared. Machete is what vLLM takes for W4A16 on Hopper; Marlin rounds activations to int8 only when told to
 by its environment variable, and its Hopper code is compiled for float16."""
-DEFAULT = ("check", "bf16", "machete", "marlin-w4a8", "finescale-folded", "finescale-integer")
+DEFAULT = (*CHECKS, "bf16", "machete", "marlin-w4a8", "finescale-folded", "finescale-integer")
 
 
 def model_config(shape: str, dtype: str) -> dict[str, Any]:
-    """config.json of a Llama of this shape."""
+    """config.json of a Llama, or a Mixtral, of this shape."""
+    family = "mixtral" if "num_local_experts" in SHAPES[shape] else "llama"
     return SHAPES[shape] | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
         "hidden_act": "silu",
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -106,17 +112,26 @@ def write_quantized(folder: Path, config: dict[str, Any], form: str) -> dict[str
     keys = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
     linears = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
+        "self_attn.o_proj": (hidden, hidden),
     }  # fmt: skip
+    feed_forward = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    experts, router = config.get("num_local_experts", 0), "block_sparse_moe.gate"
+    for expert in range(experts):
+        names = zip(("w1", "w3", "w2"), feed_forward.values(), strict=True)
+        linears |= {f"block_sparse_moe.experts.{expert}.{name}": shape for name, shape in names}
+    if not experts:
+        linears |= {f"mlp.{name}": shape for name, shape in feed_forward.items()}
     tensors, facts = {}, {}
     for name, shape_OI in linears.items():
         stored, facts[name] = random_layer(shape_OI, form, device)
         tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in stored.items()}
     for name in ("input_layernorm", "post_attention_layernorm"):
         tensors[f"{name}.weight"] = torch.rand(hidden).add_(0.5).bfloat16()
+    if experts:
+        tensors[f"{router}.weight"] = torch.randn(experts, hidden).mul_(0.1).bfloat16()
     index, layers = {}, {}
-    for block in range(config["num_hidden_layers"]):
+    blocks = range(config["num_hidden_layers"])
+    for block in blocks:
         prefix = f"model.layers.{block}."
         save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / f"block-{block:03}.safetensors")
         index |= {prefix + name: f"block-{block:03}.safetensors" for name in tensors}
@@ -131,7 +146,8 @@ def write_quantized(folder: Path, config: dict[str, Any], form: str) -> dict[str
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     schemes = dict.fromkeys(layers, WeightScheme(4, GROUP, True))
     own = {"version": 1, "finescale": "benchmark", "kv_cache": None, "layers": layers}
-    return quantization_config(schemes, ActivationScheme(8), [], own)
+    routers = [f"model.layers.{block}.{router}" for block in blocks] if experts else []
+    return quantization_config(schemes, ActivationScheme(8), routers, own)
 
 
 def random_layer(shape_OI: tuple[int, int], form: str, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -324,7 +340,7 @@ def compile_ahead(shape: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=["check", *ARMS])
+    parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=[*CHECKS, *ARMS])
     parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=90, help="limit for each arm")
@@ -355,13 +371,13 @@ def main() -> None:
         for name, process in processes.items():
             answer = _finish(name, process, options.seconds, folder)
             facts["machine"] |= answer.pop("machine", {})
-            if name in ("compile", "check"):
+            if name not in ARMS:
                 facts[name] = answer
             else:
                 facts["arms"][name] = answer
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts.get("check", {})))
+    print(json.dumps({name: facts[name] for name in CHECKS if name in facts}))
     print(summary_table(facts["arms"]))
 
 
@@ -423,15 +439,15 @@ def _child(options: argparse.Namespace) -> None:
 
     print("vLLM", vllm.__version__, "torch", torch.__version__, flush=True)
     sys.stdin.readline()
-    arm = ARMS["finescale-folded" if name == "check" else name]
-    shape = "tiny" if name == "check" else options.shape
+    arm = ARMS["finescale-folded" if name in CHECKS else name]
+    shape = CHECKS.get(name, options.shape)
     model = folder / f"model-{shape}-{arm['weights']}-{arm.get('dtype', 'bfloat16')}"
     if not (model / "config.json").is_file():
         started = time.time()
         write_model(model, shape, arm["weights"], arm.get("dtype", "bfloat16"))
         print(f"model written in {time.time() - started:.1f} s", flush=True)
         torch.cuda.empty_cache()
-    if name == "check":
+    if name in CHECKS:
         answer.write_text(json.dumps(compare_with_finescale(model, arm, options.memory)))
     else:
         run_arm(model, arm, shape, options.repeat, options.memory, answer)
