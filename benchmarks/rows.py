@@ -32,6 +32,7 @@ from finescale.cli.common import quiet_libraries
 from finescale.demo import find_demo_model
 from finescale.formats.gguf import is_gguf, local_folder, unpack_gguf
 from finescale.pipeline.verify import verify
+from finescale.pipeline.walk import PHASES
 from finescale.recipe import Recipe
 from finescale.runtime.load import load
 
@@ -156,7 +157,7 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     if proof:
         verify(out)
     result = quality(setting, load(out, device=setting.evaluation)) | seconds
-    result |= _of_the_report(report)
+    result |= _of_the_report(report) | {"phases": _phases(out)}
     shutil.rmtree(out)
     return result
 
@@ -167,6 +168,16 @@ def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:
     added = [layer["extra"] for part in transforms for layer in part["layers"].values() if "extra" in layer]
     used = [layer["overflow_use"] for layer in report["layers"] if layer["overflow_use"]]
     return ({"extra_channels": sum(added)} if added else {}) | ({"overflow_use": max(used)} if used else {})
+
+
+def _phases(out: Path) -> dict[str, float]:
+    """Seconds by phase, over all blocks."""
+    blocks = json.loads((out / "run.json").read_text(encoding="utf-8"))["blocks"]
+    total: dict[str, float] = {}
+    for block in blocks:
+        for phase in PHASES:
+            total[phase] = round(total.get(phase, 0.0) + block[phase], 2)
+    return total
 
 
 def _file_of(folder: Path, setting: Setting, row: Row) -> Path:

@@ -300,7 +300,7 @@ def test_on_a_gpu_everything_that_learns_does_and_repeats_itself(kind, tiny, tex
         learned = block[0]["layers"]["block"]
         assert learned["error_after"] <= learned["error_before"]
     for block in reports[0]["tuning"]:
-        assert all(fact["error_after"] < fact["error_before"] for fact in block)
+        assert all(fact["error_after"] <= fact["error_before"] for fact in block)
     files = lasting_files(tmp_path / "first")
     assert hashes(tmp_path / "first", files) == hashes(tmp_path / "second", files)
     verify(tmp_path / "first", tiny(kind))

@@ -68,18 +68,18 @@ def heuristic_amplifier(scale_OG: Tensor) -> int:
     return int(min(2**exponent, LARGEST_AMPLIFIER))
 
 
-def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype) -> Tensor:
+def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype, check: bool = True) -> Tensor:
     """S = round(amplifier * scale), at least 1, as int32 [O, G].
 
     S is rounded to the significant bits of ``scale_dtype`` so that S / amplifier is stored without error
-    (bfloat16 holds 8 bits, float16 11).
+    (bfloat16 holds 8 bits, float16 11). Without ``check`` the caller knows, or will see, that they fit int32.
     """
     target_OG = (scale_OG.double() * amplifier).round().clamp(min=1)
     excess_OG = torch.clamp(torch.floor(torch.log2(target_OG)) + 1 - significand_bits(scale_dtype), min=0)
     step_OG = power_of_two(excess_OG)
     # A value like 255.6 rounds up to 256 inside its own binade, which is still representable.
     integer_OG = (target_OG / step_OG).round() * step_OG
-    if bool((integer_OG >= INT32_LIMIT).any()):
+    if check and bool((integer_OG >= INT32_LIMIT).any()):
         raise NumericsError(f"an amplifier of {amplifier} lifts a scale over 2^31; use a smaller amplifier or auto.")
     return integer_OG.to(torch.int32)
 

@@ -49,6 +49,7 @@ from finescale.tuning.reconstruction import (
     round_inputs,
     window_batches,
 )
+from finescale.tuning.replay import adamw, replayed, set_rates
 
 _START = 4.0
 
@@ -205,12 +206,7 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
     tuned = learned.scales() + learned.ends()
     for value in tuned:
         value.requires_grad_()
-    groups = [
-        {"params": part, "lr": rate, "rate": rate}
-        for part, rate in ((learned.scales(), options.scale_rate), (learned.ends(), options.clip_rate))
-        if part
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = adamw([(learned.scales(), options.scale_rate), (learned.ends(), options.clip_rate)], device)
     size = min(options.batch_size, len(windows))
     fixed, order = (
         fixed_windows(len(windows), options.held, size),
@@ -231,13 +227,18 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
             plain = error(_Learned([], [], dict.fromkeys(view.targets, ())))
             best = error(learned)
             kept = [value.detach().clone() for value in tuned]
-            for iteration in range(options.iterations):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * (1 - iteration / options.iterations)
-                optimizer.zero_grad()
+            arguments = arguments_of(size)
+
+            def one(input_BTI: Tensor, target_BTI: Tensor, left: Any) -> None:
+                set_rates(optimizer, left)
                 run = as_it_is(rendered(view, originals, learned))
-                block_loss(run, windows, next(order), arguments_of, options, device).backward()
+                block_loss(run, input_BTI, target_BTI, arguments, options).backward()
                 optimizer.step()
+                optimizer.zero_grad()
+
+            step = replayed(one, view.block, device)
+            for iteration in range(options.iterations):
+                step(*windows.pick(next(order), device), 1 - iteration / options.iterations)
                 if is_check(iteration, options.iterations, options.checks):
                     now = error(learned)
                     if not math.isfinite(now):

@@ -37,6 +37,7 @@ from finescale.tuning.reconstruction import (
     weights_with_gradients,
     window_batches,
 )
+from finescale.tuning.replay import adamw, replayed, set_rates
 
 
 class LowRankOptions(ReconstructionOptions):
@@ -124,19 +125,24 @@ def correct_weights(
             _show(modules, layers, options, merged=True)
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
             tuned = factors + (_norm_parameters(block) if options.norms else [])
-            optimizer = torch.optim.AdamW(tuned, lr=options.rate, weight_decay=0.0)
+            optimizer = adamw([(tuned, options.rate)], device)
             for parameter in tuned[len(factors) :]:
                 parameter.requires_grad_()
             kept = [value.detach().clone() for value in tuned]
-            for iteration in range(options.iterations):
-                for group in optimizer.param_groups:
-                    group["lr"] = options.rate * (1 - iteration / options.iterations)
+            arguments = arguments_of(size)
+
+            def one(input_BTC: Tensor, target_BTC: Tensor, left: Any) -> None:
+                set_rates(optimizer, left)
                 _show(modules, layers, options, merged=options.forward == "merged")
-                block_loss(block, windows, next(order), arguments_of, options, device).backward()
+                block_loss(block, input_BTC, target_BTC, arguments, options).backward()
                 for module, layer in zip(modules, layers, strict=True):
                     _pass_on(gradient_of(module), layer, options.scaling)
                 optimizer.step()
                 optimizer.zero_grad()
+
+            run = replayed(one, block, device)
+            for iteration in range(options.iterations):
+                run(*windows.pick(next(order), device), 1 - iteration / options.iterations)
                 if is_check(iteration, options.iterations, options.checks):
                     _show(modules, layers, options, merged=True)
                     error = block_error(block, windows, fixed, arguments_of, options, device)

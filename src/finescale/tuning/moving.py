@@ -20,6 +20,7 @@ Shape legend: O outputs, I inputs, G groups, P columns of one group (the last gr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +96,13 @@ def grouped(value_OI: Tensor, groups: int, width: int) -> Tensor:
     return padded.reshape(value_OI.shape[0], groups, width)
 
 
-def stored_scales(grid: Grid, factor_OG: Tensor) -> Tensor:
-    """The scales ``grid.scale_OG * factor_OG`` as a file will hold them, float32."""
+def stored_scales(grid: Grid, factor_OG: Tensor, check: bool = True) -> Tensor:
+    """The scales ``grid.scale_OG * factor_OG`` as a file will hold them, float32; with ``check`` that int32 does."""
     if grid.folded:  # steps so coarse, and tied to each other, that small moves mean nothing: they stay
         return grid.scale_OG
     scale_OG = grid.scale_OG * factor_OG
     if grid.amplifier is not None:
-        return (integer_scales(scale_OG, grid.amplifier, grid.scale_dtype).double() / grid.amplifier).float()
+        return (integer_scales(scale_OG, grid.amplifier, grid.scale_dtype, check).double() / grid.amplifier).float()
     return scale_OG.clamp(min=smallest_scale(grid.scale_dtype)).to(grid.scale_dtype).float()
 
 
@@ -129,7 +130,7 @@ def render(state: MovingWeight, out_OI: Tensor) -> None:
 
 
 def _scales(state: MovingWeight, rows: slice) -> Tensor:
-    return stored_scales(state.grid.rows_slice(rows), state.factor_OG[rows])
+    return stored_scales(state.grid.rows_slice(rows), state.factor_OG[rows], check=False)
 
 
 def _codes(state: MovingWeight, rows: slice, scale_OG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,14 +146,14 @@ def _write(value_OGP: Tensor, out_OI: Tensor, columns: int) -> None:
     out_OI.copy_(flat if flat.shape[1] == columns else flat[:, :columns])
 
 
-def step(state: MovingWeight, gradient_OI: Tensor, rate: float, scale_rate: float, bound: float) -> None:
+def step(state: MovingWeight, gradient_OI: Tensor, rate: Any, scale_rate: Any, bound: float) -> None:
     """One step of signed gradient descent on offsets and scale factors.
 
     Args:
         state: changed in place.
         gradient_OI: dL/dw, float [O, I]; only its sign matters for the offsets.
-        rate: how far every offset moves, in steps of the grid.
-        scale_rate: how far every factor moves; 0 keeps the scales.
+        rate: how far every offset moves, in steps of the grid; a number, or a tensor of one.
+        scale_rate: how far every factor moves; the number 0 keeps the scales.
         bound: offsets stay within [-bound, bound].
     """
     groups, width = state.position_OGP.shape[1:]
@@ -161,11 +162,11 @@ def step(state: MovingWeight, gradient_OI: Tensor, rate: float, scale_rate: floa
         scale_OG = _scales(state, rows)
         place_OGP, rounded_OGP, code_OGP = _codes(state, rows, scale_OG)
         inside_OGP = rounded_OGP == code_OGP
-        if scale_rate:
+        if isinstance(scale_rate, Tensor) or scale_rate:
             slope_OG = (code_OGP.sub_(place_OGP.mul_(inside_OGP)).mul_(gradient_OGP)).sum(2)
             state.factor_OG[rows] -= scale_rate * slope_OG.sign_()
-        change_OGP = gradient_OGP.sign().mul_(inside_OGP)
-        state.offset_OGP[rows] = state.offset_OGP[rows].add_(change_OGP, alpha=-rate).clamp_(-bound, bound)
+        change_OGP = gradient_OGP.sign().mul_(inside_OGP).mul_(-rate)
+        state.offset_OGP[rows] = state.offset_OGP[rows].add_(change_OGP).clamp_(-bound, bound)
 
 
 def finish(state: MovingWeight) -> QuantizedWeight:

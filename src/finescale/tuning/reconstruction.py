@@ -102,7 +102,7 @@ class RoundInput(torch.autograd.Function):
             values = [values[0].clamp(min=0), values[1].clamp(max=0)]
         span_T1 = sum(value_T1.abs() for value_T1 in values)
         for end_T1, value_T1 in zip(ends, values, strict=True):
-            share_T1 = torch.where(value_T1 == 0, 0.0, pull_T1 * value_T1.sign() / span_T1)
+            share_T1 = (pull_T1 * value_T1.sign() / span_T1).masked_fill(value_T1 == 0, 0.0)
             result_TI.scatter_add_(-1, end_T1, share_T1)
         return result_TI.to(gradient_TI.dtype), None
 
@@ -192,19 +192,17 @@ def window_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 def block_loss(
     block: Callable[..., Any],
-    windows: Windows,
-    numbers: Sequence[int],
-    arguments_of: Callable[[int], Mapping[str, Any]],
+    input_BTC: Tensor,
+    target_BTC: Tensor,
+    arguments: Mapping[str, Any],
     options: ReconstructionOptions,
-    device: torch.device,
 ) -> Tensor:
     """The error of a block's output on some windows, a scalar with gradients."""
-    input_BTC, target_BTC = windows.pick(numbers, device)
     precise: AbstractContextManager[Any] = nullcontext()
     if options.precision == "bfloat16":
-        precise = torch.autocast(device.type, dtype=torch.bfloat16)
+        precise = torch.autocast(input_BTC.device.type, dtype=torch.bfloat16)
     with precise:
-        output = block(input_BTC, **arguments_of(len(numbers)))
+        output = block(input_BTC, **arguments)
     output_BTC = output[0] if isinstance(output, tuple) else output
     error_BT = (output_BTC - target_BTC).square().mean(-1)
     if options.loss == "relative":
@@ -235,6 +233,5 @@ def block_error(
 ) -> float:
     """Mean of ``block_loss`` over some batches of windows."""
     with torch.no_grad():
-        return sum(float(block_loss(block, windows, some, arguments_of, options, device)) for some in fixed) / len(
-            fixed
-        )
+        errors = [block_loss(block, *windows.pick(some, device), arguments_of(len(some)), options) for some in fixed]
+    return float(torch.stack(errors).double().mean())

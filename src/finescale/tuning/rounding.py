@@ -36,6 +36,7 @@ from finescale.tuning.reconstruction import (
     weights_with_gradients,
     window_batches,
 )
+from finescale.tuning.replay import replayed
 
 
 class RoundingOptions(ReconstructionOptions):
@@ -106,14 +107,20 @@ def tune_rounding(
                 render(state, shown_weight(module))
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
             kept = [_copy(state) for state in states]
-            for iteration in range(options.iterations):
-                block_loss(block, windows, next(order), arguments_of, options, device).backward()
-                left = 1 - iteration / options.iterations
+            arguments = arguments_of(size)
+
+            def one(input_BTC: Tensor, target_BTC: Tensor, left: Any) -> None:
+                block_loss(block, input_BTC, target_BTC, arguments, options).backward()
+                scale_rate = options.scale_rate * left if options.scale_rate else 0.0
                 for module, state in zip(modules, states, strict=True):
                     gradient_OI = gradient_of(module)
                     if gradient_OI is not None:
-                        step(state, gradient_OI, options.rate * left, options.scale_rate * left, options.bound)
+                        step(state, gradient_OI, options.rate * left, scale_rate, options.bound)
                         render(state, shown_weight(module))
+
+            run = replayed(one, block, device)
+            for iteration in range(options.iterations):
+                run(*windows.pick(next(order), device), 1 - iteration / options.iterations)
                 if is_check(iteration, options.iterations, options.checks):
                     error = block_error(block, windows, fixed, arguments_of, options, device)
                     if not math.isfinite(error):
