@@ -187,36 +187,52 @@ def measure(model: PreTrainedModel, batch: int, context: int, tokens: int, steps
         generation.restart()
         try:
             found["profile"] = kernel_times(generation.step, min(8, steps))
-        except RuntimeError as error:  # a machine whose GPU may not be traced
+        except (RuntimeError, AttributeError) as error:  # a machine whose GPU may not be traced
             found["profile_error"] = str(error).splitlines()[0]
     return found
 
 
 def kernel_times(step: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Microseconds of a step by group of kernels, and of the ten kernels that take most.
-
-    Kernels that start while the one before them ends are counted from their start: groups may add up to more than the
-    step takes.
-    """
+    """Microseconds of a step by group of kernels, and of the ten kernels that take most; see ``shares``."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
+    events = [event for event in found.events() or () if event.device_type == DeviceType.CUDA]
+    kernels = shares([(event.name, event.time_range.start, event.time_range.end) for event in events])
     groups = dict.fromkeys([*GROUPS_OF_KERNELS, "other"], 0.0)
-    rows = []
-    for event in found.key_averages():
-        time_us = event.self_device_time_total / steps
-        if time_us:
-            groups[kernel_group(event.key)] += time_us
-            rows.append((time_us, event.count / steps, event.key[:120]))
-    rows.sort(reverse=True)
+    for name, (microseconds, _) in kernels.items():
+        groups[kernel_group(name)] += microseconds / steps
+    largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:10]
     return {
         "microseconds": groups,
-        "kernels": sum(row[1] for row in rows),
-        "largest": [{"microseconds": t, "launches": n, "kernel": key} for t, n, key in rows[:10]],
+        "kernels": sum(count for _, count in kernels.values()) / steps,
+        "largest": [
+            {"microseconds": t / steps, "launches": n / steps, "kernel": name[:120]} for name, (t, n) in largest
+        ],
     }
+
+
+def shares(events: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
+    """Time and number of each kernel in a stream, the times adding up to that of all.
+
+    Kernels may start while the one before them still runs (programmatic dependent launch), and then wait for it: each
+    one is given what passes between the end of the one before and its own.
+
+    Args:
+        events: name, start and end of each, in any order.
+    """
+    found: dict[str, tuple[float, int]] = {}
+    before: float | None = None
+    for name, start, end in sorted(events, key=lambda event: event[2]):
+        passed = end - (start if before is None else before)
+        before = end
+        time_before, count = found.get(name, (0.0, 0))
+        found[name] = (time_before + passed, count + 1)
+    return found
 
 
 def kernel_group(name: str) -> str:
