@@ -194,14 +194,13 @@ def measure(model: PreTrainedModel, batch: int, context: int, tokens: int, steps
 
 def kernel_times(step: Callable[[], None], steps: int) -> dict[str, Any]:
     """Microseconds of a step by group of kernels, and of the ten kernels that take most; see ``shares``."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    events = [event for event in found.events() or () if event.device_type == DeviceType.CUDA]
+    events = [event for event in found.events() or () if event.device_type.name == "CUDA"]
     kernels = shares([(event.name, event.time_range.start, event.time_range.end) for event in events])
     groups = dict.fromkeys([*GROUPS_OF_KERNELS, "other"], 0.0)
     for name, (microseconds, _) in kernels.items():
