@@ -1,6 +1,7 @@
 """The Triton kernels against the exact product, bit for bit: on a GPU, or in triton's interpreter on the CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -33,6 +34,32 @@ if not INTERPRETED and not torch.cuda.is_available():
         command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    @pytest.mark.parametrize("tokens", [1, 64, 4096])
+    @pytest.mark.parametrize("capability", [80, 90])
+    def test_compiles_to_int8_tensor_core_instructions(capability, tokens):
+        """Without a GPU: triton brings its own assembler."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from finescale.kernels import triton_gemm
+
+        tile = triton_gemm.choose_tile(tokens, 4096, 32, 108)
+        kernel = triton_gemm._product_kernel
+        pointers = {"x_TI": "*i8", "x_scale_T": "*fp32", "packed_COH": "*i8", "scale_GO": "*i16", "bias_O": "*fp32"}
+        pointers |= {"channel_scale_O": "*fp32", "out": "*i32" if tile.parts > 1 else "*bf16"}
+        constants = {
+            "half": 64, "two_groups": False, "folded": False, "whole_chunks": True, "raw": tile.parts > 1,
+            "has_bias": True, "has_channel": False, "tile_outputs": tile.outputs, "tile_tokens": tile.tokens,
+        }  # fmt: skip
+        signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | {"factor": "fp32"}
+        signature |= dict.fromkeys(constants, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(ASTSource(kernel, signature, places, {}), target=target, options=options)
+        assert re.search(r"mma\S*\.s8\.s8", compiled.asm["ptx"]) and compiled.asm["cubin"]
 
 else:
     from finescale.kernels import triton_gemm

@@ -28,6 +28,7 @@ TOKENS = (1, 8, 128)
 NAMES = ("float32", "bf16", "integer", "folded")
 _ROTATED_BYTES = 128 * 2**20
 """Copies of a float32 weight fill this much, more than the caches of a core."""
+_MOST_COPIES = 320
 _GROUP = 64
 """Divides the inputs of all shapes."""
 
@@ -72,7 +73,7 @@ def bench_gemm_cpu(
 
 def _time_size(inputs: int, outputs: int, count: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(SEED)
-    copies = max(3, -(-_ROTATED_BYTES // (4 * inputs * outputs)))
+    copies = min(max(3, -(-_ROTATED_BYTES // (4 * inputs * outputs))), _MOST_COPIES)
     x_TI = torch.randn(count, inputs, generator=generator)
     dense = [torch.randn(outputs, inputs, generator=generator) for _ in range(copies)]
     calls: dict[str, list[Callable[[], Tensor]]] = {
