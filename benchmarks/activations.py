@@ -1,7 +1,8 @@
 """Quantized activations side by side: W4A4, W6A6 and W4A8 by the published methods, our own, and QLLM's ablations.
 
     python benchmarks/activations.py --data ../shared --models smollm2,zoo-llama
-    python benchmarks/activations.py --data ../shared --device cuda --jobs 8 --rows 'W4A4/*;W6A6/QLLM*'
+    python benchmarks/activations.py --data ../shared --models smollm2 --device cuda --jobs 4 --rows essential
+    python benchmarks/activations.py --data ../shared --models smollm2 --device cuda --jobs 4 --rows 'rank/*;W6A6/QLLM*'
 
 Weights and activations are rounded as in the papers: W4A4 and W6A6 asymmetric, weights per channel, activations per
 token; W4A8 in symmetric groups of 64 with symmetric int8 per token, the setting of integer scales. Published methods
@@ -13,7 +14,8 @@ ablations), four windows a step, rounding 4, two windows a step.
 Calibration is the start of WikiText-2 valid for SmolLM2, evaluation the start of its test part (20 windows x 2048); the
 zoo's models calibrate on one half of the books and are evaluated on the other. ``--rows`` takes shell patterns of
 ``part/row`` divided by semicolons; ``--jobs`` runs so many rows at a time, each in one thread. Every row has a file of
-its own beside the JSON file, and what these hold for the same setting and recipe is not run again.
+its own beside the JSON file, and what these hold for the same setting and recipe is not run again. ``essential`` is
+what the methods are judged by; more than four processes get in each other's way on one GPU.
 """
 
 from __future__ import annotations
@@ -120,6 +122,18 @@ WEIGHTS_ALONE = (
 )
 """Rows without activations: what is done for the activations alone is left out."""
 
+ROTATED = "QuaRot, online too + QuantEase + rounding"
+ESSENTIAL = ";".join(
+    [
+        *(f"W4A4/{name}" for name in ("QLLM", "OmniQuant", "SmoothQuant 0.5", "QLLM, reassembly", ROTATED)),
+        f"W4A8/{ROTATED};W4A16/{ROTATED};W6A6/{ROTATED};W6A6/QuaRot, online too + GPTQ;W6A6/QLLM",
+        *(
+            f"W?A?/{name}"
+            for name in ("RTN", "SmoothQuant 0.5", "FPTQ", "AWQ", "QuaRot, online too", "OmniQuant", "QLLM*")
+        ),
+        "W4A8/*rounding;W4A16/*rounding;integer scales/*",
+    ]
+)
 EXPANSIONS = (0.01, 0.03, 0.05, 0.1)
 
 
@@ -274,7 +288,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         pairs = pairs_of(arguments, all_rows(), work)
-        todo = pairs_of(arguments, chosen(all_rows(), arguments.rows), work)
+        todo = pairs_of(
+            arguments, chosen(all_rows(), ESSENTIAL if arguments.rows == "essential" else arguments.rows), work
+        )
         if arguments.list:
             console.print("\n".join(f"{setting.name} {row.part}/{row.name}" for row, setting in todo))
             return

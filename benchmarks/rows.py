@@ -56,7 +56,7 @@ class Setting:
 
     def shown(self) -> dict[str, Any]:
         """As plain values, without folders."""
-        names = {key: Path(getattr(self, key)).name for key in ("model", "calibration", "text")}
+        names = {key: Path(getattr(self, key)).name for key in ("calibration", "text")} | {"model": self.name}
         return asdict(self) | names | {"length": LENGTH}
 
 
