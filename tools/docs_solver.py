@@ -27,6 +27,7 @@ def solver_gpu(facts: dict[str, Any]) -> str:
     models: list[tuple[Any, ...]] = [
         (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
     ]
+    estimate = facts.get("falcon_180b_estimate")
     sums = "".join(
         f"* {name}: {terms}\n"
         for name, times in facts["models"].items()
@@ -34,11 +35,13 @@ def solver_gpu(facts: dict[str, Any]) -> str:
         if key in ("operations", f"quantease_{kind}_seconds")
     )
     return (
-        "Seconds per layer. Algorithm 2 is timed on a part of the columns, large layers on a part of their rows.\n\n"
+        f"Seconds per layer. {facts.get('note', '')} Algorithm 2 is timed on a part of the columns, large layers on a "
+        "part of their rows.\n\n"
         + table(header, rows)
         + "\nSeconds of the solver for all layers of a model, put together from the layers above:\n\n"
         + table(("model", *names), models)
         + (f"\nThe sums, 30 sweeps with {kind}:\n\n{sums}" if sums else "")
+        + (f"* Falcon-180B, estimated: {estimate['arithmetic']}\n" if estimate else "")
     )
 
 
