@@ -41,24 +41,20 @@ def mixed(facts: dict[str, Any]) -> str:
         if below is None or above is None:
             continue
         share = (row["bits_per_weight"] - below["bits_per_weight"]) / (_bits(above) - _bits(below))
-        linear = below["perplexity"] + share * (above["perplexity"] - below["perplexity"])
-        geometric = math.exp((1 - share) * math.log(below["perplexity"]) + share * math.log(above["perplexity"]))
-        uniform = ", ".join(f"{number(o['perplexity'], 4)} at {_bits(o):.2f}" for o in (below, above))
-        change = row["perplexity"] / geometric - 1
-        values = (number(value, 4) for value in (linear, geometric))
-        lines.append((f"{_bits(row):.3f}", number(row["perplexity"], 4), uniform, *values, f"{change:+.1%}"))
+        values = [f"{_bits(row):.3f}"]
+        for key, digits in (("perplexity", 4), ("kl", 3)):
+            low, high = below[key], above[key]
+            between = math.exp((1 - share) * math.log(low) + share * math.log(high))
+            alike = f"{number(low, digits)} at {_bits(below):.2f}, {number(high, digits)} at {_bits(above):.2f}"
+            values += [number(row[key], digits), alike, number(between, digits), f"{row[key] / between - 1:+.1%}"]
+        lines.append(tuple(values))
     if not lines:
         return ""
-    header = (
-        "bits per weight",
-        "perplexity",
-        "all layers alike",
-        "interpolated",
-        "in the logarithm",
-        "against the latter",
-    )
-    return "### Mixed precision\n\nBits chosen layer by layer, and the same recipe with all layers alike.\n\n" + table(
-        header, lines
+    columns = [(name, "all layers alike", "interpolated", "change") for name in ("perplexity", "KL")]
+    header = ("bits per weight", *columns[0], *columns[1])
+    return (
+        "### Mixed precision\n\nBits chosen layer by layer, and the same recipe with all layers alike, interpolated "
+        "to the same size in the logarithm (which is below the straight line).\n\n" + table(header, lines)
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 import finescale.api as api
 from finescale.errors import InputError
-from finescale.mixed.choose import bits_around, choose_bits, sensitivities
+from finescale.mixed.choose import choices_around, choose_bits, read_choices, sensitivities
 from finescale.mixed.sensitivity import Option, Sensitivities, Unit, measure, prepare_measurement
 from finescale.models.skeleton import set_weight_OI
 from finescale.runtime.checkpoint import open_quantized
@@ -15,7 +15,14 @@ from finescale.runtime.load import load
 from tests.helpers import assert_sentence, recipe
 
 
-def prepared(path, text, chosen=None, bits=(2, 4), **changes):
+def plain(*bits):
+    return tuple((each, None) for each in bits)
+
+
+TWO_OR_FOUR = plain(2, 4)
+
+
+def prepared(path, text, chosen=None, bits=TWO_OR_FOUR, **changes):
     return prepare_measurement(path, chosen or recipe("rtn", group=32), bits, str(text), windows=2, **changes)
 
 
@@ -66,7 +73,9 @@ def test_judging_text_is_not_the_solvers(tiny, text):
 
 def units(*losses):
     """Units of 100 weights at 2, 3 and 4 bits with these losses at 2 bits."""
-    options = [tuple(Option(bits, 100 * bits, loss * 4.0 ** (2 - bits), 0.0) for bits in (2, 3, 4)) for loss in losses]
+    options = [
+        tuple(Option(bits, None, 100 * bits, loss * 4.0 ** (2 - bits), 0.0) for bits in (2, 3, 4)) for loss in losses
+    ]
     found = [Unit((f"layers.{n}.a", f"layers.{n}.b"), 100, own) for n, own in enumerate(options)]
     return Sensitivities("s", {}, tuple(found))
 
@@ -97,23 +106,31 @@ def test_what_cannot_be_measured_is_refused(tiny, text):
     with pytest.raises(InputError, match="overrides"):
         prepared(path, text, recipe("rtn", overrides=[{"pattern": "*", "weights": {"bits": 4}}]))
     with pytest.raises(InputError, match="two numbers"):
-        prepared(path, text, bits=(4, 4))
+        prepared(path, text, bits=plain(4, 4))
     with pytest.raises(InputError, match="4-bit weights"):
-        prepared(path, text, recipe("rtn", group=32, format="awq"), bits=(3, 4))
-    assert bits_around(3.5) == (2, 3, 4, 6) and bits_around(4.25) == (3, 4, 6) and bits_around(2.0) == (2, 3, 4)
+        prepared(path, text, recipe("rtn", group=32, format="awq"), bits=plain(3, 4))
+
+
+def test_choices():
+    assert choices_around(3.5) == plain(2, 3, 4, 6) and choices_around(4.25) == plain(3, 4, 6)
+    assert choices_around(2.0) == plain(2, 3, 4) and choices_around(None) == plain(2, 3, 4, 6, 8)
+    assert read_choices("3, 4:32,4") == ((3, None), (4, 32), (4, None))
+    with pytest.raises(InputError, match="4:x") as caught:
+        read_choices("4:x")
+    assert_sentence(str(caught.value))
 
 
 def test_measurements_are_kept_and_not_mistaken(tiny, text, tmp_path, monkeypatch):
     from finescale.mixed import choose
 
     file, made, real = tmp_path / "s.json", [], choose.measure
-    monkeypatch.setattr(choose, "measure", lambda job, *rest: made.append(job.bits) or real(job, *rest))
-    given = (tiny("llama"), recipe("rtn", group=32), file, (2, 4), str(text))
+    monkeypatch.setattr(choose, "measure", lambda job, *rest: made.append(job.choices) or real(job, *rest))
+    given = (tiny("llama"), recipe("rtn", group=32), file, plain(2, 4), str(text))
     first = sensitivities(*given, windows=2)
     assert sensitivities(*given, windows=2) == first and len(made) == 1
     # Bits of the recipe's own play no part; another solver does.
-    sensitivities(tiny("llama"), recipe("rtn", 8, group=32), file, (2, 4), str(text), windows=2)
-    sensitivities(tiny("llama"), recipe("gptq", group=32), file, (2, 4), str(text), windows=2)
+    sensitivities(tiny("llama"), recipe("rtn", 8, group=32), file, plain(2, 4), str(text), windows=2)
+    sensitivities(tiny("llama"), recipe("gptq", group=32), file, plain(2, 4), str(text), windows=2)
     assert len(made) == 2
     file.write_text("{}")
     with pytest.raises(InputError, match="no sensitivities"):
@@ -123,7 +140,7 @@ def test_measurements_are_kept_and_not_mistaken(tiny, text, tmp_path, monkeypatc
 def test_an_interrupted_measurement_goes_on(tiny, text, tmp_path, monkeypatch):
     from finescale.mixed import sensitivity
 
-    given = (tiny("llama-tied"), recipe("rtn", group=32), tmp_path / "s.json", (2, 4), str(text))
+    given = (tiny("llama-tied"), recipe("rtn", group=32), tmp_path / "s.json", plain(2, 4), str(text))
     whole = sensitivities(*given[:2], tmp_path / "whole.json", *given[3:], windows=2)
     real, measured = sensitivity._units_of, []
 
@@ -144,7 +161,7 @@ def test_an_interrupted_measurement_goes_on(tiny, text, tmp_path, monkeypatch):
 def test_a_quantized_model_has_the_promised_size(tiny, text, tmp_path):
     """And the layers the bits that were chosen for them."""
     chosen = recipe("gptq", group=32)
-    found = sensitivities(tiny("llama"), chosen, tmp_path / "s.json", (2, 3, 4), str(text), windows=2)
+    found = sensitivities(tiny("llama"), chosen, tmp_path / "s.json", plain(2, 3, 4), str(text), windows=2)
     mixed, facts = choose_bits(chosen, found, target_bits=4.0)
     report = api.quantize(tiny("llama"), mixed, out=tmp_path / "o", calibration=str(text))
     assert (
@@ -156,3 +173,16 @@ def test_a_quantized_model_has_the_promised_size(tiny, text, tmp_path):
         bits[layer.name] == mixed.weights_of(layer.name).bits for layer in prepared(tiny("llama"), text).plan.layers
     )
     assert load(tmp_path / "o") is not None and json.loads((tmp_path / "s.json").read_text())["units"]
+
+
+def test_groups_may_be_chosen_too(tiny, text, tmp_path):
+    chosen = recipe("rtn", group=64)
+    schemes = ((3, None), (3, 16))
+    found = sensitivities(tiny("llama"), chosen, tmp_path / "s.json", schemes, str(text), windows=2)
+    wide, narrow = found.units[0].options
+    assert (narrow.bits, narrow.group_size) == (3, 16) and narrow.stored_bits > wide.stored_bits and narrow.kl < wide.kl
+    middle = (wide.stored_bits + narrow.stored_bits) / 2 / found.units[0].parameters
+    mixed, facts = choose_bits(chosen, found, target_bits=middle)
+    report = api.quantize(tiny("llama"), mixed, out=tmp_path / "o", calibration=str(text))
+    assert report["size"]["bits_per_weight"] == pytest.approx(facts["bits_per_weight"])
+    assert {layer["group_size"] for layer in report["layers"]} > {16} and "3:16" in facts["by_bits"]

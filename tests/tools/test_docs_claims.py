@@ -43,7 +43,7 @@ def test_mixed_precision_is_held_against_the_same_recipe_only():
         cell("other", 3, 1.0, 3.25, tuning=[{"name": "rounding"}]),
     ]  # fmt: skip
     text = compared({"model": "m", "setting": {}, "machine": {}, "rows": rows})
-    assert "| 3.750 | 15 | 40 at 3.25, 10 at 4.25 | 25 | 20 | -25.0% |" in text
+    assert "| 3.750 | 15 | 40 at 3.25, 10 at 4.25 | 20 | -25.0% | 0.1 |" in text
 
 
 def test_changes_of_tasks_and_peers_are_shown():

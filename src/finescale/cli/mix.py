@@ -20,9 +20,10 @@ def mix(
     max_kl: Annotated[
         float | None, typer.Option(help="Instead: most KL divergence, the sum over layers quantized alone.")
     ] = None,
-    choices: Annotated[str | None, typer.Option(help="Bits to choose from, as 2,3,4 (default: around the target).")] = (
-        None
-    ),
+    choices: Annotated[
+        str | None,
+        typer.Option(help="Bits to choose from, as 2,3,4 or with groups 3,4:32,4 (default: around the target)."),
+    ] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Where measurements are kept and found (default: beside OUT).")
     ] = None,
@@ -77,18 +78,14 @@ def mixed_recipe(
 ) -> tuple[Any, dict[str, Any]]:
     """Measure or look up, choose, and say what was chosen."""
     from finescale.errors import InputError
-    from finescale.mixed.choose import BITS, bits_around, choose_bits, sensitivities
+    from finescale.mixed.choose import choices_around, choose_bits, read_choices, sensitivities
     from finescale.report import units
 
     if (target_bits is None) == (max_kl is None):
         raise InputError("give either --target-bits or --max-kl.")
-    try:
-        bits = tuple(int(word) for word in choices.split(",")) if choices else None
-    except ValueError as error:
-        raise InputError(f"--choices {choices}: write whole numbers with commas between, as 2,3,4.") from error
-    bits = bits or (BITS if target_bits is None else bits_around(target_bits))
+    schemes = read_choices(choices) if choices else choices_around(target_bits)
     with progress_bar("blocks") as update:
-        found = sensitivities(model, recipe, file, bits, calibration, seed, device, windows, update)
+        found = sensitivities(model, recipe, file, schemes, calibration, seed, device, windows, update)
     chosen, facts = choose_bits(recipe, found, target_bits, max_kl)
     shares = ", ".join(f"{units.percent(share)} at {key}" for key, share in facts["by_bits"].items())
     console.print(

@@ -29,9 +29,10 @@ def quantize(
     max_kl: Annotated[
         float | None, typer.Option(help="The same for a loss: most KL divergence, summed over layers quantized alone.")
     ] = None,
-    choices: Annotated[str | None, typer.Option(help="Bits to choose from, as 2,3,4 (default: around the target).")] = (
-        None
-    ),
+    choices: Annotated[
+        str | None,
+        typer.Option(help="Bits to choose from, as 2,3,4 or with groups 3,4:32,4 (default: around the target)."),
+    ] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Where these measurements are kept and found (default: beside OUT).")
     ] = None,

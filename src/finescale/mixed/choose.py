@@ -15,6 +15,7 @@ from finescale.mixed.budget import Choice, least_cost, least_loss
 from finescale.mixed.sensitivity import (
     WINDOWS,
     Progress,
+    Scheme,
     Sensitivities,
     Unit,
     measure,
@@ -26,9 +27,29 @@ from finescale.recipe import Recipe
 BITS = (2, 3, 4, 6, 8)
 
 
-def bits_around(target: float) -> tuple[int, ...]:
-    """Choices that a target of average bits calls for: two below it to three above, where there are such."""
-    return tuple(bits for bits in BITS if math.floor(target) - 1 <= bits <= math.ceil(target) + 2)
+def choices_around(target: float | None) -> tuple[Scheme, ...]:
+    """Choices that a target of average bits calls for, from one below it to two above; all of them without a target."""
+    low, high = (0, 99) if target is None else (math.floor(target) - 1, math.ceil(target) + 2)
+    return tuple((bits, None) for bits in BITS if low <= bits <= high)
+
+
+def read_choices(text: str) -> tuple[Scheme, ...]:
+    """``2,3,4:32``: bits, with a colon and a group size where that is not the recipe's. Raises InputError."""
+    try:
+        parts = [word.strip().split(":") for word in text.split(",")]
+        return tuple((int(part[0]), int(part[1]) if len(part) > 1 else None) for part in parts)
+    except ValueError as error:
+        raise InputError(f"--choices {text}: write bits with commas between, as 2,3,4 or 3,4:32,4.") from error
+
+
+def scheme_words(scheme: Scheme) -> str:
+    """``4``, or with a group size of its own ``4:32``."""
+    return str(scheme[0]) if scheme[1] is None else f"{scheme[0]}:{scheme[1]}"
+
+
+def _weights(scheme: Scheme) -> dict[str, int]:
+    """A choice as the weights part of a recipe or override."""
+    return {"bits": scheme[0]} | ({} if scheme[1] is None else {"group_size": scheme[1]})
 
 
 def choose_bits(
@@ -45,7 +66,7 @@ def choose_bits(
 
     Returns:
         The recipe, whose ``overrides`` name the layers that differ from its own bits; and facts: ``bits_per_weight``,
-        ``predicted_kl`` (the sum: layers together lose more), ``gap``, ``by_bits`` (weights at each number of bits).
+        ``predicted_kl`` (the sum: layers together lose more), ``gap``, ``by_bits`` (share of weights at each choice).
 
     Raises:
         InputError: not exactly one goal, or one that no choice of bits reaches.
@@ -64,20 +85,21 @@ def choose_bits(
         selection = least_loss(choices, math.floor(target_bits * weights))
     else:
         selection = least_cost(choices, float(max_kl or 0.0))
-    bits = [unit.options[number].bits for unit, number in zip(found.units, selection.chosen, strict=True)]
-    by_bits: Counter[int] = Counter()
-    for unit, own in zip(found.units, bits, strict=True):
-        by_bits[own] += unit.parameters
-    usual = by_bits.most_common(1)[0][0]
+    options = [unit.options[number] for unit, number in zip(found.units, selection.chosen, strict=True)]
+    schemes = [(option.bits, option.group_size) for option in options]
+    by_scheme: Counter[Scheme] = Counter()
+    for unit, own in zip(found.units, schemes, strict=True):
+        by_scheme[own] += unit.parameters
+    usual = by_scheme.most_common(1)[0][0]
     overrides = [
-        {"pattern": layer, "weights": {"bits": own}}
-        for unit, own in zip(found.units, bits, strict=True)
+        {"pattern": layer, "weights": _weights(own)}
+        for unit, own in zip(found.units, schemes, strict=True)
         if own != usual
         for layer in unit.layers
     ]
     values = recipe.model_dump(mode="json", exclude_unset=True)
     values["overrides"] = [*values.get("overrides", ()), *overrides]
-    values["weights"] = values.get("weights", {}) | {"bits": usual}
+    values["weights"] = values.get("weights", {}) | _weights(usual)
     goal = f"{target_bits:g}b" if target_bits is not None else f"kl{max_kl:g}"
     values["name"] = f"{recipe.name}-{goal}"
     values["description"] = f"{recipe.name} with bits chosen layer by layer."
@@ -87,7 +109,7 @@ def choose_bits(
         "bits_per_weight": selection.cost / weights,
         "predicted_kl": selection.loss,
         "gap": selection.gap,
-        "by_bits": {str(key): by_bits[key] / weights for key in sorted(by_bits)},
+        "by_bits": {scheme_words(key): by_scheme[key] / weights for key in sorted(by_scheme, key=str)},
     }
     return Recipe.from_dict(values), facts
 
@@ -96,7 +118,7 @@ def sensitivities(
     model: str | Path,
     recipe: Recipe,
     file: Path,
-    bits: Sequence[int],
+    choices: Sequence[Scheme],
     calibration: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -110,7 +132,7 @@ def sensitivities(
     Raises:
         InputError: what cannot work; or ``file`` is something else.
     """
-    job = prepare_measurement(model, recipe, bits, calibration, seed, device, windows)
+    job = prepare_measurement(model, recipe, choices, calibration, seed, device, windows)
     if file.is_file():
         try:
             kept = Sensitivities.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -39,16 +39,19 @@ from finescale.runtime.load import load, usable_device
 WINDOWS = 8
 """Windows of text on which the divergence is taken."""
 BATCH_TOKENS = 4096
+Scheme = tuple[int, int | None]
+"""Bits, and the group size or None for the recipe's."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A unit at some bits: stored bits in all, divergence of the whole model (nats per token), layers' mean relative
-    output error."""
+    """A unit at some bits and group size (None: the recipe's): stored bits in all, divergence of the whole model (nats
+    per token), layers' mean relative output error."""
 
     bits: int
+    group_size: int | None
     stored_bits: int
     kl: float
     relative_error: float
@@ -97,7 +100,7 @@ class Measurement:
     skeleton: Skeleton
     plan: Plan
     recipe: Recipe
-    bits: tuple[int, ...]
+    choices: tuple[Scheme, ...]
     tokens_BT: Tensor
     judged_BT: Tensor
     device: torch.device
@@ -108,7 +111,7 @@ class Measurement:
 def prepare_measurement(
     model: str | Path,
     recipe: Recipe,
-    bits: Sequence[int],
+    choices: Sequence[Scheme],
     calibration: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -118,8 +121,8 @@ def prepare_measurement(
 
     Args:
         model: folder, hub name or GGUF file.
-        recipe: solver, groups and calibration; its bits are replaced by each of ``bits``.
-        bits: the choices.
+        recipe: solver, groups and calibration; its bits, and groups, are replaced by each of ``choices``.
+        choices: bits and group sizes.
         calibration: text; ``windows`` windows of it judge, ``calibration.samples`` others serve the solver.
         seed: of the choice of windows.
         device: where the whole original is held, in float32.
@@ -130,14 +133,14 @@ def prepare_measurement(
     """
     if any(override.weights for override in recipe.overrides):
         raise InputError("bits are to be chosen for every layer, and the recipe's overrides set some; leave them out.")
-    choices = tuple(sorted(set(bits)))
+    choices = tuple(sorted(set(choices), key=lambda scheme: (scheme[0], scheme[1] is not None, -(scheme[1] or 0))))
     if len(choices) < 2:
         raise InputError("choosing bits needs at least two numbers of bits to choose from; name more.")
     fmt = registry.get(recipe.format)
     source = resolve_model(model)
     skeleton = open_skeleton(source)
-    for each in choices:  # every choice must be one that the solver and the format can do
-        make_plan(skeleton, recipe.with_settings((f"weights.bits={each}",)), fmt)
+    for scheme in choices:  # every choice must be one that the solver and the format can do
+        make_plan(skeleton, recipe.with_settings(settings_of(scheme)), fmt)
     plan = make_plan(skeleton, recipe, fmt)
     name = calibration or BUILTIN
     part = recipe.calibration
@@ -150,7 +153,12 @@ def prepare_measurement(
     data = calibration_windows(tokens_T, samples + windows, length, seed, name)
     judging = torch.zeros(samples + windows, dtype=torch.bool)
     judging[torch.arange(windows) * (samples + windows) // windows] = True  # spread over the text
-    setting = data.facts() | {"samples": samples, "windows": windows, "bits": list(choices), "device": device[:4]}
+    setting = data.facts() | {
+        "samples": samples,
+        "windows": windows,
+        "choices": [list(scheme) for scheme in choices],
+        "device": device[:4],
+    }
     left_out = {"name": "", "description": "", "tuning": [], "transforms": []}
     decisive = recipe.to_dict() | left_out
     del decisive["weights"]["bits"]
@@ -172,6 +180,12 @@ def prepare_measurement(
         signature(facts),
         setting,
     )
+
+
+def settings_of(scheme: Scheme) -> tuple[str, ...]:
+    """A choice as settings of a recipe."""
+    bits, group = scheme
+    return (f"weights.bits={bits}", *(() if group is None else (f"weights.group_size={group}",)))
 
 
 def measure(
@@ -237,7 +251,7 @@ def _units_of(job: Measurement, index: int, block: nn.Module, inputs: BlockInput
     units = []
     for members in together.values():
         layers = [path for step in members for path in step]
-        options = tuple(_option(job, index, block, members, moments, bits, judge) for bits in job.bits)
+        options = tuple(_option(job, index, block, members, moments, scheme, judge) for scheme in job.choices)
         count = sum(plans[path].shape_OI[0] * plans[path].shape_OI[1] for path in layers)
         units.append(Unit(tuple(plans[path].name for path in layers), count, options))
     return units
@@ -249,18 +263,20 @@ def _option(
     block: nn.Module,
     members: Sequence[Sequence[str]],
     moments: dict[str, Moments],
-    bits: int,
+    scheme: Scheme,
     judge: _Judge,
 ) -> Option:
     plans = job.plan.blocks[index]
-    recipe = job.recipe.with_settings((f"weights.bits={bits}", "tuning=[]", "transforms=[]"))
+    bits, group = scheme
+    recipe = job.recipe.with_settings((*settings_of(scheme), "tuning=[]", "transforms=[]"))
     scale_dtype = job.skeleton.source.float_dtype()
     stored, errors, weights = 0.0, [], {}
     for step in members:
         layers: list[tuple[LayerPlan, Tensor]] = []
         for path in step:
             plan = plans[path]
-            plan = replace(plan, scheme=replace(plan.scheme, bits=bits))
+            size = plan.scheme.group_size if group is None else -1 if group >= plan.shape_OI[1] else group
+            plan = replace(plan, scheme=replace(plan.scheme, bits=bits, group_size=size))
             layers.append((plan, weight_OI_of(block.get_submodule(path))))
         moment = moments[step[0]]
         for result in solve_together(layers, moment.hessian(), moment.tokens, recipe, scale_dtype, index):
@@ -272,7 +288,7 @@ def _option(
         kl = judge.divergence(index)
     if kl != kl:
         raise NumericsError(f"{plans[members[0][0]].name} at {bits} bits makes the model put out NaN.")
-    return Option(bits, round(stored), max(0.0, kl), sum(errors) / len(errors))
+    return Option(bits, group, round(stored), max(0.0, kl), sum(errors) / len(errors))
 
 
 @contextmanager
