@@ -258,6 +258,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "layer_errors": ("Layer errors", layer_errors),
     "tuning": ("Learned rounding", runs),
     "activations": ("Activations of few bits", runs),
+    "planted": ("Planted outliers", runs),
     "outliers": ("Outliers", docs_solver.outliers),
     "solver": ("Time of the solvers on a CPU", solver_time),
     "solver_gpu": ("Time of the solvers on a GPU", docs_solver.solver_gpu),

@@ -1,0 +1,103 @@
+"""Planted outliers of known size: what each equalizing method recovers of plain W4A8's loss.
+
+    python benchmarks/planted.py --data ../shared
+
+Some channels of every norm's output of the zoo's Llama are made ``--size`` times the rest, the function kept
+(`finescale.bench.outliers`). Weights in symmetric groups of 64 by GPTQ, int8 per token. ``recovered`` is the share of
+the loss in log perplexity, plain W4A8 of the planted model against that of the model as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from finescale.api import evaluate, quantize
+from finescale.bench.machine import machine_facts
+from finescale.bench.outliers import plant_outliers
+from finescale.cli.common import quiet_libraries
+from finescale.recipe import Recipe
+from finescale.runtime.load import load
+
+
+def part(name: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "options": options}
+
+
+CORRECTION = part("low_rank", iterations=80, batch_size=1, loss="relative")
+METHODS: dict[str, dict[str, Any]] = {
+    "SmoothQuant": {"transforms": [part("smoothquant")]},
+    "FPTQ": {"transforms": [part("fptq")]},
+    "FPTQ, all equalized": {"transforms": [part("fptq", equalize="all")]},
+    "AWQ": {"transforms": [part("awq")]},
+    "QuaRot, fused": {"transforms": [part("quarot")]},
+    "OmniQuant": {"transforms": [part("omniquant", iterations=80)]},
+    "QLLM, a fifth more channels": {"transforms": [part("qllm")]},
+    "QLLM, 0.3 more channels": {"transforms": [part("qllm", max_expansion=0.3)]},
+    "QLLM, 0.5 more channels": {"transforms": [part("qllm", max_expansion=0.5)]},
+    "QLLM with correction": {"transforms": [part("qllm")], "tuning": [CORRECTION]},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
+    parser.add_argument("--size", type=float, default=50.0)
+    parser.add_argument("--channels", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted-zoo-llama.json"))
+    arguments = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    console = Console()
+    length = 256
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        books = (arguments.data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")[:900_000]
+        calibration, evaluation = work / "calibration.txt", work / "evaluation.txt"
+        calibration.write_text(books[450_000:], encoding="utf-8")
+        evaluation.write_text(books[:450_000], encoding="utf-8")
+        model = arguments.data / "models" / "zoo" / "llama"
+        plant_outliers(model, work / "planted", arguments.size, arguments.channels)
+
+        def run(values: dict[str, Any], source: Path) -> dict[str, Any]:
+            recipe = Recipe.from_dict({
+                "weights": {"bits": 4, "group_size": 64, "symmetric": True}, "activations": {"bits": 8},
+                "solver": {"name": "gptq"}, "calibration": {"samples": arguments.samples, "length": length},
+            } | values)  # fmt: skip
+            start, out = time.perf_counter(), work / "out"
+            quantize(source, recipe, out=out, calibration=str(calibration), fresh=True)
+            seconds = time.perf_counter() - start
+            sizes = {"windows": arguments.windows, "length": length}
+            result = evaluate(load(out), str(evaluation), tokenizer_from=source, **sizes)
+            return {"perplexity": result.perplexity, "seconds": seconds}
+
+        rows = {"not planted": run({}, model), "planted": run({}, work / "planted")}
+        clean, plain = (math.log(rows[name]["perplexity"]) for name in ("not planted", "planted"))
+        for name, values in METHODS.items():
+            rows[name] = run(values, work / "planted")
+            rows[name]["recovered"] = (plain - math.log(rows[name]["perplexity"])) / (plain - clean)
+            console.print(f"{name}: {rows[name]}")
+    table = Table("method", "perplexity", "recovered", title="zoo llama, W4A8, planted outliers")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['perplexity']:.2f}", f"{row['recovered']:.1%}" if "recovered" in row else "")
+    console.print(table)
+    setting = {key: getattr(arguments, key) for key in ("size", "channels", "samples", "windows")} | {"length": length}
+    entry = {"setting": setting, "rows": {"W4A8": rows}}
+    result = {"benchmark": "planted", "machine": machine_facts(), "seed": 0, "models": {"zoo-llama": entry}}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written to {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
