@@ -51,17 +51,19 @@ def fate(folder) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def answers(vllm_python, zoo, shared, tmp_path_factory):
-    """What becomes of each recipe's checkpoint, its folder, and vLLM's answer."""
+def answers(request, vllm_python, zoo, shared, tmp_path_factory):
+    """Of each recipe whose test was selected: what becomes of its checkpoint, its folder, and vLLM's answer."""
+    calls = [item.callspec.params for item in request.session.items if item.path == request.path]
+    chosen = [call["name"] for call in calls if "name" in call]
     root = tmp_path_factory.mktemp("recipes")
     text = str(shared / "data" / "books" / "books_valid.txt")
-    for name in RECIPES:
+    for name in chosen:
         model = zoo("mixtral" if name in MIXTURES else "llama")
         finescale.quantize(model, shortened(name), out=root / name, calibration=text)
-    fates = {name: fate(root / name) for name in RECIPES}
+    fates = {name: fate(root / name) for name in chosen}
     each = {str(root / name): {"dtype": how} for name, (how, _) in fates.items() if how in ("float16", "bfloat16")}
-    found = ask(vllm_python, root, [root / name for name in RECIPES], each=each)
-    return {name: (*fates[name], root / name, found[name]) for name in RECIPES}
+    found = ask(vllm_python, root, [root / name for name in chosen], each=each)
+    return {name: (*fates[name], root / name, found[name]) for name in chosen}
 
 
 @pytest.mark.parametrize("name", RECIPES)
