@@ -70,7 +70,8 @@ def test_equals_gather_then_rounding(tokens, inputs, channels, terms, dtype, dev
         assert torch.equal(scale_T, scale_T1[:, 0]), kind
         assert torch.equal(got_TJ, codes_TJ), kind
         assert torch.equal(sum_T, codes_TJ.sum(1, dtype=torch.int32)), kind
-        assert not packed.numel() or torch.equal(packed, layout.pack_tokens(codes_TJ)), kind
+        padded_TJ = layout.unpack_tokens(packed, tokens, packed.shape[0] * 128)
+        assert not padded_TJ[:, channels:].any(), kind  # what the product multiplies with weights of zero
 
 
 def test_what_does_not_fit_is_refused():

@@ -68,9 +68,7 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
         copier.advance();
     }
     wait_for_previous_kernel();
-#if MULTICAST
-    cluster_barrier();  // the other block's barriers are ready
-#endif
+    if (MULTICAST) cluster_wait();
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
         tokens.copy_x(x_base + i * X_BYTES, full + 8 * i, keep);

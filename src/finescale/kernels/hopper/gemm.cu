@@ -11,7 +11,7 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), LAG (units by which warpgroups follow one another, FOLDED only), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
+// (blocks that share split tiles), SPARE (a spare warp brings finished tiles to memory), LAG (units by which warpgroups follow one another, FOLDED only), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
 // to both), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
@@ -51,9 +51,10 @@ struct Computer {
     int left, remaining;
     Ring ring, ahead;
     TokenFacts facts;
+    int sent;  // chunks of finished tiles
 
     __device__ Computer(const Arguments& arguments, const Part& own_part)
-        : a(arguments), part(own_part), schedule(arguments), remaining(schedule.units()), ring{0, 0}, ahead{0, 0} {}
+        : a(arguments), part(own_part), schedule(arguments), remaining(schedule.units()), ring{0, 0}, ahead{0, 0}, sent(0) {}
 
     // Unpacks the next unit's weights; after the last one, the last one's again.
     __device__ __forceinline__ void fetch(u32 (&operand)[16], u32 (&scale)[GROUPS]) {
@@ -80,7 +81,7 @@ struct Computer {
     }
 
     __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2], int first = 0, int last = TOKENS) {
-        write_tile(a, total, facts, place(), part.group, thread, buffer, first, last);
+        write_tile(a, total, facts, place(), part.group, thread, buffer, sent, first, last);
     }
 
     // Where the tile lies: noted if it takes a search, otherwise found again, which keeps registers free.
@@ -98,7 +99,8 @@ struct Computer {
         int first = 0, last = TOKENS;
 #if CLUSTER > 1
         if (work.tile >= schedule.whole_tiles) {
-            add_cluster(total, x_base, place().token_end - place().token0, part.group, thread);
+            ClusterBarriers barriers{part.added - part.group * PART_BYTES + WARPGROUPS * PART_BYTES};
+            add_cluster(total, x_base, barriers, place().token_end - place().token0, part.group, thread);
             first = static_cast<int>(blockIdx.x) % CLUSTER * SHARE, last = first + SHARE;
         }
 #else
@@ -264,21 +266,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, WARPGROUPS * (MULTICAST ? 8 : 4));
         }
-        for (int g = 0; g < WARPGROUPS; g++) Part(a, parts, g).init();
+        for (int g = 0; g < WARPGROUPS; g++) {
+            Part(a, parts, g).init();
+            if (SPARE) Outbox(buffer, g).init();
+        }
+#if CLUSTER > 1
+        ClusterBarriers{parts + WARPGROUPS * PART_BYTES}.init();
+#endif
         fence_barrier_init();
     }
+    if (CLUSTER > 1) cluster_arrive();  // whoever uses barriers of the other blocks waits for them first
     __syncthreads();
 
     // The same in all lanes, which the compiler shall know.
     int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (group == WARPGROUPS) {
         release_registers<COPY_REGISTERS>();
-        // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup.
+        // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup, and bring its finished tiles to memory.
         if (thread == 0) {
             copy_units(a, x_base, w_base, full, empty);
-#if MULTICAST
-            cluster_barrier();  // the block stays until the other one needs its memory no more
-#endif
+            if (MULTICAST) cluster_arrive();
         }
         int served = thread / 32 - 1;
         Schedule schedule(a);
@@ -288,9 +295,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
             wait_for_previous_kernel();
             Part(a, parts, served).count();
         }
+        __syncwarp();
+        if (SPARE && OUT < 2 && served >= 0 && served < WARPGROUPS) Outbox(buffer, served).deliver(a, thread % 32);
     } else {
         claim_registers<COMPUTE_REGISTERS>();
         wait_for_previous_kernel();
+        if (CLUSTER > 1) cluster_wait();
         Computer computer(a, Part(a, parts, group));
         computer.x_base = x_base;
         computer.slab_base = w_base + group * SLAB_BYTES;
@@ -298,12 +308,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         computer.empty = empty;
         computer.thread = thread;
         computer.buffer = buffer;
-#if MULTICAST
-        cluster_barrier();
         if (computer.remaining > 0) computer.run();
-        if (!Schedule(a).has_part) cluster_barrier();  // adding up shared sums was one
-#else
-        if (computer.remaining > 0) computer.run();
-#endif
+        if (SPARE && OUT < 2) {
+            Outbox outbox(buffer, group);
+            outbox.open(computer.sent);
+            outbox.close(computer.sent, 0, 0, 0, thread);
+        }
+        if (MULTICAST) {  // the block stays until the other one needs its memory no more
+            cluster_arrive();
+            cluster_wait();
+        }
     }
 }

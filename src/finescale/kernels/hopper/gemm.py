@@ -39,6 +39,7 @@ class Variant:
             split as often as it takes, and sums are added up in device memory.
         lag: units by which one computing warpgroup follows the other, so that one writes while the other multiplies;
             folded only.
+        spare: a spare warp brings finished tiles to memory, instead of the computing warps themselves.
         multicast: the two blocks of a cluster have the same tokens, of which each copies half to both.
     """
 
@@ -54,16 +55,29 @@ class Variant:
     cluster: int = 1
     multicast: bool = False
     lag: int = 0
+    spare: bool = False
 
     @property
     def unit_bytes(self) -> int:
         return self.tokens * 128 + self.warpgroups * (4096 + 128 * self.groups)
 
     @property
+    def slot_bytes(self) -> int:
+        return 32 + 144 * min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
+
+    @property
     def fixed_bytes(self) -> int:
+        """Shared memory beside the stages, with two chunks of finished tiles for each warpgroup."""
         table = 8 * self.experts + 32 if self.experts else 0
-        chunk = min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
-        return self.warpgroups * (2 * chunk * 144 + self.tokens * 8 + 24) + table
+        return self.warpgroups * (2 * self.slot_bytes + self.tokens * 8 + 32) + 8 + table
+
+    @property
+    def slots(self) -> int:
+        """Chunks of finished tiles in shared memory, for each warpgroup."""
+        if not self.spare:
+            return 2
+        left = SHARED_BYTES - 1024 - self.fixed_bytes - self.depth * self.stage_bytes
+        return 2 + max(0, min(6, left // (self.warpgroups * self.slot_bytes)))
 
     @property
     def stage_bytes(self) -> int:
@@ -75,7 +89,8 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        return self.fixed_bytes + self.depth * self.stage_bytes + 1024
+        more = self.warpgroups * (self.slots - 2) * self.slot_bytes
+        return self.fixed_bytes + more + self.depth * self.stage_bytes + 1024
 
     def settings(self) -> tuple[tuple[str, int], ...]:
         """The macros that make this variant."""
@@ -92,6 +107,8 @@ class Variant:
             ("CLUSTER", self.cluster),
             ("MULTICAST", int(self.multicast)),
             ("LAG", self.lag),
+            ("SPARE", int(self.spare)),
+            ("SLOTS", self.slots),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -199,40 +216,46 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
     if tokens > 64:
         widths += [256] if folded and tokens > 128 else [] if folded else [64]
     return [
-        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster, multicast=multicast, lag=lag)
+        Variant(width, warpgroups, groups, folded, out, split, cluster=cluster)
         for width in widths
         for warpgroups in (1, 2, 3)
-        for split, cluster, multicast in (*((s, c, False) for s, c in SHARING), (True, 2, True))
+        for split, cluster in SHARING
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
-        if not (width == 256 and cluster == groups == 4)
-        if not multicast or width >= 128
-        for lag in ((0, 2) if width == 256 else (0,))
+        if cluster == 1 or (width >= 64 and not (width == 256 and cluster == groups == 4))
     ]
 
 
 def predicted_microseconds(variant: Variant, tokens: int, outputs: int, blocks: int, at_once: int) -> float:
-    """Time of a product on an H100, good enough to rank variants.
+    """Time of a product on an H100, good enough to rank variants of one number of tokens.
 
-    Fitted to 620 timings of five layer shapes and 13 numbers of tokens (benchmarks/results/gemm-variants-h100.json):
-    following it costs 1 % over always taking the fastest variant, 13 % at worst.
+    Fitted to timings of layer shapes by numbers of tokens (benchmarks/gemm_variants.py), tiles of fewer than 64 tokens
+    apart from the others, which they never compete with. Times are microseconds, the clock 1700 of its cycles.
     """
-    clock = 1700.0  # cycles a microsecond
     shares = schedule(variant, tokens, outputs, blocks, at_once)
     split_tiles = shares.tiles - shares.whole_tiles
-    units = -(-shares.whole_tiles // shares.grid) * blocks + (-(-blocks // shares.splits) if split_tiles else 0)
+    rounds = -(-shares.whole_tiles // shares.grid)
+    units = rounds * blocks + (-(-blocks // shares.splits) if split_tiles else 0)
     weight_bytes = variant.warpgroups * (4096 + 128 * variant.groups)
     multiply = variant.tokens * variant.warpgroups * 2
-    # Scaling and adding sums of groups, or only unpacking, beside the tensor cores' work.
-    cycles = multiply * 1.02 + 60 if variant.folded else multiply * 1.282 * (1 + variant.groups) / 2 + 224
-    from_cache = (variant.tokens * 128 + weight_bytes) / 39.1
-    from_memory = units * weight_bytes / 24.7
-    compute = units * max(cycles, from_cache)
-    sums = 0.0
-    if split_tiles and variant.cluster > 1:
-        sums = 1.0
-    elif split_tiles:
-        sums = 0.7 + split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256 / 1.99e6
-    return 1.5 + max(compute, from_memory) / clock + sums
+    shared_sums = split_tiles * shares.splits * variant.warpgroups * variant.tokens * 256
+    scaling = (1 + variant.groups) / 2
+    megabytes = outputs * blocks * (64 + 2 * variant.groups) / 1e6
+    # Cycles of a unit: scaling and adding sums of groups, or only unpacking, beside the tensor cores' work; what the
+    # cache delivers; what memory delivers to one multiprocessor.
+    if variant.tokens < 64:
+        cycles = multiply * 0.2611 + 51.13 if variant.folded else multiply * 0.2576 * scaling + 365.7
+        cycles = max(cycles, (variant.tokens * 128 + weight_bytes) / 17.96, weight_bytes / 15.02)
+        time = 0.924 + max(units * cycles / 1700, megabytes / 3.2592) + 0.56 * rounds
+        return time + (2.808 + shared_sums / 2.953e6 if split_tiles else 0.0)
+    cycles = multiply * 0.89161 + 46.32 if variant.folded else multiply * 1.0909 * scaling + 291.4
+    cycles = max(cycles, (variant.tokens * 128 + weight_bytes) / 47.92, weight_bytes / 14.35)
+    writing = 0.7151 + 0.005122 * variant.tokens * variant.warpgroups
+    time = 2.374 + max(units * cycles / 1700, megabytes / 2.6423) + writing * rounds
+    if not split_tiles:
+        return time
+    if variant.cluster > 1:
+        return time + 1.8178 + 0.00512 * variant.tokens * variant.warpgroups + writing / variant.cluster
+    return time + 0.923 + shared_sums / 2.306e6 + writing
 
 
 @functools.lru_cache(maxsize=4096)
@@ -240,9 +263,7 @@ def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, ou
     """The variant predicted to be fastest for a size."""
     at_once = dict(capacity)
     return min(
-        (
-            variant for variant in variants(tokens, groups, folded, out) if variant.cluster == 1
-        ),  # others: to be measured
+        variants(tokens, groups, folded, out),
         key=lambda variant: predicted_microseconds(variant, tokens, outputs, blocks, at_once[variant.cluster]),
     )
 

@@ -33,6 +33,19 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The same for a barrier that other blocks of the cluster arrive at.
+__device__ __forceinline__ void cluster_barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ready;\n"
+        "bra again;\n"
+        "ready:\n"
+        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -69,6 +82,19 @@ __device__ __forceinline__ void copy_bulk_both(u32 destination, const void* sour
         ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "h"(both), "l"(policy) : "memory");
 }
 
+// Contiguous bytes (a multiple of 16) from shared to device memory.
+__device__ __forceinline__ void copy_bulk_out(void* destination, u32 source, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_bulk_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until shared memory of all but the last COUNT commits has been read; until all of them have arrived.
+template <int COUNT>
+__device__ __forceinline__ void wait_bulk_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
+}
+__device__ __forceinline__ void wait_bulk_out() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Lets the next kernel of the stream start, and waits for the one before: everything before the wait may run while that
 // one still does, so it reads only what no kernel writes.
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -80,9 +106,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 }
 
 // A barrier of all threads of the cluster that have not ended; what they wrote before it is seen after it.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // The same address in block `rank` of the cluster.
 __device__ __forceinline__ u32 cluster_address(u32 address, int rank) {
@@ -141,6 +166,17 @@ __device__ __forceinline__ u32 load_shared4(u32 address) {
     return value;
 }
 
+__device__ __forceinline__ unsigned short load_shared2(u32 address) {
+    unsigned short value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared16(u32 address, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
 __device__ __forceinline__ void store_shared4(u32 address, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -167,6 +203,20 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+__device__ __forceinline__ float wide_fp16(unsigned short value) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+    return wide;
+}
+
+// Adds to device memory without waiting for the sum.
+__device__ __forceinline__ void add_there(int* sum, int value) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(sum), "r"(value) : "memory");
+}
+__device__ __forceinline__ void add_there(float* sum, float value) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(value) : "memory");
 }
 
 __device__ __forceinline__ u32 pack_fp16(float low, float high) {

@@ -6,9 +6,7 @@ __device__ __forceinline__ float to_float(u16 value) {
 #if IN == 0
     return __uint_as_float(static_cast<u32>(value) << 16);
 #else
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
+    return wide_fp16(value);
 #endif
 }
 

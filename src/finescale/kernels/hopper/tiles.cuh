@@ -11,12 +11,13 @@ constexpr int CHUNK = SHARE < LARGEST_CHUNK ? SHARE : LARGEST_CHUNK;  // tokens 
 constexpr int PITCH = 144;                             // bytes between tokens in the writing buffers, free of conflicts
 constexpr int PART_BYTES = 24;
 constexpr int META = (TOKENS + 127) / 128;             // token scales a thread fetches
-constexpr int BUFFER_BYTES = WARPGROUPS * (2 * CHUNK * PITCH + TOKENS * 8);
+constexpr int SLOT_BYTES = CHUNK * PITCH;               // a chunk on its way out, one of SLOTS of each warpgroup
+constexpr int BUFFER_BYTES = WARPGROUPS * (SLOTS * (SLOT_BYTES + 32) + TOKENS * 8);
 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;
 constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
-constexpr int COPY_REGISTERS = 40;
+constexpr int COPY_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
 constexpr int COMPUTE_REGISTERS =
     WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
 

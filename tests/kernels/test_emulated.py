@@ -1,0 +1,93 @@
+"""What the Hopper kernels compute, thread by thread on a CPU (emulator.h), against the exact product."""
+
+import shutil
+
+import pytest
+import torch
+
+from finescale.grid import ActivationScheme
+from finescale.grid import quantize_tokens as to_codes
+from finescale.kernels import layout
+from finescale.kernels.gather import gather_table
+from finescale.kernels.hopper import gemm, quantize
+from finescale.kernels.hopper.gemm import Variant
+from finescale.kernels.plain import before_rounding
+from finescale.kernels.reference import grouped_int32_product
+from tests.kernels import emulator
+from tests.kernels.test_gather import exactly_normed, random_gather
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@pytest.mark.parametrize(
+    "variant, tokens, outputs, inputs, multiprocessors",
+    [
+        (Variant(16, 1, 1, True, 0), 21, 136, 384, 3),
+        (Variant(16, 2, 1, True, 0, lag=1), 30, 300, 384, 2),
+        (Variant(8, 1, 2, False, 0), 5, 100, 256, 4),
+        (Variant(16, 1, 1, True, 0, cluster=2), 21, 136, 384, 4),
+        (Variant(16, 2, 1, False, 0, cluster=2), 40, 136, 256, 4),
+        (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 40, 200, 384, 2),
+        (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 21, 130, 640, 8),
+        (Variant(32, 1, 1, True, 0, cluster=4), 27, 70, 640, 8),
+    ],
+    ids=str,
+)
+def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocessors, monkeypatch):
+    emulator.emulate(monkeypatch, multiprocessors)
+    torch.manual_seed(0)
+    size = 128 // variant.groups
+    codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
+    scale_OG = torch.randint(1, 16, (outputs, inputs // size), dtype=torch.int32)
+    x_TI = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8)
+    x_scale_T, bias_O, own_O = torch.rand(tokens) + 0.5, torch.randn(outputs), torch.rand(outputs)
+    packed, packed_x = layout.pack_weight(codes_OI, scale_OG, size), layout.pack_tokens(x_TI)
+    sums_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, size)
+    expected_TO = (sums_TO.float() * (x_scale_T[:, None] / 1024) * own_O + bias_O).bfloat16()
+    for emulator.seed in range(2):
+        out_TO = gemm.run(
+            packed_x, x_scale_T, x_TI.sum(1, dtype=torch.int32), packed, tokens, outputs, 1024, bias_O, torch.bfloat16,
+            variant.folded, variant, own_O,
+        )  # fmt: skip
+        assert torch.equal(out_TO, expected_TO), (out_TO != expected_TO).nonzero()[:10]
+
+
+@pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (7, 77)])
+@pytest.mark.parametrize("kind", ["plain", "rms", "layer", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
+    """Two multiprocessors: nine tokens come by bulk copies, seven of an odd width and two by loads."""
+    emulator.emulate(monkeypatch, 2)
+    torch.manual_seed(0)
+    norm = kind in ("rms", "layer")
+    y_TI = exactly_normed(tokens, inputs) if norm and inputs % 8 == 0 else torch.randn(tokens, inputs)
+    y_TI = y_TI.to(dtype)
+    residual_TI = torch.randint(-1, 2, (tokens, inputs)).to(dtype) if norm else None
+    x_TI = y_TI if residual_TI is None else y_TI - residual_TI
+    gain_I = torch.randn(inputs).to(dtype) if norm else None
+    if kind == "silu":
+        x_TI = torch.cat([y_TI, torch.randn(tokens, inputs).to(dtype)], 1)
+    added_TI = None if residual_TI is None else residual_TI.clone()
+    expected_TI = before_rounding(x_TI, kind, None if residual_TI is None else residual_TI.clone(), gain_I, None, 0.0)
+    codes_TI, scale_T1 = to_codes(expected_TI, ActivationScheme(8))
+    packed, scale_T, sum_T = quantize.run(x_TI, kind, added_TI, gain_I, None, 0.0)
+    got_TI = layout.unpack_tokens(packed, tokens, inputs)
+    assert torch.equal(sum_T, got_TI.sum(1, dtype=torch.int32))
+    assert added_TI is None or torch.equal(added_TI, residual_TI + x_TI)
+    if kind == "plain" or (norm and inputs % 8 == 0 and dtype == torch.bfloat16):
+        assert torch.equal(scale_T, scale_T1[:, 0]) and torch.equal(got_TI, codes_TI)
+    else:  # sums in another order, or another exponential
+        torch.testing.assert_close(scale_T, scale_T1[:, 0], rtol=0.01, atol=0)
+        assert int((got_TI.int() - codes_TI.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("tokens, inputs, channels", [(3, 72, 90), (9, 264, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gathers(tokens, inputs, channels, dtype, monkeypatch):
+    emulator.emulate(monkeypatch, 2)
+    gather = random_gather(inputs, channels, 3)
+    x_TI = torch.randn(tokens, inputs).to(dtype)
+    codes_TJ, scale_T1 = to_codes(gather.apply(x_TI), ActivationScheme(8))
+    packed, scale_T, sum_T = quantize.run(x_TI, gather=gather_table(gather))
+    assert torch.equal(layout.unpack_tokens(packed, tokens, channels), codes_TJ)
+    assert torch.equal(scale_T, scale_T1[:, 0]) and torch.equal(sum_T, codes_TJ.sum(1, dtype=torch.int32))
