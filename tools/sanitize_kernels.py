@@ -14,8 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finescale.kernels.hopper.gemm import Variant
 
 TOOLS = ("memcheck", "racecheck")
 SIZES = (
@@ -38,6 +43,7 @@ def products() -> Iterator[str]:
     from finescale.kernels.reference import grouped_int32_product
 
     for tokens, outputs, inputs, group_size, folded in SIZES:
+        chosen = _chosen(tokens, group_size, folded)
         groups = 1 if group_size == -1 else -(-inputs // group_size)
         codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, device="cuda")
         scale_OG = torch.randint(1, 16, (outputs, groups), dtype=torch.int32, device="cuda")
@@ -45,13 +51,33 @@ def products() -> Iterator[str]:
         x_scale_T, x_sum_T = torch.ones(tokens, device="cuda"), x_TI.sum(1, dtype=torch.int32)
         weight, packed_x = layout.pack_weight(codes_OI, scale_OG, group_size), layout.pack_tokens(x_TI)
         sums_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, group_size)
-        for variant in gemm.variants(tokens, layout.groups_in_block(group_size), folded, 0):
+        for variant in chosen:
             out_TO = gemm.run(
                 packed_x, x_scale_T, x_sum_T, weight, tokens, outputs, 1, None, torch.bfloat16, folded, variant
             )
             if not torch.equal(out_TO, sums_TO.float().bfloat16()):
                 raise SystemExit(f"{variant} is not exact at {tokens} x {outputs} x {inputs}.")
             yield f"{variant} {tokens} x {outputs} x {inputs}"
+
+
+def _chosen(tokens: int, group_size: int, folded: bool) -> list[Variant]:
+    """Variants of each way to share out tiles, for blocks of up to two computing warpgroups."""
+    from finescale.kernels import layout
+    from finescale.kernels.hopper import gemm
+
+    found = gemm.variants(tokens, layout.groups_in_block(group_size), folded, 0)
+    return [variant for variant in found if variant.warpgroups <= 2 and variant.split]
+
+
+def compile_all() -> None:
+    """Side by side, so that the sanitizer finds them on disk."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from finescale.kernels.jit import compile_source, source_text
+
+    chosen = {(v.settings(), v.headers()) for size in SIZES for v in _chosen(size[0], size[3], size[4])}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), chosen))
 
 
 def quantizers() -> Iterator[str]:
@@ -105,19 +131,25 @@ def mixtures() -> Iterator[str]:
             yield f"{variant} of {tokens} tokens"
 
 
-def run_all() -> None:
+def run_all(seconds: float) -> None:
+    """One of each family in turn, until the time is over."""
     import torch
 
     torch.manual_seed(0)
-    for family in (products, quantizers, mixtures):
-        for name in family():
+    start, families = time.monotonic(), [quantizers(), products(), mixtures()]
+    while families and time.monotonic() - start < seconds:
+        for family in list(families):
+            name = next(family, None)
+            if name is None:
+                families.remove(family)
+                continue
             torch.cuda.synchronize()
-            print("ran", name)
+            print("ran", name, flush=True)
 
 
-def sanitized(tool: str, checker: str) -> dict[str, object]:
+def sanitized(tool: str, checker: str, seconds: float) -> dict[str, object]:
     """What a tool of compute-sanitizer says about `run_all`."""
-    command = [checker, "--tool", tool, sys.executable, str(Path(__file__).resolve()), "--run"]
+    command = [checker, "--tool", tool, sys.executable, str(Path(__file__).resolve()), "--run", f"--seconds={seconds}"]
     # Torch's pool would hide accesses beyond a tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -135,15 +167,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", action="store_true", help="only run the kernels, without the sanitizer")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for each tool; no kernel is begun after them")
     options = parser.parse_args()
     if options.run:
-        return run_all()
+        return run_all(options.seconds)
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(checker).is_file():
         raise SystemExit("compute-sanitizer was not found; it comes with the CUDA toolkit.")
     import torch
 
-    results = [sanitized(tool, checker) for tool in TOOLS]
+    compile_all()
+    results = [sanitized(tool, checker, options.seconds) for tool in TOOLS]
     for result in results:
         print(json.dumps(result, indent=1))
     if options.json:
