@@ -74,6 +74,8 @@ def test_another_setting_is_refused_and_another_recipe_replaces_its_cell(tiny, t
     with pytest.raises(InputError, match="another --out") as caught:
         compare(tiny("llama"), grid(), out, options(text, windows=2))
     assert_sentence(str(caught.value))
+    moved = shutil.copy(text, tmp_path / "moved.txt")  # the same text elsewhere is the same
+    assert compare(tiny("llama"), grid(), out, options(moved))["rows"] == done[1]["rows"]
     other = cells_of([make_grid({"recipes": ["rtn"], "set": ["weights.clip=mse"]}, "x")], SETTINGS)
     result = compare(tiny("llama"), other, out, options(text))
     assert result["rows"][1]["key"] == "rtn-w4-channel"

@@ -175,7 +175,8 @@ def _prepare(model: str | Path, cells: Sequence[Cell], out: Path, options: Optio
 def _claim(shared: Shared, out: Path) -> None:
     """Raises InputError where the folder holds something else, or a comparison on other texts or another model."""
     place = out / SETTINGS
-    facts = {key: value for key, value in asdict(shared).items() if key not in ("folder", "model", "keep", "task_data")}
+    places = ("folder", "model", "keep", "task_data", "calibration", "text")  # the texts are known by their hashes
+    facts = {key: value for key, value in asdict(shared).items() if key not in places}
     facts = json.loads(json.dumps(facts))
     if place.is_file():
         if json.loads(place.read_text(encoding="utf-8")) != facts:
