@@ -19,18 +19,25 @@ from tests.kernels.test_gather import exactly_normed, random_gather
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
+PRODUCTS = [
+    (Variant(16, 1, 1, True, 0), 21, 136, 384, 3),
+    (Variant(16, 1, 1, True, 0, cluster=2), 21, 136, 384, 4),
+    (Variant(8, 1, 2, False, 0), 5, 100, 256, 4),
+]
+MORE_PRODUCTS = [
+    (Variant(16, 1, 1, True, 0, spare=True), 21, 136, 384, 3),
+    (Variant(16, 2, 1, True, 0, lag=1, spare=True), 30, 300, 384, 2),
+    (Variant(16, 2, 1, False, 0, cluster=2), 40, 136, 256, 4),
+    (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 40, 200, 384, 2),
+    (Variant(16, 1, 1, True, 0, cluster=2, multicast=True, spare=True), 21, 130, 640, 8),
+    (Variant(32, 1, 1, True, 0, cluster=4), 27, 70, 640, 8),
+    (Variant(16, 1, 1, False, 0, float_scales=True), 21, 136, 384, 3),
+]
+
+
 @pytest.mark.parametrize(
     "variant, tokens, outputs, inputs, multiprocessors",
-    [
-        (Variant(16, 1, 1, True, 0), 21, 136, 384, 3),
-        (Variant(16, 2, 1, True, 0, lag=1), 30, 300, 384, 2),
-        (Variant(8, 1, 2, False, 0), 5, 100, 256, 4),
-        (Variant(16, 1, 1, True, 0, cluster=2), 21, 136, 384, 4),
-        (Variant(16, 2, 1, False, 0, cluster=2), 40, 136, 256, 4),
-        (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 40, 200, 384, 2),
-        (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 21, 130, 640, 8),
-        (Variant(32, 1, 1, True, 0, cluster=4), 27, 70, 640, 8),
-    ],
+    [*PRODUCTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_PRODUCTS)],
     ids=str,
 )
 def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocessors, monkeypatch):
@@ -39,9 +46,10 @@ def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocess
     size = 128 // variant.groups
     codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
     scale_OG = torch.randint(1, 16, (outputs, inputs // size), dtype=torch.int32)
+    bits_OG = scale_OG.bfloat16().view(torch.int16).int() if variant.float_scales else scale_OG
     x_TI = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8)
     x_scale_T, bias_O, own_O = torch.rand(tokens) + 0.5, torch.randn(outputs), torch.rand(outputs)
-    packed, packed_x = layout.pack_weight(codes_OI, scale_OG, size), layout.pack_tokens(x_TI)
+    packed, packed_x = layout.pack_weight(codes_OI, bits_OG, size), layout.pack_tokens(x_TI)
     sums_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, size)
     expected_TO = (sums_TO.float() * (x_scale_T[:, None] / 1024) * own_O + bias_O).bfloat16()
     for emulator.seed in range(2):
@@ -52,9 +60,19 @@ def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocess
         assert torch.equal(out_TO, expected_TO), (out_TO != expected_TO).nonzero()[:10]
 
 
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("rms", torch.bfloat16),
+        *(
+            pytest.param(kind, dtype, marks=pytest.mark.slow)
+            for kind in ("plain", "layer", "silu", "rms")
+            for dtype in (torch.bfloat16, torch.float32)
+            if (kind, dtype) != ("rms", torch.bfloat16)
+        ),
+    ],
+)
 @pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (7, 77)])
-@pytest.mark.parametrize("kind", ["plain", "rms", "layer", "silu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
     """Two multiprocessors: nine tokens come by bulk copies, seven of an odd width and two by loads."""
     emulator.emulate(monkeypatch, 2)
@@ -81,6 +99,7 @@ def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
         assert int((got_TI.int() - codes_TI.int()).abs().max()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, inputs, channels", [(3, 72, 90), (9, 264, 200)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gathers(tokens, inputs, channels, dtype, monkeypatch):
