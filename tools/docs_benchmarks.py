@@ -124,6 +124,16 @@ def products(facts: dict[str, Any]) -> str:
     )
 
 
+def quantizers(facts: dict[str, Any]) -> str:
+    """The kernels that round, beside a copy of as many bytes."""
+    kinds = list(dict.fromkeys(row["kind"] for row in facts["rows"]))
+    shares: dict[tuple[int, int], dict[str, float]] = {}
+    for row in facts["rows"]:
+        shares.setdefault((row["tokens"], row["inputs"]), {})[row["kind"]] = row["share_of_copy"]
+    rows = [(t, i, *(number(share.get(kind)) for kind in kinds)) for (t, i), share in shares.items()]
+    return "Speed beside a copy of as many bytes, 1 for the same.\n\n" + table(("tokens", "inputs", *kinds), rows)
+
+
 def mixtures(facts: dict[str, Any]) -> str:
     """Products and whole feed-forwards of mixtures of experts beside bfloat16."""
     rows = [
@@ -268,6 +278,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "two_gpus": ("Two GPUs", docs_solver.two_gpus),
     "gemm_variants": ("The W4A8 kernel", gemm),
     "gemm": ("The W4A8 product beside others", products),
+    "quantize": ("Rounding activations", quantizers),
     "moe": ("Mixtures of experts", mixtures),
     "triton_tiles": ("The Triton kernel", triton_tiles),
     "decode_cpu": ("Decoding on a CPU", decode_cpu),

@@ -180,6 +180,21 @@ def decode(
         plot.write_text(speed_figure(speedups_by_model(result)), encoding="utf-8")
 
 
+@app.command()
+def quantize(json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None) -> None:
+    """Microseconds of the kernels that round activations on this GPU, beside a copy of as many bytes."""
+    from finescale.bench.quantize import bench_quantizers
+
+    result = bench_quantizers()
+    table = Table("before the rounding", "tokens x inputs", "us", "TB/s", "of a copy")
+    for row in result["rows"]:
+        speed = f"{row['terabytes_per_second']:.2f}"
+        size = f"{row['tokens']} x {row['inputs']}"
+        table.add_row(row["kind"], size, f"{row['microseconds']:.1f}", speed, f"{row['share_of_copy']:.0%}")
+    console.print(table)
+    write_json_file(json_, result)
+
+
 def _explain(device: Any, json_: Path | None) -> None:
     from finescale.kernels.dispatch import LayerFacts, choose_kernel
 

@@ -87,8 +87,8 @@ def run(
     parts = 2 if kind == "silu" or residual_TI is not None else 1
     # What was gathered, and its table: four bytes a channel, or eight where gains are float32.
     table_bytes = 0 if gather is None else -(-gathered // 8) * 8 * size + gathered * max(4, 2 * size)
-    rows = [x_TI] if residual_TI is None else [x_TI, residual_TI]
-    bulk = inputs * size % 16 == 0 and all(row.data_ptr() % 16 == 0 for row in rows)
+    sources = [x_TI] if residual_TI is None else [x_TI, residual_TI]
+    bulk = inputs * size % 16 == 0 and all(source.data_ptr() % 16 == 0 for source in sources)
     block = block_shape(
         max(-(-inputs // 8), shape[0] * 16),
         -(-inputs // 8) * 8 * size * parts,
