@@ -66,8 +66,11 @@ def generate(request: dict, checkpoint: str) -> dict:
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
     prompts = request["prompts"]
+    modules = llm.apply_model(module_classes)[0] if request.get("ranks", 1) == 1 else []
+    with contextlib.suppress(AttributeError):
+        llm.llm_engine.engine_core.shutdown()  # the processes of several ranks
     return {
-        "modules": llm.apply_model(module_classes)[0] if request.get("ranks", 1) == 1 else [],
+        "modules": modules,
         "prompt_logprobs": [
             [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, prompts, strict=True)
