@@ -106,6 +106,12 @@ def quantize_gathered(
             raise InputError(f"a gather's {name} must be contiguous {dtype} {list(shape)}; see gather_table.")
         if tensor.device != x_TI.device:
             raise InputError(f"a gather is on {tensor.device}, the activations on {x_TI.device}.")
+    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
+    parts = 2 if kind == "silu" or residual_TI is not None else 1
+    if not quantize.gather_fits(inputs * parts, index_J.shape[0], x_TI.element_size()):
+        # Too wide for the kernel's shared memory: the same in steps.
+        y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
+        return quantize.run(apply(table, y_TI))
     return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon, gather=table)
 
 
@@ -152,9 +158,18 @@ def _(
 
 
 def apply(table: GatherTable, x_TI: Tensor) -> Tensor:
-    """What the kernel computes, term by term: float [T, I] -> [T, J]."""
+    """What the kernel computes, float [T, I] -> [T, J]: the first terms, then of each channel the second, and so on."""
     y_TJ = x_TI[:, table.index_J] * table.gain_J.to(x_TI.dtype)
     piece_M = torch.repeat_interleave(table.more_start_P.diff())
-    for piece, place, gain in zip(piece_M.tolist(), table.more_index_M.tolist(), table.more_gain_M, strict=True):
-        y_TJ[:, 8 * piece + place % 8] += x_TI[:, place // 8] * gain.to(x_TI.dtype)
+    channel_M = 8 * piece_M + table.more_index_M % 8
+    order_M = torch.argsort(channel_M, stable=True)
+    _, counts = torch.unique_consecutive(channel_M[order_M], return_counts=True)
+    rank_M = torch.empty_like(order_M)
+    rank_M[order_M] = torch.arange(order_M.shape[0], device=x_TI.device) - torch.repeat_interleave(
+        counts.cumsum(0) - counts, counts
+    )
+    for rank in range(int(counts.max()) if counts.numel() else 0):
+        some_M = rank_M == rank
+        source, gain = table.more_index_M[some_M] // 8, table.more_gain_M[some_M].to(x_TI.dtype)
+        y_TJ[:, channel_M[some_M]] += x_TI[:, source] * gain
     return y_TJ

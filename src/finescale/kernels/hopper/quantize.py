@@ -85,8 +85,7 @@ def run(
     size = x_TI.element_size()
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     parts = 2 if kind == "silu" or residual_TI is not None else 1
-    # What was gathered, and its table: four bytes a channel, or eight where gains are float32.
-    table_bytes = 0 if gather is None else -(-gathered // 8) * 8 * size + gathered * max(4, 2 * size)
+    table_bytes = 0 if gather is None else gather_bytes(gathered, size)
     sources = [x_TI] if residual_TI is None else [x_TI, residual_TI]
     bulk = inputs * size % 16 == 0 and all(source.data_ptr() % 16 == 0 for source in sources)
     block = block_shape(
@@ -121,6 +120,17 @@ def run(
     grid = min(items, multiprocessors * blocks_on_multiprocessor(function, block.threads, block.shared_bytes))
     launch(function, grid, block.threads, block.shared_bytes, arguments, device)
     return codes, scale_T, sum_T
+
+
+def gather_fits(inputs: int, channels: int, size: int) -> bool:
+    """Whether tokens of ``inputs`` values of ``size`` bytes can be gathered to ``channels`` in the kernel."""
+    token_bytes = -(-inputs // 8) * 8 * size
+    return token_bytes + gather_bytes(channels, size) <= SHARED_BYTES - RESERVED_BYTES
+
+
+def gather_bytes(channels: int, size: int) -> int:
+    """What was gathered, and its table: four bytes a channel, or eight where gains are float32."""
+    return -(-channels // 8) * 8 * size + channels * max(4, 2 * size)
 
 
 @dataclass(frozen=True)
