@@ -25,6 +25,7 @@ def test_claims_what_vllm_alone_would_compute_otherwise():
     plain = LAYER | {"amplifier": None}
     assert claims(config(a=LAYER, b=LAYER)) and claims(config(a=LAYER, b=plain))
     assert claims(config(a=plain) | {"quant_method": "finescale"}) and claims(config(a=plain | {"outliers": 3}))
+    assert claims(config(bits=4, a=plain)) and not claims(config(bits=4, a=plain) | {"format": "int-quantized"})
     assert not claims(config(a=plain))
     assert not claims(config())
     assert not claims({"format": "pack-quantized", "quant_method": "compressed-tensors"})

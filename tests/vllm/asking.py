@@ -35,3 +35,15 @@ def greedy(model: nn.Module, prompts: Iterable[list[int]] = PROMPTS, count: int 
                 tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         found.append(tokens[len(prompt) :])
     return found
+
+
+def shortfall(model: nn.Module, continuations: list[list[int]], prompts: Iterable[list[int]] = PROMPTS) -> float:
+    """By how much the tokens of another engine are less likely than this model's own, in logarithms, at worst; 0 for
+    greedy tokens of the same model."""
+    worst = 0.0
+    for prompt, tokens in zip(prompts, continuations, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        best, chosen = logits.amax(-1), logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        worst = max(worst, float((best - chosen).max()))
+    return worst

@@ -11,7 +11,7 @@ import torch
 
 import finescale
 from finescale.runtime.load import load
-from tests.vllm.asking import ask, greedy
+from tests.vllm.asking import ask, greedy, shortfall
 
 pytestmark = pytest.mark.vllm
 SHARED = Path(__file__).parents[3] / "shared"
@@ -33,7 +33,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def generated(request, tmp_path_factory):
-    """Greedy tokens by run: of vLLM and of finescale."""
+    """By run: vLLM's answer, the folder, and the prompts."""
     python = request.config.getoption("--vllm-python", default=None)
     if not python:
         pytest.skip("give --vllm-python PATH, an interpreter with vLLM, to load checkpoints in it")
@@ -47,7 +47,7 @@ def generated(request, tmp_path_factory):
     each = {str(root / "w8a8"): {"dtype": "bfloat16"}}
     folders = [root / name for name in RUNS]
     answers = ask(python, root, folders, prompts=prompts, tokens=TOKENS, dtype="float16", plugins="", each=each)
-    return {name: (answers[name], greedy(_loaded(root / name), prompts, TOKENS)) for name in RUNS}
+    return {name: (answers[name], root / name, prompts) for name in RUNS}
 
 
 def _prompts() -> list[list[int]]:
@@ -57,13 +57,11 @@ def _prompts() -> list[list[int]]:
     return [tokens_T[start : start + 48].tolist() for start in (0, 1000, 2000)]
 
 
-def _loaded(folder: Path) -> torch.nn.Module:
-    """As vLLM computes it, in its type where that rounds more than the difference of two likely tokens."""
-    return load(folder, torch.bfloat16) if folder.name == "w8a8" else load(folder, rounding="none")
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_greedy_tokens_are_those_of_finescale(generated, name):
-    answer, expected = generated[name]
+    answer, folder, prompts = generated[name]
     assert "error" not in answer, answer["error"]
-    assert answer["tokens"] == expected
+    if name == "w8a8":  # bfloat16 rounds more than two likely tokens may differ by
+        assert shortfall(load(folder, torch.bfloat16), answer["tokens"], prompts) < 0.25
+    else:
+        assert answer["tokens"] == greedy(load(folder, rounding="none"), prompts, TOKENS)

@@ -14,7 +14,7 @@ import finescale
 from finescale.recipe import Recipe, recipe_names
 from finescale.runtime.load import load
 from finescale.runtime.serving import claims, refusal
-from tests.vllm.asking import ask, greedy
+from tests.vllm.asking import ask, greedy, shortfall
 
 pytestmark = pytest.mark.vllm
 MIXTURES = ("mixtral-w4a8-integer-scale",)
@@ -33,7 +33,7 @@ def shortened(name: str) -> Recipe:
         else part
         for part in recipe.transforms
     ]
-    return recipe.model_copy(update={"transforms": few})
+    return recipe.model_copy(update={"transforms": tuple(few)})
 
 
 def fate(folder) -> tuple[str, str]:
@@ -79,6 +79,7 @@ def test_each_recipe_is_served_as_foretold(answers, name):
         model = load(folder, path="integer" if integer else "float")
     elif how == "float16":
         model = load(folder, rounding="none")
-    else:
-        model = load(folder, dtype=torch.bfloat16)
+    else:  # bfloat16 rounds more than two likely tokens may differ by
+        assert shortfall(load(folder, dtype=torch.bfloat16), answer["tokens"]) < 0.25
+        return
     assert answer["tokens"] == greedy(model)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from finescale.formats.compressed_tensors import INT8, PACKED
+from finescale.formats.compressed_tensors import INT8, PACKED, activation_scheme
 from finescale.formats.registry import OWN_METHOD
 from finescale.runtime.checkpoint import METADATA_VERSION
 
 
 def claims(config: dict[str, Any]) -> bool:
-    """Whether a quantization config is that of a checkpoint of finescale which vLLM alone would compute wrongly, or
-    not with integers: it has integer scales, rearranges inputs, or keeps outliers beside its weights."""
+    """Whether a quantization config is that of a checkpoint of finescale which vLLM alone would not compute as it says:
+    it has integer scales, rearranges inputs, rounds them to other than symmetric 8 bits, or keeps outliers."""
     layers = config.get("finescale", {}).get("layers", {})
-    own = config.get("quant_method") == OWN_METHOD
-    return bool(layers) and (own or any(facts.get("amplifier") or facts.get("outliers") for facts in layers.values()))
+    if not layers or config.get("quant_method") == OWN_METHOD:
+        return bool(layers)
+    if any(facts.get("amplifier") or facts.get("outliers") for facts in layers.values()):
+        return True
+    inputs = activation_scheme(config) if config.get("format") == PACKED else None
+    return inputs is not None and (inputs.bits != 8 or not inputs.symmetric)
 
 
 def refusal(config: dict[str, Any], family: str | None = None) -> str | None:
