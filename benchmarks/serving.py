@@ -343,7 +343,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=[*CHECKS, *ARMS])
     parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=180, help="limit for each arm; the first one also waits for imports")
+    parser.add_argument(
+        "--seconds", type=float, default=180, help="limit for each arm; the first one also waits for imports"
+    )
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory that vLLM takes")
     parser.add_argument("--folder", type=Path, help="for the models; a temporary one by default")
     parser.add_argument("--one", help=argparse.SUPPRESS)
