@@ -28,6 +28,7 @@ def test_rates_fall_with_what_is_left():
 def counted(monkeypatch):
     """How often a recording is replayed."""
     calls, replay_ = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(replay, "RECORDS", True)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (calls.append(1), replay_(graph))[1])
     return calls
 

@@ -17,13 +17,15 @@ from finescale.models.experts import UnfusedExperts
 
 Step = Callable[[Tensor, Tensor, Any], None]
 """``(input, target, left)``; ``left``, a number or on a GPU a tensor of one, falls from 1 to 0 over all steps."""
+RECORDS = False
+"""Whether steps are recorded at all: off until tests/tuning/test_replay.py has passed on a GPU."""
 WARM = 3
 """Steps before the recording: what is made at first use must be there."""
 
 
 def replayed(step: Step, block: nn.Module, device: torch.device) -> Step:
     """``step``, replayed from a recording where that can be done; all its state must be updated in place."""
-    if device.type != "cuda" or any(isinstance(module, UnfusedExperts) for module in block.modules()):
+    if not RECORDS or device.type != "cuda" or any(isinstance(module, UnfusedExperts) for module in block.modules()):
         return step
     static: list[Tensor] = []
     recorded: list[torch.cuda.CUDAGraph] = []
