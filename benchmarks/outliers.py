@@ -153,24 +153,38 @@ def means(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
-def judge(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """What is asked of the outliers, by the means over seeds."""
+def judge(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is asked of the outliers, each question by the means over the seeds that have all its runs."""
 
-    def way(name: str, plain: str) -> float:
-        first, last, here = (math.log(rows[key]["perplexity"]) for key in ("original", plain, name))
-        return (here - first) / (last - first)
+    def mean(name: str, of: Callable[[dict[str, Any]], float], *others: str) -> float | None:
+        found = [of(rows[name]) for rows in seeds.values() if {name, *others} <= rows.keys()]
+        return statistics.fmean(found) if found else None
 
+    def loss(name: str, *others: str) -> float | None:
+        first = mean("original", lambda row: math.log(row["perplexity"]))
+        last = mean(name, lambda row: math.log(row["perplexity"]), *others)
+        return None if first is None or last is None else last - first
+
+    def kl(name: str, *others: str) -> float | None:
+        return mean(name, lambda row: float(row["kl"]), *others)
+
+    plain, structured, unstructured = "plain", "structured 1 %", "unstructured 1 %"
     found: dict[str, Any] = {}
-    for key in ("perplexity", "kl"):
-        plain, structured, unstructured = (rows[name][key] for name in ("plain", "structured 1 %", "unstructured 1 %"))
-        found[f"order_by_{key}"] = plain > structured > unstructured
-        found[f"beats_spqr_by_{key}"] = rows[SAME_SIZE][key] < min(rows[SPQR][key], rows[SPQR_DAMPED][key])
-    found["way_of_plain"] = way("unstructured 1 %", "plain")
-    found["way_of_plain_by_kl"] = rows["unstructured 1 %"]["kl"] / rows["plain"]["kl"]
-    if "plain published" in rows:
-        found["way_of_plain_published"] = way("unstructured 1 %", "plain published")
-        found["way_published"] = way("unstructured 1 % published", "plain published")
-        found["spqr_quantease_beats_spqr"] = rows["spqr-quantease"]["kl"] < rows[SPQR_DAMPED]["kl"]
+    for label, value in (("perplexity", loss), ("kl", kl)):
+        for question, better, worse in (
+            ("columns_beat_plain", structured, plain),
+            ("weights_beat_columns", unstructured, structured),
+            ("same_size_beats_spqr", SAME_SIZE, SPQR),
+            ("same_size_beats_damped_spqr", SAME_SIZE, SPQR_DAMPED),
+        ):
+            one, other = value(better, worse), value(worse, better)
+            if one is not None and other is not None:
+                found[f"{question}_by_{label}"] = one < other
+        for question, base in (("way_of_plain", plain), ("way_of_plain_published", "plain published")):
+            # The published run has one seed only.
+            one, other = value(unstructured), value(base)
+            if one is not None and other:
+                found[f"{question}_by_{label}"] = one / other
     return found
 
 
@@ -191,12 +205,14 @@ def main() -> None:
             for seed, rows in seeds.items():
                 result["models"].setdefault(family, {}).setdefault(seed, {}).update(rows)
     result |= {"benchmark": "outliers", "machine": machine_facts(), "device": arguments.device}
+    if not arguments.data and arguments.merge:  # nothing is computed here
+        first = json.loads(arguments.merge[0].read_text())
+        result |= {"machine": first["machine"], "device": first["device"]}
     result["windows"] = arguments.windows
 
     def save() -> None:
         result["means"] = {family: means(seeds) for family, seeds in result["models"].items()}
-        complete = {family: rows for family, rows in result["means"].items() if SAME_SIZE in rows}
-        result["judgement"] = {family: judge(rows) for family, rows in complete.items()}
+        result["judgement"] = {family: judge(seeds) for family, seeds in result["models"].items()}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -84,8 +84,8 @@ def outliers(facts: dict[str, Any]) -> str:
         "Perplexity, 1000 times the KL divergence from the original, and stored bits per weight in parentheses; means "
         "over the choices of calibration windows (seeds).\n\n"
         + table(("run", *facts["means"]), rows)
-        + "\nOrder: plain is worse than 1 % of the columns, and that than 1 % of the weights; way: share of the way "
-        "from the original to plain.\n\n" + table(("", *facts["judgement"]), asked)
+        + "\nWhat is asked, each by the means over the seeds that have the runs compared; way: share of the way from "
+        "the original to plain (the smaller the better).\n\n" + table(("", *facts["judgement"]), asked)
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def large_on_gpu(facts: dict[str, Any]) -> str:
 def large_on_cpu(facts: dict[str, Any]) -> str:
     """Peak memory of a large model on a CPU."""
     rows = [(name, number(run["peak_rss_bytes"] / 1e9), number(run["seconds"])) for name, run in facts["runs"].items()]
-    return f"{facts['parameters'] / 1e9:.2f} billion parameters, the first blocks.\n\n" + table(
+    return f"{facts['parameters'] / 1e9:.2f} billion parameters, the first blocks. {facts.get('note', '')}\n\n" + table(
         ("recipe", "peak memory, GB", "seconds"), rows
     )
 
