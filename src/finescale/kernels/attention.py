@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError
-from finescale.kernels import plain
-from finescale.kernels.layout import packed_tokens_shape
 from finescale.kernels.plain import rms_norm
 
 
@@ -108,14 +106,19 @@ def attend_token(
     Raises:
         InputError: shapes, types or strides that do not fit together.
     """
-    given = (qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, epsilon, heads, kv_heads)
     cache = (keys_BKSD, values_BKSD, slot)
-    _check_token(*given, *cache, valid_BS)
+    _check(qkv_BC[:, None], cos_BD[:, None], sin_BD[:, None], q_gain_D, k_gain_D, heads, kv_heads, *cache)
     batch, slots = qkv_BC.shape[0], keys_BKSD.shape[2]
+    if valid_BS is not None and (
+        tuple(valid_BS.shape) != (batch, slots) or valid_BS.dtype != torch.bool or not valid_BS.is_contiguous()
+    ):
+        raise InputError(f"valid slots must be contiguous bool [{batch}, {slots}].")
     if qkv_BC.is_cuda:
         from finescale.kernels import triton_attention
 
-        return triton_attention.attend(*given, *cache, valid_BS, scaling)
+        return triton_attention.attend(
+            qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, epsilon, heads, kv_heads, *cache, valid_BS, scaling
+        )
     query_BTHD, key_BTKD, value_BTKD = _rotated(
         qkv_BC[:, None], cos_BD[:, None], sin_BD[:, None], q_gain_D, k_gain_D, epsilon, heads, kv_heads
     )
@@ -157,71 +160,6 @@ def _(
     return qkv_BC.new_empty(qkv_BC.shape[0], heads * keys_BKSD.shape[3])
 
 
-@torch.library.custom_op("finescale::attend_token_rounded", mutates_args=("keys_BKSD", "values_BKSD"))
-def attend_token_rounded(
-    qkv_BC: Tensor,
-    cos_BD: Tensor,
-    sin_BD: Tensor,
-    q_gain_D: Tensor | None,
-    k_gain_D: Tensor | None,
-    epsilon: float,
-    heads: int,
-    kv_heads: int,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    slot: Tensor,
-    valid_BS: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``attend_token`` and then ``linear.quantize_tokens`` of its output, in one kernel on a GPU.
-
-    Args: as of ``attend_token``.
-
-    Returns:
-        codes int8 [C / 128, ceil(B / 8), 1024] (``layout.pack_tokens``), scales float32 [B], sums of codes int32 [B].
-    """
-    given = (qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, epsilon, heads, kv_heads)
-    cache = (keys_BKSD, values_BKSD, slot, valid_BS, scaling)
-    if not qkv_BC.is_cuda:
-        out_BC = attend_token(*given, *cache)
-        return plain.quantize_tokens(out_BC, "plain", None, None, None, 0.0)
-    from finescale.kernels import triton_attention
-
-    _check_token(*given, *cache[:-1])
-    rounded = rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
-    triton_attention.attend(*given, *cache, rounded)
-    return rounded
-
-
-@attend_token_rounded.register_fake
-def _(
-    qkv_BC: Tensor,
-    cos_BD: Tensor,
-    sin_BD: Tensor,
-    q_gain_D: Tensor | None,
-    k_gain_D: Tensor | None,
-    epsilon: float,
-    heads: int,
-    kv_heads: int,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    slot: Tensor,
-    valid_BS: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return rounded_like(qkv_BC, heads * keys_BKSD.shape[3])
-
-
-def rounded_like(x_BC: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what ``attend_token_rounded`` returns."""
-    batch = x_BC.shape[0]
-    return (
-        x_BC.new_empty(packed_tokens_shape(batch, channels), dtype=torch.int8),
-        x_BC.new_empty(batch, dtype=torch.float32),
-        x_BC.new_empty(batch, dtype=torch.int32),
-    )
-
-
 def _rotated(
     qkv_BTC: Tensor,
     cos_BTD: Tensor,
@@ -244,29 +182,6 @@ def _rotated(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
-
-
-def _check_token(
-    qkv_BC: Tensor,
-    cos_BD: Tensor,
-    sin_BD: Tensor,
-    q_gain_D: Tensor | None,
-    k_gain_D: Tensor | None,
-    epsilon: float,
-    heads: int,
-    kv_heads: int,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    slot: Tensor,
-    valid_BS: Tensor | None,
-) -> None:
-    cache = (keys_BKSD, values_BKSD, slot)
-    _check(qkv_BC[:, None], cos_BD[:, None], sin_BD[:, None], q_gain_D, k_gain_D, heads, kv_heads, *cache)
-    batch, slots = qkv_BC.shape[0], keys_BKSD.shape[2]
-    if valid_BS is not None and (
-        tuple(valid_BS.shape) != (batch, slots) or valid_BS.dtype != torch.bool or not valid_BS.is_contiguous()
-    ):
-        raise InputError(f"valid slots must be contiguous bool [{batch}, {slots}].")
 
 
 def _check(

@@ -1,8 +1,8 @@
 """Decoder blocks of few kernels: one product for query, key and value, one for gate and up, norms in the rounding.
 
 `fuse` takes the decoder of a loaded transformers model apart and puts it together again as one module that computes the
-same. Everything around it stays transformers' own: embeddings, head, caches, generation. A block then is eight kernels
-for one token: add, norm and round; q, k, v; rotary embedding, cache, attention and round; output product; add, norm and
+same. Everything around it stays transformers' own: embeddings, head, caches, generation. A block then is nine kernels
+for one token: add, norm and round; q, k, v; rotary embedding, cache and attention; round; output product; add, norm and
 round; gate and up; silu, product and round; down product. The sum that follows a block is part of the next one's first.
 
 Shape legend: B sequences, T tokens (of all sequences where there is no B), W width of the hidden states, C channels of
@@ -21,11 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from finescale.errors import InputError
-from finescale.kernels.attention import attend_token, attend_token_rounded, rotate_heads
+from finescale.kernels.attention import attend_token, rotate_heads
 from finescale.kernels.norms import add_rms_norm, rotary_tables
 from finescale.models.skeleton import find_blocks
 from finescale.runtime.packed import PackedLinear
-from finescale.runtime.products import PackedProduct, Product, check_fusable, fused
+from finescale.runtime.products import Product, check_fusable, fused
 
 NAME = "finescale-fused"
 BLOCKS = (
@@ -150,9 +150,6 @@ class FusedDecoder(nn.Module):
             place = (layer.keys, layer.values, layer.cumulative_length)
             if tokens == 1 and (mask is None or mask.dim() == 2):
                 given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling)
-                if isinstance(block.out, PackedProduct) and block.out.gather is None:
-                    codes, scale_B, sum_B = attend_token_rounded(*given)
-                    return block.out.multiply(codes, scale_B, sum_B, qkv_BTC.dtype)
                 return block.out(attend_token(*given))
             query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place)
             keys, values = layer.keys, layer.values
