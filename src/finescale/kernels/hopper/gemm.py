@@ -268,6 +268,12 @@ def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, ou
     )
 
 
+@functools.cache
+def _kernel(variant: Variant, device: int) -> int:
+    """The compiled kernel; its texts are made once, for making them takes as long as a small product."""
+    return load_kernel("gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device, variant.shared_bytes)
+
+
 def run(
     packed_x: Tensor,
     x_scale_T: Tensor,
@@ -296,9 +302,7 @@ def run(
     variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], fitting)
     shares = schedule(variant, tokens, outputs, blocks, dict(fitting)[variant.cluster])
     workspace = zeros_of(device)
-    function = load_kernel(
-        "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
-    )
+    function = _kernel(variant, device.index)
     arguments = Arguments(
         packed_weight.data_ptr(),
         packed_x.data_ptr(),
