@@ -162,8 +162,8 @@ def decode_cpu(facts: dict[str, Any]) -> str:
         for name, speed in facts["tokens_per_second"].items()
     ]
     return (
-        f"{facts['model']}, one sequence, {facts['tokens']} tokens, linear layers of the blocks as said.\n\n"
-        + table(("layers", "tokens a second", "slowest to fastest round"), rows)
+        f"{facts['model']}, one sequence, {facts['tokens']} tokens, linear layers of the blocks as said. "
+        f"{facts.get('note', '')}\n\n" + table(("layers", "tokens a second", "slowest to fastest round"), rows)
     )
 
 
