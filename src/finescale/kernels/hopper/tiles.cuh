@@ -17,7 +17,7 @@ constexpr int BUFFER_BYTES = WARPGROUPS * (SLOTS * (SLOT_BYTES + 32) + TOKENS * 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;
 constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
-constexpr int COPY_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
+constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS =
     WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
 
