@@ -26,6 +26,12 @@ def test_claims_what_vllm_alone_would_compute_otherwise():
     assert claims(config(a=LAYER, b=LAYER)) and claims(config(a=LAYER, b=plain))
     assert claims(config(a=plain) | {"quant_method": "finescale"}) and claims(config(a=plain | {"outliers": 3}))
     assert claims(config(bits=4, a=plain)) and not claims(config(bits=4, a=plain) | {"format": "int-quantized"})
+    fixed = config(a=plain, b=plain)
+    one = fixed["config_groups"]["group_0"] | {"targets": ["b"]}
+    fixed["config_groups"]["group_1"] = one | {
+        "input_activations": one["input_activations"] | {"strategy": "tensor", "dynamic": False}
+    }
+    assert claims(fixed)
     assert not claims(config(a=plain))
     assert not claims(config())
     assert not claims({"format": "pack-quantized", "quant_method": "compressed-tensors"})

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from finescale.formats.compressed_tensors import INT8, PACKED, activation_scheme
+from finescale.formats.compressed_tensors import INT8, PACKED, layer_activations
 from finescale.formats.registry import OWN_METHOD
+from finescale.grid import ActivationScheme
 from finescale.runtime.checkpoint import METADATA_VERSION
 
 
 def claims(config: dict[str, Any]) -> bool:
     """Whether a quantization config is that of a checkpoint of finescale which vLLM alone would not compute as it says:
-    it has integer scales, rearranges inputs, rounds them to other than symmetric 8 bits, or keeps outliers."""
+    it has integer scales or outliers, rearranges inputs, or rounds some to other than symmetric 8 bits per token."""
     layers = config.get("finescale", {}).get("layers", {})
     if not layers or config.get("quant_method") == OWN_METHOD:
         return bool(layers)
     if any(facts.get("amplifier") or facts.get("outliers") for facts in layers.values()):
         return True
-    inputs = activation_scheme(config) if config.get("format") == PACKED else None
-    return inputs is not None and (inputs.bits != 8 or not inputs.symmetric)
+    # Layers may differ: FPTQ rounds some inputs per token, others by a fixed range.
+    inputs = [layer_activations(config, name) for name in layers] if config.get("format") == PACKED else []
+    return any(scheme not in (None, ActivationScheme(8)) for scheme in inputs)
 
 
 def refusal(config: dict[str, Any], family: str | None = None) -> str | None:
