@@ -217,10 +217,10 @@ CONVERSIONS: dict[str, tuple[Amplifier, bool, bool]] = {
 """Amplifier, whether codes are rounded again, whether scales are folded."""
 
 
-def compare_scales(runner: Runner, keep: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+def compare_scales(runner: Runner, chosen: tuple[str, ...], keep: Callable[[dict[str, dict[str, Any]]], None]) -> None:
     """Float scales, integer scales before the solver, and conversions of the former; ``long`` is on more windows.
 
-    ``keep`` is called with the rows so far, after each."""
+    Rows whose name begins with one of ``chosen``; ``keep`` is called with the rows so far, after each."""
     rows: dict[str, dict[str, Any]] = {}
     base: tuple[float, ...] = ()
 
@@ -234,9 +234,13 @@ def compare_scales(runner: Runner, keep: Callable[[dict[str, dict[str, Any]]], N
         keep(rows)
 
     for number, (label, (recipe, settings)) in enumerate(SCALES.items()):
+        if not label.startswith(chosen):
+            continue
         row = runner.quantized(f"scales-{number}", recipe, (GROUP, *settings))
         finish(label, runner.work / f"scales-{number}", row)
     for number, (label, (amplifier, again, folded)) in enumerate(CONVERSIONS.items()):
+        if not label.startswith(chosen):
+            continue
         out = runner.work / f"converted-{number}"
         report = convert(runner.work / "scales-0", out, amplifier, round_again=again, fresh=True, folded=folded)
         verify(out)
@@ -286,16 +290,25 @@ def print_scales(console: Console, name: str, rows: dict[str, dict[str, Any]]) -
 
 
 def measure(
-    console: Console, name: str, setting: dict[str, Any], bits: list[int], parts: list[str], work: Path, path: Path
+    console: Console,
+    name: str,
+    setting: dict[str, Any],
+    bits: list[int],
+    parts: list[str],
+    scales: tuple[str, ...],
+    work: Path,
+    path: Path,
 ) -> None:
     """All parts for one model; the file is written after each, because these runs are long."""
     runner = Runner(setting, work)
     names = {key: Path(str(setting[key])).name for key in ("model", "calibration", "text")}
+    # The rows of the scales say on how many windows they were measured.
+    same = {key: value for key, value in setting.items() if key != "scale_windows"} | names
     entry: dict[str, Any] = {
         "benchmark": "accuracy",
         "machine": machine_facts(),
         "model": name,
-        "setting": setting | names,
+        "setting": same,
         "source_bytes": open_checkpoint(setting["model"]).total_bytes(),
     }
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -326,7 +339,7 @@ def measure(
             entry["scales"] = rows
             save()
 
-        compare_scales(runner, keep)
+        compare_scales(runner, scales, keep)
         print_scales(console, name, entry["scales"])
     console.print(f"written to {path}")
 
@@ -362,7 +375,9 @@ def main() -> None:
             settings[name]["device"] = arguments.device
             bits, parts = [int(b) for b in arguments.bits.split(",")], arguments.parts.split(",")
             path = arguments.results / f"accuracy-{name}.json"
-            measure(Console(), name, settings[name], bits, parts, work / name, path)
+            # The float row is what the others are compared with.
+            scales = ("float", *arguments.scales.split("|")) if arguments.scales else ("",)
+            measure(Console(), name, settings[name], bits, parts, scales, work / name, path)
 
 
 if __name__ == "__main__":

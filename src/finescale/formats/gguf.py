@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
-from contextlib import redirect_stderr
+import tempfile
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import torch
@@ -45,12 +45,17 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float16) ->
         ).to(dtype)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own for each process: several may unpack the same file at once, and the first one's stays.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial") as own:
+        partial = Path(own) / folder.name
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(partial)
+        if not done.is_file():
+            with suppress(OSError):  # another process was faster
+                partial.rename(folder)
+    if not done.is_file():
+        raise InputError(f"{folder} holds something else than the model of {file.name}; remove that folder.")
     return folder
 
 
