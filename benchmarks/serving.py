@@ -6,13 +6,12 @@ Needs vLLM (0.20 or later) and finescale in one environment, and a Hopper GPU. W
 the named model. Every arm runs in a process of its own, with the same settings: CUDA graphs of all decode batches, no
 prefix cache, greedy sampling. A decode step is the time of 128 more tokens over 128; medians and spreads are of
 ``--repeat`` runs. Before anything is timed, a small model is generated from by the plugin and by `finescale.load`.
-
-Shape legend: O outputs, I inputs, G groups.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,32 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-GROUP = 128
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "vocab_size": 2048,
-    },
-    "tiny-mixtral": {
-        "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "vocab_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-}  # fmt: skip
+from serving_models import SHAPES, model_config, write_model
+
+PREPARE = "prepare"
 CHECKS = {"check": "tiny", "check-mixtral": "tiny-mixtral"}
 BATCHES = (1, 16, 64, 128)
 PREFILL, PROMPT, TOKENS = 2048, 128, 128
+SAMPLING = "ArgMax"
+"""In the name of the kernel that ends each step: greedy sampling."""
 CAPTURED = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 MARLIN_ONLY = "CutlassW4A8LinearKernel,MacheteLinearKernel,AllSparkLinearKernel"
 ARMS: dict[str, dict[str, Any]] = {
@@ -59,117 +45,13 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "finescale-folded": {"weights": "folded"},
     "finescale-integer": {"weights": "integer"},
+    "finescale-folded-one-process": {"weights": "folded", "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
     "bf16-compile": {"weights": None, "compile": True},
     "finescale-folded-compile": {"weights": "folded", "compile": True},
 }
 """What is compared. Machete is what vLLM takes for W4A16 on Hopper; Marlin rounds activations to int8 only when told to
 by its environment variable, and its Hopper code is compiled for float16."""
-DEFAULT = (*CHECKS, "bf16", "machete", "marlin-w4a8", "finescale-folded", "finescale-integer")
-
-
-def model_config(shape: str, dtype: str) -> dict[str, Any]:
-    """config.json of a Llama, or a Mixtral, of this shape."""
-    family = "mixtral" if "num_local_experts" in SHAPES[shape] else "llama"
-    return SHAPES[shape] | {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
-        "model_type": family,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": dtype,
-    }
-
-
-def write_model(folder: Path, shape: str, weights: str | None, dtype: str) -> None:
-    """A folder that vLLM loads: of finescale's forms with weights, of others the config alone (dummy weights)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model_config(shape, dtype)
-    if weights == "w4a16":
-        from finescale.formats.compressed_tensors import quantization_config
-        from finescale.grid import WeightScheme
-
-        config["quantization_config"] = quantization_config({"layer": WeightScheme(4, GROUP, True)}, None, [])
-    elif weights is not None:
-        config["quantization_config"] = write_quantized(folder, config, weights)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-
-
-def write_quantized(folder: Path, config: dict[str, Any], form: str) -> dict[str, Any]:
-    """Random W4A8 weights, the same in every block, one file for each; the quantization config that belongs to them."""
-    import torch
-    from safetensors.torch import save_file
-
-    from finescale.formats.compressed_tensors import quantization_config
-    from finescale.grid import ActivationScheme, WeightScheme
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    keys = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    linears = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-    }  # fmt: skip
-    feed_forward = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
-    experts, router = config.get("num_local_experts", 0), "block_sparse_moe.gate"
-    for expert in range(experts):
-        names = zip(("w1", "w3", "w2"), feed_forward.values(), strict=True)
-        linears |= {f"block_sparse_moe.experts.{expert}.{name}": shape for name, shape in names}
-    if not experts:
-        linears |= {f"mlp.{name}": shape for name, shape in feed_forward.items()}
-    tensors, facts = {}, {}
-    for name, shape_OI in linears.items():
-        stored, facts[name] = random_layer(shape_OI, form, device)
-        tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in stored.items()}
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{name}.weight"] = torch.rand(hidden).add_(0.5).bfloat16()
-    if experts:
-        tensors[f"{router}.weight"] = torch.randn(experts, hidden).mul_(0.1).bfloat16()
-    index, layers = {}, {}
-    blocks = range(config["num_hidden_layers"])
-    for block in blocks:
-        prefix = f"model.layers.{block}."
-        save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / f"block-{block:03}.safetensors")
-        index |= {prefix + name: f"block-{block:03}.safetensors" for name in tensors}
-        layers |= {prefix + name: entry for name, entry in facts.items()}
-    rest = {
-        "model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, device=device).bfloat16().cpu(),
-        "model.norm.weight": torch.ones(hidden).bfloat16(),
-        "lm_head.weight": torch.randn(config["vocab_size"], hidden, device=device).mul_(0.05).bfloat16().cpu(),
-    }
-    save_file(rest, folder / "rest.safetensors")
-    index |= dict.fromkeys(rest, "rest.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    schemes = dict.fromkeys(layers, WeightScheme(4, GROUP, True))
-    own = {"version": 1, "finescale": "benchmark", "kv_cache": None, "layers": layers}
-    routers = [f"model.layers.{block}.{router}" for block in blocks] if experts else []
-    return quantization_config(schemes, ActivationScheme(8), routers, own)
-
-
-def random_layer(shape_OI: tuple[int, int], form: str, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors of one layer as they are stored, and what the checkpoint says of it; outputs of about unit size."""
-    import torch
-
-    from finescale.formats.compressed_tensors import pack
-    from finescale.grid import Grid, QuantizedWeight, WeightScheme, contiguous_groups
-    from finescale.grid.integer_scale import prove_no_overflow
-
-    outputs, inputs = shape_OI
-    codes_OI = torch.randint(-7, 8, shape_OI, dtype=torch.int8, device=device)
-    largest = 15 if form == "folded" else 60
-    scale_OG = torch.randint(largest // 3, largest + 1, (outputs, inputs // GROUP), device=device)
-    scale_OG[:, :2] = torch.tensor([13, 11], device=device)  # without a common divisor, which folded scales have not
-    amplifier = 2 ** round(8 + (0 if form == "folded" else 2) + torch.tensor(inputs / 512.0).log2().item() / 2)
-    group_of_I = contiguous_groups(inputs, GROUP, device)
-    bound = prove_no_overflow("layer", codes_OI, scale_OG.int(), group_of_I)
-    grid = Grid(WeightScheme(4, GROUP, True), scale_OG.float() / amplifier, None, group_of_I, torch.bfloat16)
-    folded = {"amplifier": 1, "folded": True} if form == "folded" else {"amplifier": amplifier}
-    facts = {"bits": 4, "group_size": GROUP, "symmetric": True, "bound": bound, **folded}
-    return pack(QuantizedWeight(codes_OI, grid)), facts
+DEFAULT = ("bf16", "finescale-folded", "machete", "marlin-w4a8", "finescale-integer", *CHECKS)
 
 
 def engine(folder: Path, arm: dict[str, Any], memory: float) -> Any:
@@ -205,8 +87,6 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
 
 def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: float, answer: Path) -> None:
     """Milliseconds of a prefill, and of a decode step by batch, written to ``answer`` one by one."""
-    import torch
-
     if arm["weights"] == "w4a16":
         _random_bits_in_dummy_weights()
     started = time.time()
@@ -217,10 +97,8 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
 
     def seconds(count: int, length: int, tokens: int) -> float:
         prompts = random_prompts(count, length, vocabulary)
-        torch.cuda.synchronize()
         begin = time.perf_counter()
         outputs = generated(llm, prompts, tokens)
-        torch.cuda.synchronize()
         taken = time.perf_counter() - begin
         assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
         return taken
@@ -235,8 +113,12 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
         steps = [(seconds(batch, PROMPT, TOKENS + 1) - first) / TOKENS * 1e3 for _ in range(repeat)]
         result["decode_ms"][str(batch)] = _summary(steps)
         answer.write_text(json.dumps(result))
-    result["kernels"] = {str(batch): _profile(lambda b=batch: seconds(b, PROMPT, 9)) for batch in (1, 64)}  # type: ignore[misc]
-    answer.write_text(json.dumps(result))
+    result["profile"] = {"prefill": _profile(llm, lambda: seconds(1, PREFILL, 1), 0)}
+    for batch in BATCHES:
+        # The first step is that of the prompts.
+        result["profile"][str(batch)] = _profile(llm, lambda b=batch: seconds(b, PROMPT, 9), 1)  # type: ignore[misc]
+        answer.write_text(json.dumps(result))
+    llm.llm_engine.engine_core.shutdown()
 
 
 def _machine() -> dict[str, Any]:
@@ -255,14 +137,24 @@ def _summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def _profile(call: Any) -> list[tuple[str, int, float]]:
-    """The longest GPU kernels of a call: name, calls, microseconds in all."""
-    from torch.profiler import ProfilerActivity, profile
+def _profile(llm: Any, call: Callable[[], Any], first: int) -> dict[str, Any]:
+    """What the GPU did in an average step of a call, from step ``first`` on."""
+    from finescale.bench.timeline import between, summary
 
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
-    rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)[:16]
-    return [(row.key[:100], row.count, round(row.device_time_total, 1)) for row in rows]
+    def start(worker: Any) -> None:
+        from finescale.bench.timeline import start_tracing
+
+        worker.finescale_trace = start_tracing()
+
+    def stop(worker: Any) -> str:
+        from finescale.bench.timeline import traced
+
+        return json.dumps(traced(worker.finescale_trace))
+
+    llm.collective_rpc(start)
+    call()
+    events = [tuple(event) for event in json.loads(llm.collective_rpc(stop)[0])]
+    return summary(between(events, SAMPLING)[first:])
 
 
 def _random_bits_in_dummy_weights() -> None:
@@ -314,27 +206,54 @@ def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> 
     }
 
 
-def compile_ahead(shape: str) -> dict[str, Any]:
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """What would otherwise be done in the arms, one after the other: models are written, the plugin's kernels compiled,
+    and vLLM looks its models' classes up (in a process of its own that imports all of vLLM; it keeps what it finds)."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    started = time.time()
+    with ThreadPoolExecutor() as pool:
+        families = {model_config(CHECKS.get(name, options.shape), "")["architectures"][0] for name in options.arms}
+        looked_up = [pool.submit(ModelRegistry.models[family].inspect_model_cls) for family in families]
+        compiled = pool.submit(compile_ahead, options.shape)
+        for name in options.arms:
+            arm, shape = arm_of(name), CHECKS.get(name, options.shape)
+            model = model_folder(options.folder, arm, shape)
+            if not (model / "config.json").is_file():
+                write_model(model, shape, arm["weights"], arm.get("dtype", "bfloat16"))
+        for one in looked_up:
+            one.result()
+        return {"kernels": compiled.result(), "seconds": round(time.time() - started, 1)}
+
+
+def compile_ahead(shape: str) -> int:
     """Compile the plugin's kernels for all sizes of the run at once: this costs processor time, not the GPU's."""
     import torch
 
-    from finescale.kernels.hopper import gemm
+    from finescale.kernels.hopper import gemm, quantize
     from finescale.kernels.jit import compile_source, source_text
+    from finescale.kernels.launch import multiprocessors_of
 
     sizes = SHAPES[shape]
     hidden, wide = sizes["hidden_size"], sizes["intermediate_size"]
     keys = sizes["num_key_value_heads"] * hidden // sizes["num_attention_heads"]
     layers = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide)]
+    counts = (*CAPTURED, PROMPT, PREFILL, 8192)
     chosen = {
         gemm.choose(tokens, outputs, inputs // 128, 1, folded, gemm.OUT_TYPES[torch.bfloat16], gemm.capacity(0))
-        for tokens in (*CAPTURED, PREFILL, 8192)
+        for tokens in counts
         for outputs, inputs in layers
         for folded in (True, False)
     }
-    texts = [source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen]
+    texts = {source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen}
+    before = (("plain", False, hidden), ("rms", False, hidden), ("rms", True, hidden), ("silu", False, wide))
+    for tokens in counts:
+        for kind, add, inputs in before:
+            form = quantize.form(kind, add, torch.bfloat16, tokens, inputs, multiprocessors_of(0))
+            texts.add(source_text("quantize.cu", dict(form.settings), {}))
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
-    return {"variants": len(texts)}
+    return len(texts)
 
 
 def main() -> None:
@@ -367,10 +286,13 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
         folder = options.folder or Path(temporary)
-        # All processes start at once and wait with everything imported, for imports take longer than most runs.
-        names = ["compile", *options.arms]
-        processes = {name: _start(name, options, folder) for name in names}
-        for name, process in processes.items():
+        # While one arm loads its model the next one imports vLLM; what is timed runs alone.
+        names = [PREPARE, *options.arms]
+        waiting = [_start(name, options, folder) for name in names[:2]]
+        for place, name in enumerate(names):
+            process = waiting.pop(0)
+            _say_go(process)
+            waiting += [_start(following, options, folder) for following in names[place + 2 : place + 3]]
             answer = _finish(name, process, options.seconds, folder)
             facts["machine"] |= answer.pop("machine", {})
             if name not in ARMS:
@@ -402,26 +324,37 @@ def summary_table(arms: dict[str, Any]) -> str:
 
 def _start(name: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
     arm = ARMS.get(name, {})
+    # Checks compare within one process; for all others the engine is a process of its own, as vLLM has it by default.
     environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(name not in CHECKS)), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1",
         "VLLM_USE_DEEP_GEMM": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
     } | arm.get("environment", {})  # fmt: skip
     log = (options.json.parent / f"{options.json.stem}-{name}.log").open("w")
     options_of_child = ["--json", str(options.json), "--shape", options.shape, "--repeat", str(options.repeat)]
-    options_of_child += ["--memory", str(options.memory)]
+    options_of_child += ["--memory", str(options.memory), "--arms", *options.arms]
     command = [sys.executable, __file__, "--one", name, "--folder", str(folder), *options_of_child]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
     )  # fmt: skip
 
 
+def _say_go(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it ended before: its log says why
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+
+
 def _finish(name: str, process: subprocess.Popen[bytes], seconds: float, folder: Path) -> dict[str, Any]:
     started = time.time()
     try:
-        process.communicate(b"go\n", timeout=seconds)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait()
+        print(f"{name}: stopped", flush=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)  # what is left of it: vLLM's own processes
+    process.wait()
     answer = folder / f"{name}.json"
     taken = round(time.time() - started, 1)
     print(f"{name}: return code {process.returncode}, {taken} s", flush=True)
@@ -429,26 +362,26 @@ def _finish(name: str, process: subprocess.Popen[bytes], seconds: float, folder:
     return found | {"seconds": taken}
 
 
-def _child(options: argparse.Namespace) -> None:
-    name, folder = options.one, options.folder
-    answer = folder / f"{name}.json"
-    if name == "compile":
-        answer.write_text(json.dumps(compile_ahead(options.shape)))
-        return
-    import torch
-    import vllm
-    import vllm.v1.engine.llm_engine  # most of what LLM() imports
+def arm_of(name: str) -> dict[str, Any]:
+    return ARMS["finescale-folded" if name in CHECKS else name]
 
-    print("vLLM", vllm.__version__, "torch", torch.__version__, flush=True)
+
+def model_folder(folder: Path, arm: dict[str, Any], shape: str) -> Path:
+    return folder / f"model-{shape}-{arm['weights']}-{arm.get('dtype', 'bfloat16')}"
+
+
+def _child(options: argparse.Namespace) -> None:
+    import vllm
+    import vllm.v1.engine.llm_engine
+
+    print("vLLM", vllm.__version__, flush=True)
     sys.stdin.readline()
-    arm = ARMS["finescale-folded" if name in CHECKS else name]
-    shape = CHECKS.get(name, options.shape)
-    model = folder / f"model-{shape}-{arm['weights']}-{arm.get('dtype', 'bfloat16')}"
-    if not (model / "config.json").is_file():
-        started = time.time()
-        write_model(model, shape, arm["weights"], arm.get("dtype", "bfloat16"))
-        print(f"model written in {time.time() - started:.1f} s", flush=True)
-        torch.cuda.empty_cache()
+    name, answer = options.one, options.folder / f"{options.one}.json"
+    if name == PREPARE:
+        answer.write_text(json.dumps(prepare(options)))
+        os._exit(0)
+    arm, shape = arm_of(name), CHECKS.get(name, options.shape)
+    model = model_folder(options.folder, arm, shape)
     if name in CHECKS:
         answer.write_text(json.dumps(compare_with_finescale(model, arm, options.memory)))
     else:

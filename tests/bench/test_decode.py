@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from finescale.bench.decode import bench_decode, kernel_group, shares, speedups, text_row
+from finescale.bench.decode import bench_decode, kernel_group, speedups, text_row
 from finescale.bench.random_model import fill_mixture, random_model, weight_bytes
 from finescale.bench.shapes import SHAPES, shape_config
 from finescale.errors import InputError
@@ -72,13 +72,6 @@ def test_shapes_are_configs_of_transformers():
         assert shape_config(name).num_hidden_layers in (2, 32, 40, 48)
     config = shape_config("llama-3-8b")
     assert config.num_key_value_heads == 8 and config.vocab_size == 128256
-
-
-def test_shares_of_kernels_that_overlap():
-    """The second waits for the first from its start on, the third comes after a pause, which is counted as its own."""
-    events = [("c", 9.0, 12.0), ("a", 0.0, 4.0), ("b", 1.0, 6.0), ("a", 11.0, 13.0)]
-    assert shares(events) == {"a": (5.0, 2), "b": (2.0, 1), "c": (6.0, 1)}
-    assert shares([]) == {}
 
 
 def test_kernels_are_told_apart():

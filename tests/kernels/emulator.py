@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -48,12 +49,14 @@ def load_kernel(name, settings, generated, entry, device, shared_bytes):
     LIBRARIES.mkdir(exist_ok=True)
     library = LIBRARIES / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
     if not library.exists():
-        source = library.with_suffix(".cpp")
+        # Under names of its own until it is whole: other processes may be testing too.
+        source, made = library.with_suffix(f".{os.getpid()}.cpp"), library.with_suffix(f".{os.getpid()}.so")
         source.write_text(text)
         # Products and sums are rounded one by one, as the kernels ask for; warnings are the CUDA compiler's business.
         options = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
-        done = subprocess.run(["g++", *options, "-o", library, source], capture_output=True, text=True)
+        done = subprocess.run(["g++", *options, "-o", made, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:3000]
+        made.replace(library)
     return ctypes.CDLL(str(library)).launch
 
 
@@ -73,9 +76,6 @@ def emulate(monkeypatch, multiprocessors: int) -> None:
     monkeypatch.setattr(gemm, "capacity", lambda device: tuple((c, multiprocessors // c * c) for c in gemm.CLUSTERS))
     monkeypatch.setattr(gemm.torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(quantize, "blocks_on_multiprocessor", lambda function, threads, shared_bytes: 1)
-    monkeypatch.setattr(
-        quantize.torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(multi_processor_count=multiprocessors),
-    )
+    monkeypatch.setattr(quantize, "multiprocessors_of", lambda device: multiprocessors)
+    quantize._loaded.cache_clear()  # grids depend on the GPU
     assert launching  # the real ones stay where they are

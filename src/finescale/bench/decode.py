@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, StaticCache
 from finescale.bench.machine import machine_facts
 from finescale.bench.random_model import ARMS, kernel_of, random_model, weight_bytes
 from finescale.bench.shapes import SHAPES
+from finescale.bench.timeline import shares
 from finescale.errors import InputError
 from finescale.kernels.jit import compile_source, source_text
 from finescale.report.speed import speed_figure
@@ -193,7 +194,7 @@ def measure(model: PreTrainedModel, batch: int, context: int, tokens: int, steps
 
 
 def kernel_times(step: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Microseconds of a step by group of kernels, and of the ten kernels that take most; see ``shares``."""
+    """Microseconds of a step by group of kernels, and of the ten kernels that take most; see ``timeline.shares``."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -213,25 +214,6 @@ def kernel_times(step: Callable[[], None], steps: int) -> dict[str, Any]:
             {"microseconds": t / steps, "launches": n / steps, "kernel": name[:120]} for name, (t, n) in largest
         ],
     }
-
-
-def shares(events: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, int]]:
-    """Time and number of each kernel in a stream, the times adding up to that of all.
-
-    Kernels may start while the one before them still runs (programmatic dependent launch), and then wait for it: each
-    one is given what passes between the end of the one before and its own.
-
-    Args:
-        events: name, start and end of each, in any order.
-    """
-    found: dict[str, tuple[float, int]] = {}
-    before: float | None = None
-    for name, start, end in sorted(events, key=lambda event: event[2]):
-        passed = end - (start if before is None else before)
-        before = end
-        time_before, count = found.get(name, (0.0, 0))
-        found[name] = (time_before + passed, count + 1)
-    return found
 
 
 def kernel_group(name: str) -> str:

@@ -94,6 +94,12 @@ def _new_config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any
 
 
 @functools.cache
+def multiprocessors_of(device: int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def blocks_on_multiprocessor(function: int, threads: int, shared_bytes: int) -> int:
     """Blocks of a kernel that one multiprocessor runs at once."""
     from cuda.bindings import driver

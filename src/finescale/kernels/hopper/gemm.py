@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finescale.kernels.hopper.wgmma import wgmma_header
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import blocks_at_once, launch
+from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of
 
 SHARED_BYTES = 227 * 1024
 CLUSTERS = (1, 2, 4)
@@ -167,11 +167,6 @@ class Arguments(ctypes.Structure):
         ("factor", ctypes.c_float),
         ("row_end", ctypes.c_void_p),
     ]
-
-
-@functools.cache
-def multiprocessors_of(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Shape legend: T tokens, I inputs, B blocks of 128 inputs.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import blocks_on_multiprocessor, launch
+from finescale.kernels.launch import blocks_on_multiprocessor, launch, multiprocessors_of
 from finescale.kernels.layout import packed_tokens_shape
 
 if TYPE_CHECKING:
@@ -82,30 +83,14 @@ def run(
     items = position_TK.numel() if position_TK is not None and by_row else tokens
     if items == 0:
         return codes, scale_T, sum_T
-    size = x_TI.element_size()
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    parts = 2 if kind == "silu" or residual_TI is not None else 1
-    table_bytes = 0 if gather is None else gather_bytes(gathered, size)
     sources = [x_TI] if residual_TI is None else [x_TI, residual_TI]
-    bulk = inputs * size % 16 == 0 and all(source.data_ptr() % 16 == 0 for source in sources)
-    block = block_shape(
-        max(-(-inputs // 8), shape[0] * 16),
-        -(-inputs // 8) * 8 * size * parts,
-        table_bytes,
-        items,
-        multiprocessors,
-        bulk,
-    )
-    settings = (
-        ("KIND", KINDS[kind]),
-        ("ADD", int(residual_TI is not None)),
-        ("IN", IN_TYPES[x_TI.dtype]),
-        ("THREADS", block.threads),
-        ("STAGES", block.stages),
-        ("ROUTED", 0 if position_TK is None else 1 + int(by_row)),
-        ("GATHER", int(gather is not None)),
-    )
-    function = load_kernel("quantize.cu", settings, (), "quantize_tokens", device.index, block.shared_bytes)
+    routed = 0 if position_TK is None else 1 + int(by_row)
+    used = form(
+        kind, residual_TI is not None, x_TI.dtype, items, inputs, multiprocessors_of(device.index),
+        None if gather is None else gathered, routed, all(source.data_ptr() % 16 == 0 for source in sources),
+    )  # fmt: skip
+    function, grid = _loaded(used, items, device.index)
+    block = used.block
     arguments = _Arguments(
         *(None if t is None else t.data_ptr() for t in (x_TI, residual_TI, gain_I, shift_I, codes, scale_T, sum_T)),
         None if position_TK is None else position_TK.data_ptr(),
@@ -117,9 +102,74 @@ def run(
         *((None,) * 5 if gather is None else (tensor.data_ptr() for tensor in gather.tensors())),
         gathered,
     )
-    grid = min(items, multiprocessors * blocks_on_multiprocessor(function, block.threads, block.shared_bytes))
     launch(function, grid, block.threads, block.shared_bytes, arguments, device)
     return codes, scale_T, sum_T
+
+
+@dataclass(frozen=True)
+class Form:
+    """A compiled form of the kernel: its macros, and how tokens are shared out."""
+
+    settings: tuple[tuple[str, int], ...]
+    block: Block
+
+
+@functools.lru_cache(maxsize=4096)
+def form(
+    kind: str,
+    add: bool,
+    dtype: torch.dtype,
+    items: int,
+    inputs: int,
+    multiprocessors: int,
+    gathered: int | None = None,
+    routed: int = 0,
+    aligned: bool = True,
+) -> Form:
+    """The form that runs for a size.
+
+    Args:
+        kind, inputs: see ``run``.
+        add: there is a residual.
+        dtype: of the tokens.
+        items: tokens or rows.
+        multiprocessors: of the GPU.
+        gathered: channels after a gather; None for none.
+        routed: 1 where tokens go to rows of experts, 2 where they are such rows, else 0.
+        aligned: all rows begin at multiples of 16 bytes if their width is one.
+
+    Raises:
+        InputError: tokens too wide for the kernel.
+    """
+    parts, size = 2 if kind == "silu" or add else 1, dtype.itemsize
+    channels = inputs if gathered is None else gathered
+    block = block_shape(
+        max(-(-inputs // 8), -(-channels // 128) * 16),
+        -(-inputs // 8) * 8 * size * parts,
+        0 if gathered is None else gather_bytes(gathered, size),
+        items,
+        multiprocessors,
+        aligned and inputs * size % 16 == 0,
+    )
+    settings = (
+        ("KIND", KINDS[kind]),
+        ("ADD", int(add)),
+        ("IN", IN_TYPES[dtype]),
+        ("THREADS", block.threads),
+        ("STAGES", block.stages),
+        ("ROUTED", routed),
+        ("GATHER", int(gathered is not None)),
+    )
+    return Form(settings, block)
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(used: Form, items: int, device: int) -> tuple[int, int]:
+    """The kernel of a form on a device, and its grid for so many tokens or rows."""
+    block = used.block
+    function = load_kernel("quantize.cu", used.settings, (), "quantize_tokens", device, block.shared_bytes)
+    blocks = blocks_on_multiprocessor(function, block.threads, block.shared_bytes)
+    return function, min(items, multiprocessors_of(device) * blocks)
 
 
 def gather_fits(inputs: int, channels: int, size: int) -> bool:
