@@ -258,6 +258,16 @@ def test_a_foreign_folder_is_refused_and_untouched(source, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.json"]
 
 
+def test_fresh_never_empties_the_folder_that_it_reads(source, tmp_path):
+    path = shutil.copytree(source("gptq"), tmp_path / "model")
+    before = hashes(path)
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="the model itself") as caught:
+            convert(path, path, fresh=fresh)
+        assert_sentence(str(caught.value))
+    assert hashes(path) == before
+
+
 def test_a_conversion_that_was_stopped_starts_again(source, tmp_path):
     path, out = source("compressed-tensors"), tmp_path / "out"
 

@@ -194,10 +194,37 @@ def test_the_model_itself_is_no_output_folder(tiny, text, tmp_path):
     assert contents(path) == before
 
 
+def test_fresh_never_empties_the_folder_that_it_reads(tiny, text, tmp_path):
+    """A dense result is a model like any other, and finescale's own folder: --fresh would remove its shards."""
+    path = tmp_path / "dense"
+    quantize(tiny("llama"), path, recipe(format="dense"), text)
+    before = contents(path)
+    (tmp_path / "link").symlink_to(path)
+    for out in (path, tmp_path / "link", tmp_path / "dense" / ".." / "dense"):
+        for fresh in (False, True):
+            with pytest.raises(InputError, match="the model itself") as caught:
+                run(prepare(path, recipe("gptq"), out, str(text)), fresh=fresh)
+            assert_sentence(str(caught.value))
+    assert contents(path) == before
+
+
+def test_a_result_with_a_missing_file_is_not_complete(tiny, text, tmp_path):
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, recipe(), text)
+    before = contents(out)
+    (out / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors.*--fresh") as caught:
+        quantize(tiny("llama"), out, recipe(), text)
+    assert_sentence(str(caught.value))
+    run(prepare(tiny("llama"), recipe(), out, str(text)), fresh=True)
+    assert {name for name in contents(out) if contents(out)[name] != before[name]} <= {"run.json"}
+
+
 def test_a_file_is_no_output_folder(tiny, text, tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(InputError, match="out is a file"):
+            prepare(tiny("llama"), recipe(), out, str(text))
 
 
 def test_an_empty_folder_and_new_parents_are_fine(tiny, text, tmp_path):

@@ -45,6 +45,8 @@ from finescale.grid.integer_scale import (
 from finescale.pipeline.journal import (
     REPORT,
     Journal,
+    check_apart,
+    check_files,
     check_free,
     clear_output,
     file_sha256,
@@ -107,10 +109,13 @@ def convert(
         facts["folded"] = True
     journal = Journal(out, signature(facts))
     check_free(out)
+    check_apart(out, quantized.source.path)
     if not fresh and (done := finished_signature(out)) is not None:
         if done != journal.signature:
             raise InputError(f"{out} holds an earlier result; use --fresh to replace it or another --out.")
-        return read_json(out / REPORT, "") | {"already_complete": True}
+        report = read_json(out / REPORT, "")
+        check_files(out, report)
+        return report | {"already_complete": True}
     check_disk(out, quantized.source.total_bytes())
     copies = small_files(quantized.source.path)
     shards = sorted(set(quantized.source.files.values()))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,9 @@ def clear_output(out: Path) -> None:
     names = set(_OWN_NAMES)
     for record in (out / REPORT, out / FOLDER / "run.json"):
         if record.is_file():
-            names.update(json.loads(record.read_text(encoding="utf-8")).get("files", ()))
-    for name in names:
+            files = json.loads(record.read_text(encoding="utf-8")).get("files")
+            names.update(files if isinstance(files, list | dict) else ())
+    for name in map(str, names):
         if Path(name).name == name:
             (out / name).unlink(missing_ok=True)
             (out / f"{name}.partial").unlink(missing_ok=True)
@@ -175,9 +176,23 @@ def clear_output(out: Path) -> None:
         path.unlink()
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Raises InputError when ``out`` is the folder that is read: --fresh would empty it first."""
+    if out.exists() and out.samefile(source):
+        raise InputError(f"--out {out} is the folder of the model itself; choose another --out.")
+
+
+def check_files(out: Path, report: Mapping[str, Any]) -> None:
+    """Raises CheckpointError when a file that a complete run wrote to ``out`` is not there any more."""
+    missing = [name for name in report.get("files", ()) if not (out / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{out} lacks {missing[0]}, which an earlier run wrote; use --fresh to make it again.")
+
+
 def check_free(out: Path) -> None:
-    """Raises InputError when ``out`` is a file or a folder with files that are not ours."""
-    if out.is_file():
-        raise InputError(f"{out} is a file; give a folder for --out.")
+    """Raises InputError when ``out`` is, or lies below, a file, or is a folder with files that are not ours."""
+    file = next((path for path in (out, *out.parents) if path.is_file()), None)
+    if file is not None:
+        raise InputError(f"{file} is a file; give a folder for --out.")
     if out.is_dir() and not (out / FOLDER).is_dir() and finished_signature(out) is None and any(out.iterdir()):
         raise InputError(f"{out} holds files that finescale did not write; choose an empty or new folder for --out.")

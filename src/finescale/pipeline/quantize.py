@@ -98,6 +98,7 @@ def prepare(
         raise InputError("shared statistics are for one process and for recipes with calibration.sequential false.")
     journals.check_free(out)
     source = resolve_model(model)
+    journals.check_apart(out, source.path)
     skeleton = open_skeleton(source, allow_unknown_family)
     check_tensors(skeleton)
     turned = prepare_transforms(skeleton, recipe.transforms)
@@ -198,7 +199,12 @@ def run(job: Job, fresh: bool = False, on_progress: Progress | None = None) -> d
 
 
 def _finished(job: Job) -> dict[str, Any] | None:
-    """The report of the complete run in the output folder. Raises InputError when it had other settings."""
+    """The report of the complete run in the output folder.
+
+    Raises:
+        InputError: it had other settings.
+        CheckpointError: a file of it is missing.
+    """
     done = journals.finished_signature(job.out)
     if done is None:
         return None
@@ -206,7 +212,9 @@ def _finished(job: Job) -> dict[str, Any] | None:
         raise InputError(
             f"{job.out} holds the result of a run with other settings; use --fresh to replace it or another --out."
         )
-    return read_json(job.out / journals.REPORT, "") | {"already_complete": True}
+    report = read_json(job.out / journals.REPORT, "")
+    journals.check_files(job.out, report)
+    return report | {"already_complete": True}
 
 
 def _work(job: Job, journal: journals.Journal, output: Output, on_progress: Progress) -> dict[str, Any]:
