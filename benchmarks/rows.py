@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from finescale.api import evaluate, quantize
 from finescale.bench.machine import machine_facts
-from finescale.calibration.data import encode, open_tokenizer
+from finescale.calibration.data import encode, open_tokenizer, read_text
 from finescale.cli.common import quiet_libraries
 from finescale.demo import find_demo_model
+from finescale.evaluate.perplexity import cut_windows, evaluate_windows
+from finescale.evaluate.reference import Reference, capture_reference
 from finescale.formats.gguf import is_gguf, local_folder, unpack_gguf
+from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
 from finescale.pipeline.walk import PHASES
 from finescale.recipe import Recipe
@@ -121,22 +124,26 @@ def calibration_of(setting: Setting, samples: int, work: Path) -> Path:
     return out
 
 
-@lru_cache(maxsize=1)
-def original(model: str, device: str) -> PreTrainedModel:
-    """The float model, once in each process."""
-    return load(model, device=device)
+@lru_cache(maxsize=8)
+def tokens_of(model: str, text: str) -> Tensor:
+    """A text's tokens, int64 [T], once in each process."""
+    return encode(open_tokenizer(Path(model)), read_text(text))
+
+
+@lru_cache(maxsize=2)
+def evaluation_of(setting: Setting) -> tuple[Tensor, PreTrainedModel | Reference]:
+    """The evaluation's windows, int64 [W, T], and the float model on them, once in each process."""
+    windows_WT = cut_windows(tokens_of(setting.model, setting.text), setting.windows, setting.window_length, None)
+    model = load(setting.model, device=setting.evaluation)
+    known = capture_reference(model, windows_WT)
+    if known is None:
+        return windows_WT, model
+    return windows_WT, replace(known, hidden_WTI=known.hidden_WTI.to(setting.evaluation))
 
 
 def quality(setting: Setting, model: PreTrainedModel) -> dict[str, Any]:
     """Perplexity, and the mean KL divergence from the original in nats per token."""
-    result = evaluate(
-        model,
-        setting.text,
-        windows=setting.windows,
-        length=setting.window_length,
-        against=original(setting.model, setting.evaluation),
-        tokenizer_from=setting.model,
-    )
+    result = evaluate_windows(model, *evaluation_of(setting))
     return {"perplexity": result.perplexity, "kl": result.kl, "original": result.reference_perplexity}
 
 
@@ -151,13 +158,15 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     recipe = recipe_of(row, setting)
     out = work / re.sub(r"\W+", "-", f"{setting.name}-{row.part}-{row.name}")
     calibration = calibration_of(setting, recipe.calibration.samples, work)
+    tokens_T = tokens_of(setting.model, str(calibration))
     clock, processor = time.perf_counter(), time.process_time()
-    report = quantize(setting.model, recipe, out=out, calibration=str(calibration), fresh=True, device=setting.device)
+    job = prepare(setting.model, recipe, out, str(calibration), device=setting.device, tokens_T=tokens_T)
+    report = run(job, fresh=True)
     seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     if proof:
         verify(out)
     result = quality(setting, load(out, device=setting.evaluation)) | seconds
-    result |= _of_the_report(report) | {"phases": _phases(out)}
+    result |= _of_the_report(report) | {"phases": _phases(out), "seconds_in_all": time.perf_counter() - clock}
     shutil.rmtree(out)
     return result
 
@@ -220,6 +229,21 @@ def chosen(rows: list[Row], patterns: str) -> list[Row]:
 
 
 Work = Callable[[Row, Setting, Path, bool], dict[str, Any]]
+Task = tuple[Work, Row, Setting, Path, Path, bool, int]
+"""What makes a row, the row, its setting, the shared folder, the folder of results, whether to verify, threads."""
+
+
+def _failure_file(folder: Path, setting: Setting, row: Row) -> Path:
+    return _file_of(folder, setting, row).with_suffix(".failed")
+
+
+def _usable(setting: Setting) -> bool:
+    """Whether this process can still compute: some errors on a GPU stay until it ends."""
+    try:
+        torch.ones(1, device=setting.device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _one(work_of: Work, row: Row, setting: Setting, work: Path, folder: Path, proof: bool, threads: int) -> str:
@@ -228,12 +252,19 @@ def _one(work_of: Work, row: Row, setting: Setting, work: Path, folder: Path, pr
     try:
         result = work_of(row, setting, work, proof)
     except Exception as error:  # the other rows go on
-        return f"{setting.name} {row.part}/{row.name}: FAILED, {error}\n{traceback.format_exc(limit=-3)}"
+        message = f"{setting.name} {row.part}/{row.name}: FAILED, {error}\n{traceback.format_exc(limit=-8)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        _failure_file(folder, setting, row).write_text(message, encoding="utf-8")
+        if not _usable(setting):  # every row after it would fail too
+            print(message, flush=True)
+            os._exit(1)
+        return message
     finally:
         if "cuda" in (setting.device, setting.evaluation):  # other processes need the memory
             gc.collect()
             torch.cuda.empty_cache()
     store(folder, setting, row, result)
+    _failure_file(folder, setting, row).unlink(missing_ok=True)
     return f"{setting.name} {row.part}/{row.name}: {result['perplexity']:.3f} ({result['seconds']:.0f} s)"
 
 
@@ -247,15 +278,21 @@ def run_rows(
     work_of: Work = measure,
 ) -> Iterator[str]:
     """Do what is not stored yet, ``jobs`` rows at a time, in order; yields a line for each that is done."""
-    todo = [(row, setting) for row, setting in rows if stored(folder, setting, row) is None]
-    for setting, samples in {(setting, row.samples or setting.samples) for row, setting in todo}:
+    return spread([(work_of, row, setting, work, folder, proof, threads) for row, setting in rows], jobs)
+
+
+def spread(tasks: Sequence[Task], jobs: int) -> Iterator[str]:
+    """Do the rows of one or several tables, ``jobs`` at a time, in order, each process one after the other; yields a
+    line for each that is done. A row that failed before comes last."""
+    todo = [task for task in tasks if stored(task[4], task[2], task[1]) is None]
+    todo.sort(key=lambda task: _failure_file(task[4], task[2], task[1]).is_file())
+    for setting, samples, work in {(task[2], task[1].samples or task[2].samples, task[3]) for task in todo}:
         calibration_of(setting, samples, work)
-    arguments = [(work_of, row, setting, work, folder, proof, threads) for row, setting in todo]
     if jobs == 1:
-        yield from (_one(*some) for some in arguments)
+        yield from (_one(*task) for task in todo)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_one, *some) for some in arguments]):
+        for done in as_completed([pool.submit(_one, *task) for task in todo]):
             yield done.result()
 
 

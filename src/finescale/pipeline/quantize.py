@@ -46,6 +46,9 @@ from finescale.runtime.load import usable_device
 
 RTN_SAMPLES = 8
 """Windows used where nothing is learned from the text: they only serve the error report."""
+LEARNING_COPIES = 6
+"""Sets of hidden states where something learns: the quantized model's, the float model's before and after a block, each
+rotated or not, and those ahead within a group of blocks."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -278,10 +281,11 @@ def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
 def _where_kept(job: Job) -> torch.device:
     """Where activations wait for the next block: on the GPU while they take an eighth of its free memory at most."""
     cpu = torch.device("cpu")
-    if job.device.type != "cuda" or job.spill or job.recipe.tuning or job.recipe.transforms:
+    if job.device.type != "cuda" or job.spill:
         return cpu
     tokens = job.calibration.tokens_BT.numel() // job.ranks.count
     needed = tokens * job.skeleton.model.config.hidden_size * job.compute_dtype.itemsize
+    needed *= LEARNING_COPIES if job.recipe.tuning or job.recipe.transforms else 1
     return job.device if needed * 8 <= torch.cuda.mem_get_info(job.device)[0] else cpu
 
 

@@ -39,7 +39,7 @@ class FloatStream:
     """The hidden states of the float model, one block ahead of those of the quantized one, never rotated.
 
     Attributes:
-        inputs: what the float block is fed, float [B, T, C] per batch, on the CPU.
+        inputs: what the float block is fed, float [B, T, C] per batch, where the quantized one's inputs are kept.
         outputs: what it puts out.
     """
 
@@ -55,8 +55,8 @@ class FloatStream:
 def _outputs(
     block: nn.Module, batches: Iterable[tuple[Tensor, Mapping[str, Any]]], device: torch.device
 ) -> list[Tensor]:
-    """A block's outputs, float [B, T, C] per batch, on the CPU."""
-    return [run_block(block, x_BTC.to(device), dict(kwargs)).cpu() for x_BTC, kwargs in batches]
+    """A block's outputs, float [B, T, C] per batch, where the inputs are kept."""
+    return [run_block(block, x_BTC.to(device), dict(kwargs)).to(x_BTC.device) for x_BTC, kwargs in batches]
 
 
 def learning_options(recipe: Recipe) -> tuple[ReconstructionOptions, ...]:

@@ -173,6 +173,7 @@ def search(view: BlockView, site: Site, seen: Seen, options: QllmOptions) -> tup
 def thresholds(absmax_I: Tensor, most: int) -> list[tuple[float, int]]:
     """Thresholds walked down from the largest channel maximum that change the number of extra channels, with that
     number, up to ``most`` (QLLM, section 3.3, in the steps of the authors' code)."""
+    absmax_I = absmax_I.cpu()  # a GPU would be asked for a number at each of up to thousands of steps
     high, low = float(absmax_I.max()), float(absmax_I.min())
     steps = max(_LEAST_STEPS, int(high / _STEP))
     found: list[tuple[float, int]] = []

@@ -1,0 +1,101 @@
+"""The rows of activations.py and tuning.py in one queue, those that decide first, over a few processes that stay.
+
+    python benchmarks/tables.py --data ../shared --models smollm2 --device cuda --jobs 4 --work WORK
+
+One process makes many rows: Python's start, the texts' tokens and the float model's outputs are paid for once in each.
+Every row has a file of its own in ``--results`` as with the tables' own scripts, so a run that is broken off goes on;
+both tables are written anew after each row. More than four processes get in each other's way on one GPU. ``--rows``
+takes patterns of ``table:part/row`` divided by semicolons, in the order wanted; without it they come in that of ORDER.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from pathlib import Path
+
+import activations
+import tuning
+from rich.console import Console
+from rows import Row, Setting, Task, measure, spread
+
+from finescale.cli.common import quiet_libraries
+
+ROTATED = activations.ROTATED
+ONE_SHOT = (
+    "RTN", "SmoothQuant 0.5", "QLLM, reassembly", "QuaRot, online too", "FPTQ", "AWQ", "QuaRot, online too + GPTQ",
+    "GPTQ", "QuantEase",
+)  # fmt: skip
+ORDER = (
+    "activations:W4A4/RTN", "tuning:3/rounding from quantease", "activations:W4A4/QLLM", "activations:W4A4/OmniQuant",
+    "activations:W4A4/SmoothQuant 0.5", "activations:W4A4/QLLM, reassembly", f"activations:W6A6/{ROTATED}",
+    *(f"activations:W4A4/{name}" for name in ONE_SHOT),
+    "tuning:2/rounding from quantease", "tuning:4/rounding from quantease",
+    *(f"activations:W4A8/{name}" for name in ONE_SHOT),
+    "activations:W4A16/GPTQ", "activations:W4A16/QuantEase", "activations:W4A16/QuaRot, online too + GPTQ",
+    *(f"activations:W6A6/{name}" for name in ONE_SHOT),
+    *(f"tuning:[234]/{name}" for name in ("rtn", "gptq", "quantease")),
+    f"activations:W4A4/{ROTATED}", f"activations:W4A8/{ROTATED}", f"activations:W4A16/{ROTATED}",
+    *(f"activations:{bits}/{name}" for name in ("QLLM", "OmniQuant") for bits in ("W4A8", "W6A6")),
+    "tuning:[234]/rounding from rtn", "activations:W4A4/recipe*", "activations:W4A8/recipe*",
+    "activations:W4A4/QLLM, relative loss", "activations:W4A4/OmniQuant, relative loss",
+    "activations:W4A4/QLLM, correction", "activations:W4A4/QLLM + QuantEase + rounding", "tuning:w4a8/*",
+    "activations:W4A4/QuaRot, online too + QLLM*", "activations:W4A8/QuantEase + rounding",
+    "activations:W4A16/QuantEase + rounding",
+    "activations:integer scales/w4a8-*", "activations:integer scales/llama3*", "activations:integer scales/quarot*",
+    "activations:integer scales/fptq*", "activations:integer scales/mixtral*", "activations:integer scales/qllm*",
+    "activations:integer scales/omni*",
+    "activations:expansion/*", "activations:blocks together/*", "activations:rank/*", "activations:samples/*",
+    "activations:correction/*", "activations:expansion, corrected/*",
+    "tuning:2/rounding from quantease, *", "tuning:3/rounding from quantease, *", "tuning:*", "activations:W4A4/*",
+    "activations:W4A8/*", "activations:W4A16/*", "activations:W6A6/*",
+)  # fmt: skip
+Named = dict[str, tuple[Row, Setting]]
+
+
+def in_order(rows: Named, patterns: tuple[str, ...]) -> list[str]:
+    """Names that match a pattern, in the order of these, the first of each table's models first."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        found |= dict.fromkeys(name for name in rows if fnmatch.fnmatchcase(name.partition(" ")[2], pattern))
+    return list(found)
+
+
+def main() -> None:
+    parser = activations.parser_of(__doc__, "")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    quiet_libraries()
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        tables = {
+            name: activations.pairs_of(arguments, rows, work)
+            for name, rows in (("activations", activations.all_rows()), ("tuning", tuning.all_rows(False)))
+        }
+        named: Named = {
+            f"{setting.name} {table}:{row.part}/{row.name}": (row, setting)
+            for table, pairs in tables.items()
+            for row, setting in pairs
+        }
+        names = in_order(named, tuple(arguments.rows.split(";")) if arguments.rows else ORDER)
+        if arguments.list:
+            console.print("\n".join(names), soft_wrap=True)
+            return
+        tasks: list[Task] = [
+            (measure, *named[name], work, arguments.results / table_of(name), arguments.proof, arguments.threads)
+            for name in names
+        ]
+        for line in spread(tasks, arguments.jobs):
+            console.print(line, soft_wrap=True)
+            for table, pairs in tables.items():
+                activations.write(arguments.results / f"{table}.json", table, pairs, arguments.results / table)
+
+
+def table_of(name: str) -> str:
+    """The table of a name such as ``smollm2 tuning:3/gptq``."""
+    return name.partition(" ")[2].partition(":")[0]
+
+
+if __name__ == "__main__":
+    main()
