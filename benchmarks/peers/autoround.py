@@ -89,7 +89,7 @@ def main() -> None:
     )
     tuned, _ = tuner.quantize()
     facts = {
-        "tool": "auto-round",
+        "tool": f"AutoRound, {arguments.iterations} iterations",
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
         "settings": {key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed")},
         "cpu_seconds": time.process_time() - processor,

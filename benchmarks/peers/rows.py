@@ -1,17 +1,19 @@
-"""Other tools' rows for ``finescale compare --peers``: run their scripts, evaluate what they made.
+"""Other tools' rows at our calibration: run their scripts, evaluate what they made with our own evaluation.
 
-    python benchmarks/peers/rows.py --model ../shared/models/zoo/llama --name zoo-llama --data ../shared --work WORK \
-        --tool llm_compressor=VENV/bin/python --bits 4,3 --groups 64,-1
+    python benchmarks/peers/rows.py --model ../shared/models/zoo/llama --name zoo-llama --data ../shared --work WORK \\
+        --tool llm_compressor=VENV/bin/python --tool 'autoround=VENV/bin/python --iterations 200' --bits 4,3,2
 
-writes ``benchmarks/peers/NAME.json``; rows that it holds of other tools stay. Every tool gets the same 64 windows of
-512 tokens that ``benchmarks/compare.py`` calibrates on, runs in its own environment, and its dequantized weights are
-evaluated by finescale on the same windows.
+writes ``benchmarks/results/peers-NAME.json``, which ``finescale compare --peers`` reads too; rows that it holds of
+other tools stay. Every tool gets the same 64 windows of 512 tokens that ``benchmarks/compare.py`` and
+``benchmarks/tuning.py`` calibrate on, and runs in its own environment; what it made is evaluated as dequantized float32
+weights in the original model, on the same windows. Words after a tool's Python go to its script.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,47 +36,57 @@ sys.path.insert(0, str(HERE.parent))
 import compare as benchmark  # noqa: E402
 
 
-def row_of(
-    tool: str, python: str, model: str, work: Path, setting: dict[str, Any], bits: int, group: int
-) -> dict[str, Any]:
-    """Run a tool's script unless its weights are there, and evaluate them."""
-    out = work / f"{tool}-{bits}-{group}"
+def made(tool: str, model: str, work: Path, bits: int, group: int) -> tuple[Path, list[str]]:
+    """Run a tool's script unless its result is there; the folder of the result, and the command."""
+    script, _, rest = tool.partition("=")
+    python, *options = shlex.split(rest)
+    out = work / "-".join([script, str(bits), str(group), *(word.strip("-") for word in options)])
+    values = ["--model", model, "--tokens", str(work / "tokens.safetensors"), "--out", str(out)]
+    values += ["--bits", str(bits), "--group", str(group), *options]
     if not (out / "facts.json").is_file():
-        command = [python, str(HERE / f"{tool}.py"), "--model", model, "--tokens", str(work / "tokens.safetensors"),
-                   "--out", str(out), "--bits", str(bits), "--group", str(group)]  # fmt: skip
-        subprocess.run(command, check=True)
-    original, changed = load(model), _changed(model, out)
-    found = evaluate(
-        changed, str(work / "evaluation.txt"), windows=setting["windows"], length=setting["length"], against=original,
-        tokenizer_from=model,
-    )  # fmt: skip
-    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+        subprocess.run([python, str(HERE / f"{script}.py"), *values], check=True)
+    shown = ["VENV/bin/python", f"benchmarks/peers/{script}.py", "--model", "MODEL", "--tokens", "TOKENS", "--out"]
+    return out, [*shown, "OUT", *values[6:]]
+
+
+def row_of(
+    facts: dict[str, Any], quality: dict[str, float], command: list[str], bits: int, group: int
+) -> dict[str, Any]:
+    """What the table and ``finescale compare --peers`` need of one result."""
     return {
         "label": facts["tool"],
         "bits": bits,
         "group_size": group,
         "symmetric": group != -1,
-        "perplexity": found.perplexity,
-        "kl": found.kl,
-        "top1": found.top1,
+        **quality,
         "provenance": {
-            "script": f"benchmarks/peers/{tool}.py",
+            "command": shlex.join(command),
             "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
             "settings": ", ".join(f"{key} {value}" for key, value in facts["settings"].items()),
             "processor_seconds": round(facts["cpu_seconds"]),
+            "machine": machine_facts()["processor"],
         },
     }
 
 
-def _changed(model: str, out: Path) -> PreTrainedModel:
+def changed(model: str, out: Path) -> PreTrainedModel:
     """The model as a tool left it: dequantized weights put into the original, or a checkpoint that finescale reads."""
     if (out / "checkpoint").is_dir():
         return load(out / "checkpoint")
-    changed = load(model)
+    found = load(model)
     for name, weight_OI in load_file(out / "weights.safetensors").items():
-        module: Any = changed.get_submodule(name)
+        module: Any = found.get_submodule(name)
         module.weight.data.copy_(weight_OI)
-    return changed
+    return found
+
+
+def quality_of(model: PreTrainedModel, folder: str, work: Path, setting: dict[str, Any], kl: bool) -> dict[str, float]:
+    """Perplexity; with ``kl`` also the mean divergence from the original and the agreement of the first guess."""
+    found = evaluate(
+        model, str(work / "evaluation.txt"), windows=setting["windows"], length=setting["length"],
+        against=load(folder) if kl else None, tokenizer_from=folder,
+    )  # fmt: skip
+    return {"perplexity": found.perplexity} | ({"kl": found.kl, "top1": found.top1} if kl else {})
 
 
 def main() -> None:
@@ -83,9 +95,11 @@ def main() -> None:
     parser.add_argument("--name", default="smollm2")
     parser.add_argument("--data", type=Path, default=Path("../shared"))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tool", action="append", required=True, help="SCRIPT=PYTHON, of a script beside this one")
-    parser.add_argument("--bits", default="4,3")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results")
+    parser.add_argument("--tool", action="append", required=True, help="'SCRIPT=PYTHON more words', a script in here")
+    parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="64")
+    parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="twice as long")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
@@ -95,22 +109,32 @@ def main() -> None:
     tokens = encode(open_tokenizer(Path(model)), (work / "calibration.txt").read_text(encoding="utf-8"))
     count = benchmark.SAMPLES * benchmark.LENGTH
     save_file({"calibration": tokens[:count].view(benchmark.SAMPLES, benchmark.LENGTH)}, work / "tokens.safetensors")
-    path = HERE / f"{arguments.name}.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"peers": []}
+    path = arguments.results / f"peers-{arguments.name}.json"
     for tool in arguments.tool:
-        script, _, python = tool.partition("=")
         for bits in map(int, arguments.bits.split(",")):
             for group in map(int, arguments.groups.split(",")):
-                row = row_of(script, python, model, work, setting, bits, group)
-                row["provenance"]["machine"] = machine_facts()["processor"]
-                same = [(row["label"], bits, group), None]
-                result["peers"] = [
-                    old for old in result["peers"]
-                    if (old["label"], old["bits"], old["group_size"]) != same[0] or old.get("activation_bits")
-                ]  # fmt: skip
-                result["peers"].append(row)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                out, command = made(tool, model, work, bits, group)
+                facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+                quality = quality_of(changed(model, out), model, work, setting, arguments.kl)
+                row = row_of(facts, quality, command, bits, group)
+                keep(path, row, setting, arguments.name)
                 print(f"{row['label']}, {bits} bits, group {group}: {row['perplexity']:.3f}", flush=True)
+
+
+def keep(path: Path, row: dict[str, Any], setting: dict[str, Any], name: str) -> None:
+    """Put a row into the file, in the place of the one it repeats."""
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"peers": []}
+    result = {
+        "benchmark": "peers",
+        "model": name,
+        "setting": {"samples": benchmark.SAMPLES, "sample_length": benchmark.LENGTH, **setting},
+        "peers": [old for old in result["peers"] if _cell(old) != _cell(row)] + [row],
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["label"], row["bits"], row["group_size"], row.get("activation_bits")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def test_mix_and_then_quantize(cli, tiny, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [((), ("--target-bits", "--max-kl")), (("--target-bits", "4", "--max-kl", "1"), ("either",)),
-     (("--target-bits", "1.5"), ("least size",)), (("--target-bits", "4", "--choices", "a"), ("--choices a",)),
+     (("--target-bits", "1.5"), ("2.496 to 8.583",)),
+     (("--target-bits", "99"), ("2.496 to 8.583",)), (("--target-bits", "4", "--choices", "a"), ("--choices a",)),
      (("--target-bits", "4", "--choices", "5,4"), ("weights.bits is 5",))],
 )  # fmt: skip
 def test_mix_refuses(cli, tiny, text, tmp_path, options, words):

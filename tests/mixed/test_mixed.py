@@ -1,6 +1,7 @@
 """Measured divergences against the plainest computation, and recipes that keep their size."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -94,7 +95,8 @@ def test_bits_go_where_they_matter():
 
 
 def test_goals_that_cannot_be_reached():
-    for goal, words in (({"target_bits": 1.9}, "below the least size"), ({"max_kl": 1e-9}, "allow more"),
+    for goal, words in (({"target_bits": 1.9}, "2.000 to 4.000"), ({"target_bits": 99}, "2.000 to 4.000"),
+                        ({"max_kl": 1e-9}, "allow more"),
                         ({}, "either"), ({"target_bits": 3.0, "max_kl": 1.0}, "either")):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
             choose_bits(recipe("rtn"), units(1.0), **goal)
@@ -111,9 +113,30 @@ def test_what_cannot_be_measured_is_refused(tiny, text):
         prepared(path, text, recipe("rtn", group=32, format="awq"), bits=plain(3, 4))
 
 
+def test_a_target_out_of_reach_is_refused_before_anything_is_measured(tiny, text, tmp_path, monkeypatch):
+    from finescale.mixed import choose
+
+    real = sensitivities(tiny("llama"), recipe("rtn", group=32), tmp_path / "s.json", plain(2, 4), str(text), windows=2)
+    sizes = [[option.stored_bits for option in unit.options] for unit in real.units]
+    weights = sum(unit.parameters for unit in real.units)
+    job = prepared(tiny("llama"), text, recipe("rtn", group=32), plain(2, 4))
+    assert job.size_range == tuple(sum(pick(own) for own in sizes) / weights for pick in (min, max))
+    monkeypatch.setattr(choose, "measure", None)
+    for target in (1.5, 99.0):
+        with pytest.raises(InputError, match=f"{target:g} is out of reach.*") as caught:
+            sensitivities(
+                tiny("llama"), recipe("gptq", group=32), tmp_path / "t.json", plain(2, 4), str(text), windows=2,
+                target_bits=target,
+            )  # fmt: skip
+        least, most = re.findall(r"(\d\.\d{3})", str(caught.value))
+        assert 2 < float(least) < float(most) < 6
+        assert_sentence(str(caught.value))
+
+
 def test_choices():
     assert choices_around(3.5) == plain(2, 3, 4, 6) and choices_around(4.25) == plain(3, 4, 6)
-    assert choices_around(2.0) == plain(2, 3, 4) and choices_around(None) == plain(2, 3, 4, 6, 8)
+    assert choices_around(2.0) == plain(2, 3, 4) and choices_around(8.5) == plain(6, 8)
+    assert all(choices_around(far) == plain(2, 3, 4, 6, 8) for far in (None, 1.5, 9.0, 99.0))
     assert read_choices("3, 4:32,4") == ((3, None), (4, 32), (4, None))
     with pytest.raises(InputError, match="4:x") as caught:
         read_choices("4:x")

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from finescale.cli import options
 from finescale.cli.common import console, progress_bar, quiet_libraries, stderr, write_json_file
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name or a .gguf file.")],
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder of the comparison; an unfinished one there goes on.")],
     recipes: Annotated[str | None, typer.Option(help="Recipes: names or YAML files, with commas between.")] = None,
     bits: Annotated[str | None, typer.Option(help="Bits of the weights, as 4,3 (default: the recipes').")] = None,
@@ -21,16 +22,16 @@ def compare(
     grid: Annotated[
         list[Path] | None, typer.Option(help="YAML file with grids of recipes, bits, groups, settings.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over every recipe.")] = None,
+    set_: options.Settings = None,
     calibration: Annotated[
         str, typer.Option(help="Plain text or jsonl file, or hub data set, for all cells.")
     ] = "builtin:calibration",
-    samples: Annotated[int | None, typer.Option(help="Calibration windows (default: the recipes', 128).")] = None,
-    sample_length: Annotated[int | None, typer.Option(help="Tokens of a calibration window.")] = None,
+    samples: options.Samples = None,
+    sample_length: options.Length = None,
     text: Annotated[str, typer.Option(help="Evaluation text.")] = "builtin:evaluation",
-    windows: Annotated[int | None, typer.Option(help="How many windows (default: the whole text).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: 2048 or the model's limit).")] = None,
-    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before each window.")] = False,
+    windows: options.EvaluationWindows = None,
+    length: options.EvaluationLength = None,
+    bos: options.Bos = False,
     dtype: Annotated[str, typer.Option(help="Of the evaluation: float32, bfloat16 or float16.")] = "float32",
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, with commas between; needs --task-data.")] = None,
     task_data: Annotated[Path | None, typer.Option(help="Folder of the tasks' jsonl files.")] = None,
@@ -45,7 +46,7 @@ def compare(
     peers: Annotated[Path | None, typer.Option(help="JSON file with rows of other tools.")] = None,
     devices: Annotated[str, typer.Option(help="Devices, as cuda:0,cuda:1.")] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="Processes (default: one per device).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    seed: options.Seed = 0,
     drop_checkpoints: Annotated[
         bool, typer.Option("--drop-checkpoints", help="Keep only the numbers of finished cells.")
     ] = False,
@@ -66,13 +67,10 @@ def compare(
         grids.append(make_grid(values, "--recipes"))
     elif bits or groups:
         raise InputError("--bits and --groups belong to --recipes; name the recipes.")
-    settings = [*(set_ or ())]
-    settings += [f"calibration.samples={samples}"] if samples is not None else []
-    settings += [f"calibration.length={sample_length}"] if sample_length is not None else []
-    cells = cells_of(grids, settings)
+    cells = cells_of(grids, options.settings_of(set_, samples, sample_length))
     if shared_statistics:
         cells = [with_shared_statistics(cell) for cell in cells]
-    options = Options(
+    chosen = Options(
         calibration=calibration,
         text=text,
         windows=windows,
@@ -95,9 +93,9 @@ def compare(
             if not stderr.is_terminal:
                 stderr.print(f"{done}/{total} {what}", markup=False)
 
-        result = run_comparison(model, cells, out, options, others, told)
+        result = run_comparison(model, cells, out, chosen, others, told)
         if speed:
-            result = add_speeds(result, model, out, options.devices[0], told)
+            result = add_speeds(result, model, out, chosen.devices[0], told)
     for table in comparison_tables(result):
         console.print(table)
     page = write_comparison(result, out)

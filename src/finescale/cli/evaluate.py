@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from finescale.cli import options
 from finescale.cli.common import console, progress_bar, quiet_libraries, write_json_file
 
 
@@ -16,10 +17,10 @@ def evaluate(
         str | None,
         typer.Option(help="Plain text or jsonl file, hub data set, or builtin (default: builtin, unless --tasks)."),
     ] = None,
-    windows: Annotated[int | None, typer.Option(help="How many windows (default: the whole text).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: 2048 or the model's limit).")] = None,
+    windows: options.EvaluationWindows = None,
+    length: options.EvaluationLength = None,
     against: Annotated[str | None, typer.Option(help="The original model, for KL and top-1 agreement.")] = None,
-    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-sequence token before each window.")] = False,
+    bos: options.Bos = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     integer: Annotated[bool, typer.Option("--integer", help="Run the exact int32 product (integer scales).")] = False,

@@ -7,40 +7,27 @@ from typing import Annotated
 
 import typer
 
+from finescale.cli import options
 from finescale.cli.common import console, progress_bar, quiet_libraries, write_json_file
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model folder, a hub name or a .gguf file.")],
+    model: options.Model,
     recipe: Annotated[str, typer.Option(help="A recipe's name (see finescale recipes) or a YAML file.")],
     out: Annotated[Path, typer.Option(help="Output folder; an unfinished run there goes on.")],
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Plain text or jsonl file, or hub data set (default: Python's language reference)."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows (default: the recipe's, 128).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (default: the recipe's, 2048).")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the recipe, as weights.bits=3.")
-    ] = None,
-    target_bits: Annotated[
-        float | None, typer.Option(help="Choose bits layer by layer: most stored bits per weight on average, as 3.5.")
-    ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option(help="The same for a loss: most KL divergence, summed over layers quantized alone.")
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(help="Bits to choose from, as 2,3,4 or with groups 3,4:32,4 (default: around the target)."),
-    ] = None,
-    sensitivity: Annotated[
-        Path | None, typer.Option(help="Where these measurements are kept and found (default: beside OUT).")
-    ] = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    length: options.Length = None,
+    set_: options.Settings = None,
+    target_bits: options.TargetBits = None,
+    max_kl: options.MaxKl = None,
+    choices: options.Choices = None,
+    sensitivity: options.Sensitivity = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2, awq, dense.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the choice of calibration windows.")] = 0,
+    seed: options.Seed = 0,
     tp: Annotated[int, typer.Option(help="Check that layers can be cut over this many ranks.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")] = False,
     allow_partial: Annotated[
@@ -67,15 +54,11 @@ def quantize(
     from finescale.recipe import Recipe
     from finescale.report import summary_table, units
 
-    settings = list(set_ or [])
-    settings += [f"calibration.samples={samples}"] if samples is not None else []
-    settings += [f"calibration.length={length}"] if length is not None else []
-    settings += [f"format={format_}"] if format_ is not None else []
-    chosen = Recipe.load(recipe, tuple(settings))
+    chosen = Recipe.load(recipe, options.settings_of(set_, samples, length, format_))
     if target_bits is not None or max_kl is not None:
         if launch().count > 1:
             raise InputError("bits are chosen in one process; run finescale mix first and give its recipe to torchrun.")
-        place = sensitivity or out.with_name(f"{out.name}.sensitivity.json")
+        place = options.sensitivity_file(sensitivity, out)
         chosen, _ = mixed_recipe(model, chosen, place, target_bits, max_kl, choices, calibration, seed, device)
     elif choices is not None or sensitivity is not None:
         raise InputError("--choices and --sensitivity belong to --target-bits or --max-kl; give one of them.")

@@ -28,9 +28,22 @@ BITS = (2, 3, 4, 6, 8)
 
 
 def choices_around(target: float | None) -> tuple[Scheme, ...]:
-    """Choices that a target of average bits calls for, from one below it to two above; all of them without a target."""
-    low, high = (0, 99) if target is None else (math.floor(target) - 1, math.ceil(target) + 2)
-    return tuple((bits, None) for bits in BITS if low <= bits <= high)
+    """Choices that a target of average bits calls for, from one below it to two above; all of them without a target,
+    and for one that none is near to, which is then refused with their whole range (`check_target`)."""
+    if target is None or not BITS[0] <= target < BITS[-1] + 1:
+        return tuple((bits, None) for bits in BITS)
+    low = min(math.floor(target) - 1, BITS[-2])
+    return tuple((bits, None) for bits in BITS if low <= bits <= math.ceil(target) + 2)
+
+
+def check_target(target_bits: float, least: float, most: float) -> None:
+    """Raises InputError for a size that no choice of bits has."""
+    least, most = math.ceil(least * 1000) / 1000, math.floor(most * 1000) / 1000  # so that what is shown is accepted
+    if not least <= target_bits <= most:
+        raise InputError(
+            f"--target-bits {target_bits:g} is out of reach: with these choices and groups a weight takes {least:.3f} "
+            f"to {most:.3f} stored bits, scales included; name a target in between, or other --choices or groups."
+        )
 
 
 def read_choices(text: str) -> tuple[Scheme, ...]:
@@ -76,12 +89,8 @@ def choose_bits(
     choices = [[Choice(option.stored_bits, option.kl) for option in unit.options] for unit in found.units]
     weights = sum(unit.parameters for unit in found.units)
     if target_bits is not None:
-        least = sum(min(choice.cost for choice in unit) for unit in choices) / weights
-        if target_bits < least:
-            raise InputError(
-                f"--target-bits {target_bits:g} is below the least size, {least:.3f} bits per weight with scales; "
-                "raise it, choose larger groups, or allow fewer bits."
-            )
+        least, most = (sum(pick(choice.cost for choice in unit) for unit in choices) / weights for pick in (min, max))
+        check_target(target_bits, least, most)
         selection = least_loss(choices, math.floor(target_bits * weights))
     else:
         selection = least_cost(choices, float(max_kl or 0.0))
@@ -124,15 +133,19 @@ def sensitivities(
     device: str = "cpu",
     windows: int = WINDOWS,
     on_progress: Progress | None = None,
+    target_bits: float | None = None,
 ) -> Sensitivities:
     """What ``file`` holds if it was measured in the same setting, else measured now and kept there.
 
-    A measurement that is interrupted goes on after its last block; ``FILE.partial.json`` has what it did.
+    A measurement that is interrupted goes on after its last block; ``FILE.partial.json`` has what it did. A
+    ``target_bits`` that the choices cannot reach is refused before anything is measured.
 
     Raises:
         InputError: what cannot work; or ``file`` is something else.
     """
     job = prepare_measurement(model, recipe, choices, calibration, seed, device, windows)
+    if target_bits is not None and job.size_range is not None:
+        check_target(target_bits, *job.size_range)
     if file.is_file():
         try:
             kept = Sensitivities.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -31,7 +31,7 @@ from finescale.models.skeleton import set_weight_OI, weight_OI_of
 from finescale.pipeline.block import propagate
 from finescale.pipeline.journal import signature
 from finescale.pipeline.layers import solve_together
-from finescale.pipeline.plan import LayerPlan, Plan, make_plan
+from finescale.pipeline.plan import LayerPlan, Plan, make_plan, stored_bits
 from finescale.pipeline.quantize import resolve_model
 from finescale.recipe import Recipe
 from finescale.runtime.load import load, usable_device
@@ -95,7 +95,8 @@ class Sensitivities:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measurement that was checked and not yet made."""
+    """A measurement that was checked and not yet made; ``size_range`` is the stored bits per weight of the smallest and
+    of the largest choice everywhere, None where outliers make it known only afterwards."""
 
     skeleton: Skeleton
     plan: Plan
@@ -106,6 +107,7 @@ class Measurement:
     device: torch.device
     signature: str
     setting: dict[str, Any]
+    size_range: tuple[float, float] | None
 
 
 def prepare_measurement(
@@ -139,8 +141,8 @@ def prepare_measurement(
     fmt = registry.get(recipe.format)
     source = resolve_model(model)
     skeleton = open_skeleton(source)
-    for scheme in choices:  # every choice must be one that the solver and the format can do
-        make_plan(skeleton, recipe.with_settings(settings_of(scheme)), fmt)
+    # Every choice must be one that the solver and the format can do.
+    plans = [make_plan(skeleton, recipe.with_settings(settings_of(scheme)), fmt) for scheme in choices]
     plan = make_plan(skeleton, recipe, fmt)
     name = calibration or BUILTIN
     part = recipe.calibration
@@ -179,7 +181,16 @@ def prepare_measurement(
         usable_device(device),
         signature(facts),
         setting,
+        None if recipe.solver.options().keeps_outliers else _size_range(plans, source.float_dtype()),
     )
+
+
+def _size_range(plans: Sequence[Plan], scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Least and most stored bits per weight: each layer at the plan that is the smallest, or the largest, for it."""
+    by_layer = zip(*([stored_bits(layer, scale_dtype) for layer in plan.layers] for plan in plans), strict=True)
+    sizes = [(min(own), max(own)) for own in by_layer]
+    weights = plans[0].quantized_parameters
+    return sum(least for least, _ in sizes) / weights, sum(most for _, most in sizes) / weights
 
 
 def settings_of(scheme: Scheme) -> tuple[str, ...]:

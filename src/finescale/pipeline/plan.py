@@ -186,6 +186,14 @@ def output_bytes(plan: Plan, scale_dtype: torch.dtype, source_bytes: int, float_
     return source_bytes - plan.quantized_parameters * float_dtype.itemsize + quantized
 
 
+def stored_bits(layer: LayerPlan, scale_dtype: torch.dtype) -> int:
+    """Bits of a layer's codes, scales and zero points, as `QuantizedWeight.stored_bits` counts them; no outliers."""
+    rows, columns = layer.shape_OI
+    groups = number_of_groups(columns, layer.scheme.group_size)
+    zeros = 0 if layer.scheme.symmetric else layer.scheme.bits
+    return rows * (columns * layer.scheme.bits + groups * (8 * scale_dtype.itemsize + zeros))
+
+
 def check_disk(out: Path, needed: int) -> None:
     """Raises InputError when the disk of ``out`` is too full for ``needed`` bytes."""
     folder = next(path for path in (out, *out.parents) if path.exists())
