@@ -1,15 +1,18 @@
 """Planted outliers of known size: what each equalizing method recovers of plain W4A8's loss.
 
     python benchmarks/planted.py --data ../shared
+    python benchmarks/planted.py --data ../shared --device cuda --rows 'QLLM*'
 
 Some channels of every norm's output of the zoo's Llama are made ``--size`` times the rest, the function kept
 (`finescale.bench.outliers`). Weights in symmetric groups of 64 by GPTQ, int8 per token. ``recovered`` is the share of
-the loss in log perplexity, plain W4A8 of the planted model against that of the model as it was.
+the loss in log perplexity, plain W4A8 of the planted model against that of the model as it was. ``--rows`` makes only
+the methods that match a pattern (and both references); others stay as the file has them for the same sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import tempfile
@@ -48,6 +51,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def kept(file: Path, setting: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Rows of methods that an earlier run of the same sizes left."""
+    if not file.is_file():
+        return {}
+    entry = json.loads(file.read_text(encoding="utf-8"))["models"]["zoo-llama"]
+    rows: dict[str, dict[str, float]] = entry["rows"]["W4A8"] if entry["setting"] == setting else {}
+    return {name: row for name, row in rows.items() if "recovered" in row}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
@@ -55,12 +67,15 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", default="*", help="shell pattern of the methods")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted-zoo-llama.json"))
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
     console = Console()
     length = 256
+    setting = {key: getattr(arguments, key) for key in ("size", "channels", "samples", "windows")} | {"length": length}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         books = (arguments.data / "data" / "books" / "books_valid.txt").read_text(encoding="utf-8")[:900_000]
@@ -76,15 +91,17 @@ def main() -> None:
                 "solver": {"name": "gptq"}, "calibration": {"samples": arguments.samples, "length": length},
             } | values)  # fmt: skip
             start, out = time.perf_counter(), work / "out"
-            quantize(source, recipe, out=out, calibration=str(calibration), fresh=True)
+            quantize(source, recipe, out=out, calibration=str(calibration), fresh=True, device=arguments.device)
             seconds = time.perf_counter() - start
             sizes = {"windows": arguments.windows, "length": length}
-            result = evaluate(load(out), str(evaluation), tokenizer_from=source, **sizes)
+            result = evaluate(load(out, device=arguments.device), str(evaluation), tokenizer_from=source, **sizes)
             return {"perplexity": result.perplexity, "seconds": seconds}
 
         rows = {"not planted": run({}, model), "planted": run({}, work / "planted")}
+        rows |= kept(arguments.json, setting)
         clean, plain = (math.log(rows[name]["perplexity"]) for name in ("not planted", "planted"))
-        for name, values in METHODS.items():
+        for name in fnmatch.filter(METHODS, arguments.rows):
+            values = METHODS[name]
             rows[name] = run(values, work / "planted")
             rows[name]["recovered"] = (plain - math.log(rows[name]["perplexity"])) / (plain - clean)
             console.print(f"{name}: {rows[name]}")
@@ -92,7 +109,6 @@ def main() -> None:
     for name, row in rows.items():
         table.add_row(name, f"{row['perplexity']:.2f}", f"{row['recovered']:.1%}" if "recovered" in row else "")
     console.print(table)
-    setting = {key: getattr(arguments, key) for key in ("size", "channels", "samples", "windows")} | {"length": length}
     entry = {"setting": setting, "rows": {"W4A8": rows}}
     result = {"benchmark": "planted", "machine": machine_facts(), "seed": 0, "models": {"zoo-llama": entry}}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

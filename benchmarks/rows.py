@@ -286,8 +286,6 @@ def spread(tasks: Sequence[Task], jobs: int) -> Iterator[str]:
     line for each that is done. A row that failed before comes last."""
     todo = [task for task in tasks if stored(task[4], task[2], task[1]) is None]
     todo.sort(key=lambda task: _failure_file(task[4], task[2], task[1]).is_file())
-    for setting, samples, work in {(task[2], task[1].samples or task[2].samples, task[3]) for task in todo}:
-        calibration_of(setting, samples, work)
     if jobs == 1:
         yield from (_one(*task) for task in todo)
         return
