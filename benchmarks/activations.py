@@ -152,6 +152,7 @@ def ablation_rows() -> list[Row]:
             rows.append(Row("expansion", f"{mode} {expansion:g}", BITS["W4A4"] | method(transforms=transforms)))
     adaptive = {"adaptive": {}, "adaptive, score of the public code": {"distance": "public"}}
     adaptive |= {"adaptive, not of down projections": {"down": False}}
+    adaptive |= {f"adaptive, at most {share:g} more": {"max_expansion": share} for share in (0.3, 0.5)}
     for name, options in adaptive.items():
         rows.append(Row("expansion", name, BITS["W4A4"] | method(transforms=[part("qllm", **options)])))
     for expansion in (0.01, 0.05):
@@ -168,6 +169,7 @@ def ablation_rows() -> list[Row]:
     rows.append(Row("correction", "trained beside the rounded weight", corrected(fixed, forward="sum", **short)))
     rows.append(Row("correction", "trained as merged", corrected(fixed, **short)))
     rows.append(Row("correction", "error relative to each token", corrected(fixed, loss="relative", **short)))
+    rows.append(Row("correction", "adaptive, 40 passes", corrected({}, iterations=640)))
     return rows
 
 

@@ -28,7 +28,8 @@ ONE_SHOT = (
 )  # fmt: skip
 ORDER = (
     "activations:W4A4/RTN", "tuning:3/rounding from quantease", "activations:W4A4/QLLM", "activations:W4A4/OmniQuant",
-    "activations:W4A4/SmoothQuant 0.5", "activations:W4A4/QLLM, reassembly", f"activations:W6A6/{ROTATED}",
+    "activations:correction/adaptive, 40 passes", "activations:W4A4/SmoothQuant 0.5",
+    "activations:W4A4/QLLM, reassembly", "activations:expansion/adaptive, at most*", f"activations:W6A6/{ROTATED}",
     *(f"activations:W4A4/{name}" for name in ONE_SHOT),
     "tuning:2/rounding from quantease", "tuning:4/rounding from quantease",
     *(f"activations:W4A8/{name}" for name in ONE_SHOT),
