@@ -22,8 +22,10 @@ typedef unsigned long long u64;
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
 template <class T> struct alignas(2 * sizeof(T)) Two { T x, y; };
 template <class T> struct alignas(4 * sizeof(T)) Four { T x, y, z, w; };
@@ -126,6 +128,10 @@ inline int __reduce_add_sync(u32, int value) {
     for (int mask = 16; mask; mask /= 2) value += __shfl_xor_sync(0, value, mask);
     return value;
 }
+inline u32 __reduce_max_sync(u32, u32 value) {
+    for (int mask = 16; mask; mask /= 2) value = max(value, __shfl_xor_sync(0, value, mask));
+    return value;
+}
 
 // ---------------------------------------------------------------- numbers
 
@@ -140,6 +146,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(x)); }
@@ -158,7 +165,8 @@ inline int atomicAdd(int* sum, int value) { int before = *sum; *sum += value; re
 template <class T> inline T atomicExch(T* place, T value) { T before = *place; *place = value; return before; }
 inline void add_there(int* sum, int value) { *sum += value; }
 inline void add_there(float* sum, float value) { *sum += value; }
-inline u32 max_pairs(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }
+inline float about_inverse(float x) { return 1 / x; }
+inline float power_of_two(float x) { return std::exp2(x); }
 inline u32 bf16(float value) {
     u32 word = bits<u32>(value);
     if (std::isnan(value)) return 0x7FFF;
@@ -169,6 +177,22 @@ inline u32 pack_fp16(float low, float high) {
     return bits<unsigned short>(static_cast<_Float16>(low)) | static_cast<u32>(bits<unsigned short>(static_cast<_Float16>(high))) << 16;
 }
 inline float wide_fp16(unsigned short value) { return static_cast<float>(bits<_Float16>(value)); }
+
+inline float wide_bf16(unsigned short value) { return bits<float>(static_cast<u32>(value) << 16); }
+template <class F> inline u32 pairs(u32 a, u32 b, bool half, F function) {
+    auto wide = [half](u32 v) { return half ? wide_fp16(static_cast<unsigned short>(v)) : wide_bf16(static_cast<unsigned short>(v)); };
+    float low = function(wide(a), wide(b)), high = function(wide(a >> 16), wide(b >> 16));
+    return half ? pack_fp16(low, high) : pack_bf16(low, high);
+}
+inline float sum_of(float a, float b) { return a + b; }
+inline float product_of(float a, float b) { return a * b; }
+inline float larger_of(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(std::fabs(a), std::fabs(b)); }
+inline u32 add_bf16s(u32 a, u32 b) { return pairs(a, b, false, sum_of); }
+inline u32 add_fp16s(u32 a, u32 b) { return pairs(a, b, true, sum_of); }
+inline u32 multiply_bf16s(u32 a, u32 b) { return pairs(a, b, false, product_of); }
+inline u32 multiply_fp16s(u32 a, u32 b) { return pairs(a, b, true, product_of); }
+inline u32 larger_bf16s(u32 a, u32 b) { return pairs(a, b, false, larger_of); }
+inline u32 larger_fp16s(u32 a, u32 b) { return pairs(a, b, true, larger_of); }
 
 // ---------------------------------------------------------------- shared memory: an address is block of the cluster, offset
 

@@ -18,7 +18,7 @@ def text_of(variant):
 
 
 def quantizer(kind, add, dtype, routed=0, gather=0, stages=2):
-    settings = {"KIND": kind, "ADD": add, "IN": dtype, "THREADS": 256, "STAGES": stages}
+    settings = {"KIND": kind, "ADD": add, "IN": dtype, "THREADS": 256, "PIECES": 2, "BLOCKS": 3, "STAGES": stages}
     settings |= {"ROUTED": routed, "GATHER": gather}
     return source_text("quantize.cu", settings, {})
 
@@ -40,7 +40,7 @@ def compiler_report(text, tmp_path):
 
 
 def assert_clean(report):
-    assert re.findall(r"(\d+) bytes spill stores", report) == ["0"], report
+    assert set(re.findall(r"(\d+) bytes spill stores", report)) == {"0"}, report
     assert "serialized" not in report, report
 
 

@@ -79,7 +79,7 @@ def bench_quantizers(
     for tokens, inputs in sizes:
         for kind in KINDS:
             # A gather keeps the token, the residual, the gathered token and its table in shared memory.
-            if "gather" in kind and not quantize.gather_fits(inputs * (2 if "residual" in kind else 1), inputs, 2):
+            if "gather" in kind and not quantize.gather_fits(inputs, inputs, 2, 2 if "residual" in kind else 1):
                 continue
             moved = bytes_moved(kind, tokens, inputs)
             count = min(max(3, CACHE_BYTES // moved), 64)

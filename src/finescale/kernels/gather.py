@@ -108,7 +108,7 @@ def quantize_gathered(
             raise InputError(f"a gather is on {tensor.device}, the activations on {x_TI.device}.")
     inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
     parts = 2 if kind == "silu" or residual_TI is not None else 1
-    if not quantize.gather_fits(inputs * parts, index_J.shape[0], x_TI.element_size()):
+    if not quantize.gather_fits(inputs, index_J.shape[0], x_TI.element_size(), parts):
         # Too wide for the kernel's shared memory: the same in steps.
         y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
         return quantize.run(apply(table, y_TI))

@@ -1,64 +1,90 @@
 // Channels split, merged and permuted within a token: y_j = sum over k of gain_kj * x_(index_kj), each product and each
 // sum rounded to the type of the inputs, in the order of k (grid/inputs.py, Gather).
 //
-// The first term of each channel stands in a table in shared memory. The few channels that are
-// merged from several have further terms, in one list sorted by pieces of 8 channels: `more_start` says where each piece
-// begins, and `more_index` holds 8 * channel of x + the place in the piece.
+// The first term of each channel: where its input lies stands in a table in shared memory, its gain in registers, both
+// for all tokens of the block. The few channels that are merged from several have further terms, in one list sorted by
+// pieces of 8 channels: `more_start` says where each piece begins, and `more_index` holds 8 * channel of x + the place in
+// the piece.
+//
+// Eight neighbouring channels are one thread's, so that lanes l, l + 8, l + 16 and l + 24 would read the same banks where
+// channels hardly move. They begin with different ones instead: step i of a thread is channel (i + turn) % 8 of its piece.
 
 #if IN == 2
-typedef uint2 Term;  // index, gain
-
-__device__ __forceinline__ float value_of(Element stored) { return stored; }
-__device__ __forceinline__ Term term(int index, float gain) { return make_uint2(index, __float_as_uint(gain)); }
-__device__ __forceinline__ int index_of(Term term) { return term.x; }
-__device__ __forceinline__ float gain_of(Term term) { return __uint_as_float(term.y); }
+typedef u32 Offset;
 #else
-typedef u32 Term;  // index, and the gain in the type of the inputs above it
-
-__device__ __forceinline__ float value_of(Element stored) { return to_float(stored); }
-__device__ __forceinline__ Term term(int index, float gain) {
-    return (IN == 0 ? pack_bf16(0, gain) : pack_fp16(0, gain)) & 0xFFFF0000 | index;
-}
-__device__ __forceinline__ int index_of(Term term) { return term & 0xFFFF; }
-__device__ __forceinline__ float gain_of(Term term) { return to_float(static_cast<u16>(term >> 16)); }
+typedef u16 Offset;
 #endif
+struct __align__(16) Offsets {
+    Offset of[8];
+};
 
-// Behind the stages: what was gathered, and the table.
-__device__ __forceinline__ Piece* gathered_pieces(const Arguments& a) {
-    return reinterpret_cast<Piece*>(memory + SLOTS * PARTS * row_bytes(a.inputs));
-}
-__device__ __forceinline__ Term* terms(const Arguments& a) {
-    return reinterpret_cast<Term*>(memory + SLOTS * PARTS * row_bytes(a.inputs) + row_bytes(a.gathered));
-}
+__device__ __forceinline__ int turn() { return threadIdx.x % 32 / 8 * 2; }
 
-__device__ __forceinline__ void load_table(const Arguments& a) {
-    for (int j = threadIdx.x; j < a.gathered; j += THREADS) terms(a)[j] = term(a.index[j], a.index_gain[j]);
+// Behind the stages.
+__device__ __forceinline__ Offsets* table(const Arguments& a) {
+    return reinterpret_cast<Offsets*>(memory + SLOTS * slot_bytes(a.inputs));
 }
 
-__device__ __forceinline__ float product(float x, float gain) { return rounded(__fmul_rn(x, gain)); }
-
-// Where the gathered token lies; finds its largest magnitude too.
-__device__ __forceinline__ Piece* gather(const Arguments& a, const Element* values, u32& largest) {
-    Piece* out = gathered_pieces(a);
-    __syncthreads();  // every piece of the token is ready
-    for (int piece = threadIdx.x; piece * 8 < a.gathered; piece += THREADS) {
-        float y[8];
+// Where the first terms of a piece lie in their slot, which begins with zeros; gives their gains.
+__device__ __forceinline__ Piece load_terms(const Arguments& a, int piece) {
+    float gain[8];
+    Offsets offsets;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            y[i] = 0;
-            if (piece * 8 + i < a.gathered) {
-                Term first = terms(a)[piece * 8 + i];
-                y[i] = product(value_of(values[index_of(first)]), gain_of(first));
-            }
-        }
-        for (int t = a.more_start[piece]; t < a.more_start[piece + 1]; t++) {
-            int place = a.more_index[t];
-            float more = product(value_of(values[place / 8]), rounded(a.more_gain[t]));
+    for (int i = 0; i < 8; i++) {
+        int channel = piece * 8 + (i + turn()) % 8;
+        bool some = channel < a.gathered;
+        gain[i] = some ? a.index_gain[channel] : 1.0f;
+        offsets.of[i] = static_cast<Offset>(some ? 16 + a.index[channel] * static_cast<int>(sizeof(Element)) : 0);
+    }
+    if (piece * 8 < a.gathered) table(a)[piece] = offsets;
+    return pack(gain);
+}
+
+__device__ __forceinline__ Piece gather(const Arguments& a, const u8* slot, int piece, const Piece& gain) {
+    Offsets offsets = table(a)[piece];
+#if IN == 2
+    float y[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) y[i] = rounded(__fadd_rn(y[i], place % 8 == i ? more : 0.0f));
-        }
-        out[piece] = pack(y);
-        largest = larger_magnitude(largest, out[piece]);
+    for (int i = 0; i < 8; i++) y[i] = *reinterpret_cast<const float*>(slot + offsets.of[i]);
+    Piece out = multiply(pack(y), gain);
+#else
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        words[i] = static_cast<u32>(*reinterpret_cast<const u16*>(slot + offsets.of[2 * i])) |
+                   static_cast<u32>(*reinterpret_cast<const u16*>(slot + offsets.of[2 * i + 1])) << 16;
+    Piece out = multiply(make_uint4(words[0], words[1], words[2], words[3]), gain);
+#endif
+    for (int t = a.more_start[piece]; t < a.more_start[piece + 1]; t++) {
+        int place = a.more_index[t], step = (place - turn()) & 7;
+        const u8* from = slot + 16 + place / 8 * static_cast<int>(sizeof(Element));
+#if IN == 2
+        float more = __fmul_rn(*reinterpret_cast<const float*>(from), a.more_gain[t]);
+        unpack(y, out);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (step == i) y[i] = __fadd_rn(y[i], more);
+        out = pack(y);
+#else
+        u32 other = static_cast<u32>(*reinterpret_cast<const u16*>(from));
+        u32 more = multiply_pair(other, IN == 0 ? pack_bf16(a.more_gain[t], 0) : pack_fp16(a.more_gain[t], 0)) & 0xFFFF;
+        more = step % 2 ? more << 16 | 0x8000 : more | 0x80000000;  // -0 changes nothing
+        if (step / 2 == 0) out.x = add_pair(out.x, more);
+        if (step / 2 == 1) out.y = add_pair(out.y, more);
+        if (step / 2 == 2) out.z = add_pair(out.z, more);
+        if (step / 2 == 3) out.w = add_pair(out.w, more);
+#endif
     }
     return out;
+}
+
+// Codes of steps in the order of channels.
+__device__ __forceinline__ uint2 in_order(uint2 codes) {
+    u32 low = 0, high = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        low |= static_cast<u32>((i - turn()) & 7) << (4 * i);
+        high |= static_cast<u32>((i + 4 - turn()) & 7) << (4 * i);
+    }
+    return make_uint2(__byte_perm(codes.x, codes.y, low), __byte_perm(codes.x, codes.y, high));
 }

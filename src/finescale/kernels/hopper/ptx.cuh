@@ -192,11 +192,30 @@ __device__ __forceinline__ void store_transposed2(u32 address, u32 a, u32 b) {
                  ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
-// The larger of each half, unsigned.
-__device__ __forceinline__ u32 max_pairs(u32 a, u32 b) {
-    u32 larger;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
-    return larger;
+// Two 16-bit numbers at once, each rounded once: sum, product, and the larger magnitude (with any sign; NaN if one is).
+#define PAIRS(NAME, INSTRUCTION)                                      \
+    __device__ __forceinline__ u32 NAME(u32 a, u32 b) {               \
+        u32 d;                                                        \
+        asm(INSTRUCTION " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));   \
+        return d;                                                     \
+    }
+PAIRS(add_bf16s, "add.rn.bf16x2")
+PAIRS(add_fp16s, "add.rn.f16x2")
+PAIRS(multiply_bf16s, "mul.rn.bf16x2")
+PAIRS(multiply_fp16s, "mul.rn.f16x2")
+PAIRS(larger_bf16s, "max.NaN.xorsign.abs.bf16x2")
+PAIRS(larger_fp16s, "max.NaN.xorsign.abs.f16x2")
+
+// About 2^x and 1 / x, to the last bit or two; what is subnormal is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float about_inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {

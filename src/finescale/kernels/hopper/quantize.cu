@@ -7,13 +7,15 @@
 //   SILU    silu(x[:, :I]) * x[:, I:]
 // GATHER: then channels are split, merged and permuted (gather.cuh).
 //
-// Blocks stay for many tokens. A token lies in shared memory, in pieces of 8 values, each of which is one thread's from
-// the first step to the last. With STAGES, bulk copies bring the next tokens meanwhile.
+// Blocks stay for many tokens. Bulk copies bring tokens to slots of shared memory; from there each thread takes its
+// pieces of 8 values into registers, where they stay until they are codes, so that the slot is filled anew while the
+// token is still worked on. Instructions are what bounds this kernel beside the memory (3 bytes a value at 3 TB/s leave a
+// multiprocessor 31 of them), so 16-bit numbers are added and multiplied in pairs.
 //
 // Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32), THREADS,
-// STAGES (tokens in shared memory; 0 if threads load them, one at a time), GATHER, ROUTED (rows sorted by expert, of
-// which `position` says where each choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads
-// and writes rows, one a choice).
+// PIECES (of a thread), BLOCKS (that are to fit on a multiprocessor), STAGES (slots; 0 if threads load tokens themselves),
+// GATHER, ROUTED (rows sorted by expert, of which `position` says where each choice of a token has its row: 1 reads tokens
+// and writes each to all its rows; 2 reads and writes rows, one a choice).
 
 #include "ptx.cuh"
 #include "rows.cuh"
@@ -43,59 +45,99 @@ extern __shared__ __align__(16) u8 memory[];
 constexpr int WARPS = THREADS / 32;
 constexpr int SLOTS = STAGES > 0 ? STAGES : 1;
 constexpr int PARTS = KIND == 3 || ADD ? 2 : 1;  // rows that a token is made of
-enum { TOTAL, SQUARES, LARGEST, SUM };           // what is combined over the block
+constexpr bool NORM = KIND == 1 || KIND == 2;
+constexpr int FRONT = GATHER ? 16 : 0;           // zeros before the token, for channels beyond the last
+enum { TOTAL, SQUARES, LARGEST, SUM, REDUCTIONS };
 
 __device__ __forceinline__ int row_bytes(int inputs) { return (inputs + 7) / 8 * static_cast<int>(sizeof(Piece)); }
-
-struct AddFloat {
-    __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct MaxBits {
-    __device__ u32 operator()(u32 a, u32 b) const { return a > b ? a : b; }
-};
+__device__ __forceinline__ int slot_bytes(int inputs) { return FRONT + PARTS * row_bytes(inputs); }
 
 // Over all threads of the block. A scratch is used again two tokens later, with other barriers in between.
-template <class Value, class Operator>
-__device__ __forceinline__ Value reduce(Value value, Operator combine, u32* place) {
-    Value* scratch = reinterpret_cast<Value*>(place);
+__device__ __forceinline__ float total_of_block(float value, u32* scratch) {
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
+    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
+    if (WARPS == 1) return value;
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = __float_as_uint(value);
+    __syncthreads();
+    value = threadIdx.x % 32 < WARPS ? __uint_as_float(scratch[threadIdx.x % 32]) : 0;
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2)
+        if (offset < WARPS) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
+    return __shfl_sync(0xFFFFFFFF, value, 0);
+}
+
+__device__ __forceinline__ u32 largest_of_block(u32 value, u32* scratch) {
+    value = __reduce_max_sync(0xFFFFFFFF, value);
+    if (WARPS == 1) return value;
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();
-    value = threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : static_cast<Value>(0);
+    return __reduce_max_sync(0xFFFFFFFF, threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
+}
+
+// How a token is rounded: codes are round(value / scale).
+//
+// For 16-bit values one multiplication gives them. 254 * value - odd * largest is a multiple of the value's last place, so
+// that a quotient that is no tie is at least value / (4094 * largest) away from one, and an error of the factor of less
+// than 10^-6 does not matter. There is a tie only if value = largest / 2, or if 127 divides the significand of the largest.
+// In the first case the factor is made a little too small or too large, as a division rounds that very quotient. In the
+// second the scale is exact: if it is a power of two, so is the factor, and else values are divided, as are those of 32
+// bits that are near a tie.
+struct Rounding {
+    float scale, factor;
+    bool sure;
+};
+
+__device__ __forceinline__ Rounding rounding_of(u32 bits) {
+    Rounding r;
+#if IN == 2
+    float largest = __uint_as_float(bits);
+#else
+    float largest = to_float(static_cast<u16>(bits));
+#endif
+    r.scale = largest != 0 ? __fdiv_rn(largest, 127.0f) : 1.0f;
+    if (r.scale < 1.17549435e-38f) r.scale = 1.17549435e-38f;
+#if IN == 2
+    r.factor = __fdiv_rn(1.0f, r.scale);
+    r.sure = true;
+#else
+    bool power = (__float_as_uint(r.scale) & 0x7FFFFF) == 0;
+    bool middle_down = __fdiv_rn(0.5f * largest, r.scale) < 63.5f;
+    r.factor = power ? __uint_as_float(0x7F000000 - __float_as_uint(r.scale))
+                     : about_inverse(r.scale) * (middle_down ? 1.0f - 6e-7f : 1.0f + 6e-7f);
+    // Neither NaN nor infinite nor subnormal anywhere.
+    r.sure = r.scale > 1e-30f && r.scale < 1e30f && (IN == 0 || power || __fmaf_rn(r.scale, 127.0f, -largest) != 0);
+#endif
+    return r;
+}
+
+// Four bytes of as many words.
+__device__ __forceinline__ u32 bytes_of(const u32* words) {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040), __byte_perm(words[2], words[3], 0x0040), 0x5410);
+}
+
+// Codes of 8 values, in order of their bytes. Not in line, since it is long and hardly ever needed.
+__device__ __noinline__ uint2 divided(Piece piece, float scale) {
+    float x[8];
+    u32 codes[8];
+    unpack(x, piece);
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, offset));
-    return value;
+    for (int i = 0; i < 8; i++) codes[i] = max(-127, min(127, __float2int_rn(__fdiv_rn(x[i], scale))));
+    return make_uint2(bytes_of(codes), bytes_of(codes + 4));
 }
 
-// Eight codes of a row, from input `first` on.
-__device__ __forceinline__ void store_codes(const Arguments& a, long long row, int first, uint2 codes) {
-    int slot = static_cast<int>(row % 8);
-    long long block = static_cast<long long>(first / 128) * a.slabs + row / 8;
-    u8* target = a.codes + block * 1024 + slot * 128 + ((first % 128 / 16) ^ slot) * 16 + first % 16;
-    *reinterpret_cast<uint2*>(target) = codes;
-}
-
-// Codes of 8 values, round(value / scale), in order of their bytes. Dividing is slow, so the quotient is first taken by
-// the reciprocal, wrong by a few parts in 10^7; where that might round to another integer, or is no number, it is divided.
-__device__ __forceinline__ uint2 codes8(const float (&x)[8], float scale, float reciprocal) {
+__device__ __forceinline__ uint2 codes_of(const Piece& piece, const Rounding& r) {
     constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+    float x[8];
     u32 bits[8];
-    bool sure = true;
+    unpack(x, piece);
+    bool sure = r.sure;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float quotient = x[i] * reciprocal, shifted = __fadd_rn(quotient, SHIFT);
-        sure &= fabsf(__fsub_rn(quotient, __fsub_rn(shifted, SHIFT))) < 0.4999f;
+        float shifted = __fmaf_rn(x[i], r.factor, SHIFT);
+        if (IN == 2) sure &= fabsf(__fmaf_rn(x[i], r.factor, SHIFT - shifted)) < 0.4999f;
         bits[i] = __float_as_uint(shifted);
     }
-    if (!sure) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) bits[i] = max(-127, min(127, __float2int_rn(__fdiv_rn(x[i], scale))));
-    }
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = __byte_perm(bits[2 * i], bits[2 * i + 1], 0x0040);
-    return make_uint2(__byte_perm(words[0], words[1], 0x5410), __byte_perm(words[2], words[3], 0x5410));
+    return sure ? make_uint2(bytes_of(bits), bytes_of(bits + 4)) : divided(piece, r.scale);
 }
 
 // The tokens of a block on their way through shared memory.
@@ -111,9 +153,8 @@ struct Tokens {
 #endif
     }
 
-    __device__ Piece* part(int slot, int p) const {
-        return reinterpret_cast<Piece*>(memory + (slot * PARTS + p) * row_bytes(a.inputs));
-    }
+    __device__ u8* slot(int s) const { return memory + s * slot_bytes(a.inputs); }
+    __device__ Piece* part(int s, int p) const { return reinterpret_cast<Piece*>(slot(s) + FRONT + p * row_bytes(a.inputs)); }
 
     __device__ const Element* source(long long row, int p) const {
         if (KIND == 3) return static_cast<const Element*>(a.x) + (2 * row + p) * a.inputs;
@@ -121,109 +162,98 @@ struct Tokens {
     }
 
     // By one thread.
-    __device__ void copy(int item, int slot) const {
-        u32 barrier = full + 8 * slot, bytes = a.inputs * static_cast<u32>(sizeof(Element));
+    __device__ void copy(int item, int s) const {
+        u32 barrier = full + 8 * s, bytes = a.inputs * static_cast<u32>(sizeof(Element));
         long long from = row(item);
         if (from < 0) return barrier_arrive(barrier);
         barrier_expect(barrier, PARTS * bytes);
 #pragma unroll
         for (int p = 0; p < PARTS; p++)
-            copy_bulk(shared_address(part(slot, p)), source(from, p), bytes, barrier, policy_evict_first());
+            copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
     }
 
-    // Each thread its own pieces.
-    __device__ void load(long long row) const {
-        for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS)
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) part(0, p)[piece] = load_piece(source(row, p), piece * 8, a.inputs - piece * 8);
+    __device__ Piece piece(int s, long long row, int p, int piece) const {
+        if (STAGES == 0) return load_piece(source(row, p), piece * 8, a.inputs - piece * 8);
+        return piece * 8 < a.inputs ? part(s, p)[piece] : zeros();
     }
 };
 
-// The sum with the residual, which is written back, or silu(x) * y, in place of x.
-__device__ __forceinline__ void join(const Arguments& a, Piece* token, const Piece* other, int piece, long long row) {
-    float x[8], y[8];
-    unpack(x, token[piece]);
-    unpack(y, other[piece]);
+// silu(x) * y
+__device__ __forceinline__ Piece gated(const Piece& x_piece, const Piece& y) {
+    float x[8];
+    unpack(x, x_piece);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        x[i] = KIND == 3 ? rounded(__fdividef(x[i], 1.0f + __expf(-x[i]))) * y[i] : x[i] + y[i];
-    token[piece] = pack(x);
-    if (ADD) store_piece(token[piece], a.residual, row * a.inputs + piece * 8, a.inputs - piece * 8);
+    for (int i = 0; i < 8; i++) x[i] *= about_inverse(1.0f + power_of_two(-1.44269504f * x[i]));
+    return multiply(pack(x), y);
 }
 
-__device__ __forceinline__ float norm_scale(const Arguments& a, const Piece* token, float& mean, u32 (*scratch)[32]) {
-    float total = 0;
-    for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
-        float x[8];
-        unpack(x, token[piece]);
+// Of the norm; the mean is that of LAYER.
+__device__ __forceinline__ float norm_scale(const Arguments& a, const Piece (&token)[PIECES], float& mean, u32 (*scratch)[32]) {
+    float totals[2] = {0, 0}, x[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) total += KIND == 1 ? x[i] * x[i] : x[i];
+    for (int k = 0; k < PIECES; k++) {
+        unpack(x, token[k]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) totals[i % 2] += KIND == 1 ? x[i] * x[i] : x[i];
     }
-    total = reduce(total, AddFloat(), scratch[TOTAL]) / a.inputs;
+    float total = total_of_block(totals[0] + totals[1], scratch[TOTAL]) / a.inputs;
     if (KIND == 2) {
         mean = total;
-        total = 0;
-        for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
-            float x[8];
-            unpack(x, token[piece]);
+        totals[0] = totals[1] = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float distance = piece * 8 + i < a.inputs ? x[i] - mean : 0;
-                total += distance * distance;
+        for (int k = 0; k < PIECES; k++) {
+            int count = a.inputs - (threadIdx.x + k * THREADS) * 8;
+            unpack(x, token[k]);
+            if (count < 8) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) x[i] = i < count ? x[i] : mean;
             }
+#pragma unroll
+            for (int i = 0; i < 8; i++) totals[i % 2] += (x[i] - mean) * (x[i] - mean);
         }
-        total = reduce(total, AddFloat(), scratch[SQUARES]) / a.inputs;
+        total = total_of_block(totals[0] + totals[1], scratch[SQUARES]) / a.inputs;
     }
     return 1.0f / sqrtf(total + a.epsilon);
 }
 
-__device__ __forceinline__ void norm(const Arguments& a, Piece* token, int piece, float mean, float inverse) {
-    float x[8], gain[8], shift[8];
-    int count = a.inputs - piece * 8;
-    unpack(x, token[piece]);
-    load8(gain, a.gain, piece * 8, count);
-    if (KIND == 2 && a.shift) load8(shift, a.shift, piece * 8, count);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float value = KIND == 1 ? rounded(x[i] * inverse) * gain[i] : (x[i] - mean) * inverse * gain[i];
-        if (KIND == 2 && a.shift) value += shift[i];
-        x[i] = i < count ? value : 0;
-    }
-    token[piece] = pack(x);
-}
-
-// The larger magnitude, as bits: a NaN is the largest of all and reaches the scale.
-__device__ __forceinline__ u32 larger_magnitude(u32 largest, const Piece& piece) {
-#if IN == 2
-    float x[8];
+__device__ __forceinline__ Piece normed(const Piece& piece, float mean, float inverse, const Piece& gain, const Piece& shift) {
+    float x[8], g[8], s[8];
     unpack(x, piece);
+    if (KIND == 1) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(x[i]) & 0x7FFFFFFF);
-    return largest;
-#else
-    u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+        for (int i = 0; i < 8; i++) x[i] *= inverse;
+        return multiply(pack(x), gain);
+    }
+    unpack(g, gain);
+    unpack(s, shift);
 #pragma unroll
-    for (int i = 0; i < 4; i++) largest = max_pairs(largest, words[i] & 0x7FFF7FFF);
-    return largest;
-#endif
+    for (int i = 0; i < 8; i++) x[i] = (x[i] - mean) * inverse * g[i] + s[i];
+    return pack(x);
 }
 
 #if GATHER
 #include "gather.cuh"
 #endif
 
-__device__ __forceinline__ float block_largest(u32 largest, u32* scratch) {
-#if IN == 2
-    return __uint_as_float(reduce(largest, MaxBits(), scratch));
-#else
-    return to_float(static_cast<u16>(reduce(max(largest & 0xFFFF, largest >> 16), MaxBits(), scratch)));
-#endif
+// Where the codes of a thread's first piece of a row go; the next piece of a thread is `THREADS / 16` blocks further.
+__device__ __forceinline__ u8* codes_at(const Arguments& a, long long row) {
+    int slot = static_cast<int>(row % 8), piece = threadIdx.x % 16;
+    long long block = static_cast<long long>(threadIdx.x / 16) * a.slabs + row / 8;
+    return a.codes + block * 1024 + slot * 128 + (piece / 2 ^ slot) * 16 + piece % 2 * 8;
 }
 
-// Scale and sum of codes of a token; the warps' sums were written before the last barrier.
-__device__ __forceinline__ void write_facts(const Arguments& a, long long row, float scale, const u32* sums) {
-    if (threadIdx.x >= 32) return;
-    int sum = __reduce_add_sync(0xFFFFFFFF, threadIdx.x < WARPS ? static_cast<int>(sums[threadIdx.x]) : 0);
+__device__ __forceinline__ void store_codes(const Arguments& a, long long row, const uint2 (&codes)[PIECES]) {
+    u8* target = codes_at(a, row);
+    int pieces = (a.gathered + 127) / 128 * 16;
+#pragma unroll
+    for (int k = 0; k < PIECES; k++)
+        if (static_cast<int>(threadIdx.x) + k * THREADS < pieces)
+            *reinterpret_cast<uint2*>(target + static_cast<long long>(k * (THREADS / 16)) * a.slabs * 1024) = codes[k];
+}
+
+// Scale and sum of codes of a token, by the first warp; where there are several, their sums were written before the last
+// barrier.
+__device__ __forceinline__ void write_facts(const Arguments& a, long long row, float scale, int sum) {
 #if ROUTED == 1
     for (int c = threadIdx.x; c < a.choices; c += 32) {
         int target = a.position[row * a.choices + c];
@@ -239,8 +269,14 @@ __device__ __forceinline__ void write_facts(const Arguments& a, long long row, f
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __grid_constant__ Arguments a) {
-    __shared__ u32 scratch[2][4][32];
+__device__ __forceinline__ void write_facts_of_warps(const Arguments& a, long long row, float scale, const u32* sums) {
+    if (threadIdx.x >= 32) return;
+    int sum = threadIdx.x < WARPS ? static_cast<int>(sums[threadIdx.x]) : 0;
+    write_facts(a, row, scale, __reduce_add_sync(0xFFFFFFFF, sum));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(const __grid_constant__ Arguments a) {
+    __shared__ u32 scratch[2][REDUCTIONS][32];
     __shared__ u64 barriers[SLOTS];
     let_next_kernel_start();
     Tokens tokens{a, shared_address(barriers)};
@@ -248,8 +284,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
         for (int i = 0; i < SLOTS; i++) barrier_init(tokens.full + 8 * i, 1);
         fence_barrier_init();
     }
+    // What is the same for all tokens stays in registers.
+    Piece gain[PIECES], shift[PIECES];
 #if GATHER
-    load_table(a);
+    Piece gather_gain[PIECES];
+#endif
+#pragma unroll
+    for (int k = 0; k < PIECES; k++) {
+        int piece = threadIdx.x + k * THREADS, count = a.inputs - piece * 8;
+        if (NORM) gain[k] = load_piece(a.gain, piece * 8, count);
+        if (KIND == 2) shift[k] = a.shift ? load_piece(a.shift, piece * 8, count) : zeros();
+#if GATHER
+        gather_gain[k] = load_terms(a, piece);
+#endif
+    }
+#if GATHER
+    if (threadIdx.x < 4 * SLOTS) *reinterpret_cast<u32*>(tokens.slot(threadIdx.x / 4) + threadIdx.x % 4 * 4) = 0;
 #endif
     __syncthreads();
     wait_for_previous_kernel();
@@ -263,52 +313,95 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(const __gr
     for (int item = blockIdx.x; item < a.items; item += stride) {
         long long row = tokens.row(item);
         if (STAGES > 0) barrier_wait(tokens.full + 8 * slot, phase);
-        else if (row >= 0) tokens.load(row);
-        if (row >= 0) {
-            Piece* token = tokens.part(slot, 0);
+        auto fill_again = [&] {  // after a barrier of those who read the slot
+            if (STAGES > 0 && threadIdx.x == 0 && filling < a.items) tokens.copy(filling, slot), filling += stride;
+        };
+        if (row < 0) {
+            __syncthreads();
+            fill_again();
+        } else {
+            Piece token[PIECES];
             u32 largest = 0;
-            if (PARTS == 2)
-                for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS)
-                    join(a, token, tokens.part(slot, 1), piece, row);
-            float mean = 0, inverse = KIND == 1 || KIND == 2 ? norm_scale(a, token, mean, scratch[parity]) : 0;
-            for (int piece = threadIdx.x; piece * 8 < a.inputs; piece += THREADS) {
-                if (KIND == 1 || KIND == 2) norm(a, token, piece, mean, inverse);
-                if (!GATHER) largest = larger_magnitude(largest, token[piece]);
+            constexpr bool STRAIGHT = GATHER && KIND == 0 && !ADD && STAGES > 0;  // gathers what was copied
+            if (!STRAIGHT) {
+                Piece other[PIECES];
+#pragma unroll
+                for (int k = 0; k < PIECES; k++) {
+                    token[k] = tokens.piece(slot, row, 0, threadIdx.x + k * THREADS);
+                    if (PARTS == 2) other[k] = tokens.piece(slot, row, 1, threadIdx.x + k * THREADS);
+                }
+#pragma unroll
+                for (int k = 0; k < PIECES; k++) {
+                    int piece = threadIdx.x + k * THREADS, count = a.inputs - piece * 8;
+                    if (KIND == 3) token[k] = gated(token[k], other[k]);
+                    if (ADD) {
+                        token[k] = add(token[k], other[k]);
+                        if (STAGES == 0) store_piece(token[k], a.residual, row * a.inputs + piece * 8, count);
+                        else if (count > 0)
+                            reinterpret_cast<Piece*>(static_cast<Element*>(a.residual) + row * a.inputs)[piece] = token[k];
+                    }
+                }
+                if (NORM) {
+                    float mean = 0, inverse = norm_scale(a, token, mean, scratch[parity]);
+                    if (!GATHER && WARPS > 1) fill_again();
+#pragma unroll
+                    for (int k = 0; k < PIECES; k++) token[k] = normed(token[k], mean, inverse, gain[k], shift[k]);
+                }
             }
 #if GATHER
-            token = gather(a, reinterpret_cast<const Element*>(token), largest);
+            if (!STRAIGHT) {
+#pragma unroll
+                for (int k = 0; k < PIECES; k++)
+                    if ((static_cast<int>(threadIdx.x) + k * THREADS) * 8 < a.inputs)
+                        tokens.part(slot, 0)[threadIdx.x + k * THREADS] = token[k];
+                fence_proxy_async();  // what is written here comes before what is copied here
+                __syncthreads();
+            }
+#pragma unroll
+            for (int k = 0; k < PIECES; k++) {
+                int piece = threadIdx.x + k * THREADS;
+                token[k] = piece * 8 < a.gathered ? gather(a, tokens.slot(slot), piece, gather_gain[k]) : zeros();
+            }
 #endif
-            float scale = block_largest(largest, scratch[parity][LARGEST]);
-            if (row_before >= 0) write_facts(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
-            scale = scale != 0 ? __fdiv_rn(scale, 127.0f) : 1.0f;
-            if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
-            float reciprocal = __fdiv_rn(1.0f, scale);
+#pragma unroll
+            for (int k = 0; k < PIECES; k++) largest = larger_magnitude(largest, token[k]);
+#if IN != 2
+            largest = max(largest & 0x7FFF, largest >> 16 & 0x7FFF);
+#endif
+            largest = largest_of_block(largest, scratch[parity][LARGEST]);
+            if (WARPS == 1) __syncwarp();
+            if (GATHER || !NORM || WARPS == 1) fill_again();
+            if (WARPS > 1 && row_before >= 0)
+                write_facts_of_warps(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
+            Rounding rounding = rounding_of(largest);
+            uint2 codes[PIECES];
             int sum = 0;
-            for (int piece = threadIdx.x; piece < (a.gathered + 127) / 128 * 16; piece += THREADS) {
-                float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-                if (piece * 8 < a.gathered) unpack(x, token[piece]);
-                uint2 codes = codes8(x, scale, reciprocal);
-                sum = __dp4a(static_cast<int>(codes.x), 0x01010101, __dp4a(static_cast<int>(codes.y), 0x01010101, sum));
-#if ROUTED == 1
-                for (int c = 0; c < a.choices; c++) {
-                    int target = a.position[row * a.choices + c];
-                    if (target >= 0) store_codes(a, target, piece * 8, codes);
-                }
-#else
-                store_codes(a, row, piece * 8, codes);
+#pragma unroll
+            for (int k = 0; k < PIECES; k++) {
+                codes[k] = codes_of(token[k], rounding);
+                sum = __dp4a(static_cast<int>(codes[k].x), 0x01010101, sum);
+                sum = __dp4a(static_cast<int>(codes[k].y), 0x01010101, sum);
+#if GATHER
+                codes[k] = in_order(codes[k]);
 #endif
             }
+#if ROUTED == 1
+            for (int c = 0; c < a.choices; c++) {
+                int target = a.position[row * a.choices + c];
+                if (target >= 0) store_codes(a, target, codes);
+            }
+#else
+            store_codes(a, row, codes);
+#endif
             sum = __reduce_add_sync(0xFFFFFFFF, sum);
-            if (threadIdx.x % 32 == 0) scratch[parity][SUM][threadIdx.x / 32] = static_cast<u32>(sum);
-            row_before = row, scale_before = scale, parity ^= 1;
+            if (WARPS == 1) write_facts(a, row, rounding.scale, sum);
+            else if (threadIdx.x % 32 == 0) scratch[parity][SUM][threadIdx.x / 32] = static_cast<u32>(sum);
+            row_before = row, scale_before = rounding.scale, parity ^= 1;
         }
-        if (STAGES > 0) {
-            fence_proxy_async();  // what was written in place comes before what is copied there
-            __syncthreads();
-            if (threadIdx.x == 0 && filling < a.items) tokens.copy(filling, slot), filling += stride;
-            if (++slot == SLOTS) slot = 0, phase ^= 1;
-        }
+        if (STAGES > 0 && ++slot == SLOTS) slot = 0, phase ^= 1;
     }
-    __syncthreads();
-    if (row_before >= 0) write_facts(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
+    if (WARPS > 1) {
+        __syncthreads();
+        if (row_before >= 0) write_facts_of_warps(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
+    }
 }

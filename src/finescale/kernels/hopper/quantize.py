@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3 * 1024
 """Shared memory of a block beside its tokens."""
-THREADS_AT_ONCE = 1280
-"""Of a multiprocessor."""
-PIECES_OF_A_THREAD = 4
+THREADS_AT_ONCE = 896
+"""Of a multiprocessor, which leaves each of them 72 registers."""
 KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
 IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -51,6 +50,7 @@ def run(
     position_TK: Tensor | None = None,
     rows: int = 0,
     gather: GatherTable | None = None,
+    block: Block | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 [B, slabs, 1024] (kernels/layout.py), token scales float32 [T], code sums int32 [T].
 
@@ -66,6 +66,7 @@ def run(
         position_TK: int32, the row of each choice of a token, negative for none.
         rows: a multiple of 8 that holds all of them.
         gather: what is rounded are channels made of those of x, so many that codes are wider or narrower than x.
+        block: how tokens are shared out, instead of as ``block_shape`` says.
 
     Raises:
         InputError: tokens too wide for the kernel.
@@ -89,6 +90,8 @@ def run(
         kind, residual_TI is not None, x_TI.dtype, items, inputs, multiprocessors_of(device.index),
         None if gather is None else gathered, routed, all(source.data_ptr() % 16 == 0 for source in sources),
     )  # fmt: skip
+    if block is not None:
+        used = Form(settings_of(kind, residual_TI is not None, x_TI.dtype, block, routed, gather is not None), block)
     function, grid = _loaded(used, items, device.index)
     block = used.block
     arguments = _Arguments(
@@ -145,22 +148,14 @@ def form(
     channels = inputs if gathered is None else gathered
     block = block_shape(
         max(-(-inputs // 8), -(-channels // 128) * 16),
-        -(-inputs // 8) * 8 * size * parts,
+        slot_bytes(inputs, parts, size, gathered is not None),
         0 if gathered is None else gather_bytes(gathered, size),
         items,
         multiprocessors,
-        aligned and inputs * size % 16 == 0,
+        aligned and inputs % 8 == 0,
+        pieces_of_a_thread(kind, gathered is not None, size),
     )
-    settings = (
-        ("KIND", KINDS[kind]),
-        ("ADD", int(add)),
-        ("IN", IN_TYPES[dtype]),
-        ("THREADS", block.threads),
-        ("STAGES", block.stages),
-        ("ROUTED", routed),
-        ("GATHER", int(gathered is not None)),
-    )
-    return Form(settings, block)
+    return Form(settings_of(kind, add, dtype, block, routed, gathered is not None), block)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -172,27 +167,60 @@ def _loaded(used: Form, items: int, device: int) -> tuple[int, int]:
     return function, min(items, multiprocessors_of(device) * blocks)
 
 
-def gather_fits(inputs: int, channels: int, size: int) -> bool:
-    """Whether tokens of ``inputs`` values of ``size`` bytes can be gathered to ``channels`` in the kernel."""
-    token_bytes = -(-inputs // 8) * 8 * size
-    return token_bytes + gather_bytes(channels, size) <= SHARED_BYTES - RESERVED_BYTES
+def settings_of(
+    kind: str, adds: bool, dtype: torch.dtype, block: Block, routed: int = 0, gathers: bool = False
+) -> tuple[tuple[str, int], ...]:
+    """What quantize.cu is compiled with."""
+    return (
+        ("KIND", KINDS[kind]),
+        ("ADD", int(adds)),
+        ("IN", IN_TYPES[dtype]),
+        ("THREADS", block.threads),
+        ("PIECES", block.pieces),
+        ("BLOCKS", block.blocks),
+        ("STAGES", block.stages),
+        ("ROUTED", routed),
+        ("GATHER", int(gathers)),
+    )
+
+
+def gather_fits(inputs: int, channels: int, size: int, parts: int = 1) -> bool:
+    """Whether the kernel can gather tokens of ``parts`` times ``inputs`` values of ``size`` bytes to ``channels``."""
+    # Places of 16-bit values in the token are 16-bit numbers of bytes.
+    fits = slot_bytes(inputs, parts, size, True) + gather_bytes(channels, size) <= SHARED_BYTES - RESERVED_BYTES
+    return fits and (size == 4 or 16 + 2 * inputs <= 2**16)
 
 
 def gather_bytes(channels: int, size: int) -> int:
-    """What was gathered, and its table: four bytes a channel, or eight where gains are float32."""
-    return -(-channels // 8) * 8 * size + channels * max(4, 2 * size)
+    """The table of where the inputs of channels lie in a token."""
+    return -(-channels // 8) * 8 * size
+
+
+def slot_bytes(inputs: int, parts: int, size: int, gathers: bool) -> int:
+    """A token in shared memory."""
+    return -(-inputs // 8) * 8 * size * parts + (16 if gathers else 0)
+
+
+def pieces_of_a_thread(kind: str, gathers: bool, size: int) -> int:
+    """Of 8 values, that a thread is to hold in registers; fewer where their gains and shifts are there too."""
+    return 2 if gathers or kind == "layer" or size == 4 else 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """Threads of a block, tokens it holds in shared memory (0 where threads load them), and bytes of that memory."""
+    """Threads of a block, pieces of 8 values that each of them has of a token, blocks that are to run on one
+    multiprocessor, tokens that a block's shared memory holds (0 where threads load them), bytes of that memory."""
 
     threads: int
+    pieces: int
+    blocks: int
     stages: int
     shared_bytes: int
 
 
-def block_shape(pieces: int, token_bytes: int, table_bytes: int, items: int, multiprocessors: int, bulk: bool) -> Block:
+def block_shape(
+    pieces: int, token_bytes: int, table_bytes: int, items: int, multiprocessors: int, bulk: bool, wanted: int
+) -> Block:
     """How tokens are shared out.
 
     Args:
@@ -202,6 +230,7 @@ def block_shape(pieces: int, token_bytes: int, table_bytes: int, items: int, mul
         items: tokens or rows.
         multiprocessors: of the GPU.
         bulk: rows lie so that bulk copies can fetch them.
+        wanted: pieces of a thread, where they suffice.
 
     Raises:
         InputError: a token does not fit into shared memory.
@@ -209,9 +238,9 @@ def block_shape(pieces: int, token_bytes: int, table_bytes: int, items: int, mul
     if token_bytes + table_bytes > SHARED_BYTES - RESERVED_BYTES:
         raise InputError(f"tokens of {8 * pieces} inputs are too wide for the fused quantizer.")
     if not bulk or items <= 2 * multiprocessors:  # one token after the other, or at once: nothing to fetch meanwhile
-        return Block(max(32, min(1024, -(-pieces // 32) * 32)), 0, token_bytes + table_bytes)
-    threads = max(64, min(1024, -(-pieces // (PIECES_OF_A_THREAD * 32)) * 32))
-    blocks = min(THREADS_AT_ONCE // threads, SHARED_BYTES // (2 * token_bytes + table_bytes + RESERVED_BYTES))
-    fitting = SHARED_BYTES // max(blocks, 1) - table_bytes - RESERVED_BYTES
-    stages = max(1, min(4, fitting // token_bytes))
-    return Block(threads, stages, stages * token_bytes + table_bytes)
+        threads = max(32, min(1024, -(-pieces // 32) * 32))
+        return Block(threads, -(-pieces // threads), 1, 0, token_bytes + table_bytes)
+    threads = max(32, min(1024, -(-pieces // (wanted * 32)) * 32))
+    blocks = min(32, max(1, THREADS_AT_ONCE // threads), SHARED_BYTES // (token_bytes + table_bytes + RESERVED_BYTES))
+    stages = max(1, min(4, (SHARED_BYTES // blocks - table_bytes - RESERVED_BYTES) // token_bytes))
+    return Block(threads, -(-pieces // threads), blocks, stages, stages * token_bytes + table_bytes)

@@ -39,7 +39,12 @@ __device__ __forceinline__ void unpack(float (&values)[8], const Piece& piece) {
 #else
     u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
+    for (int i = 0; i < 8; i++)
+#if IN == 0
+        values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000 : words[i / 2] << 16);
+#else
+        values[i] = to_float(static_cast<u16>(words[i / 2] >> (16 * (i % 2))));
+#endif
 #endif
 }
 
@@ -55,6 +60,56 @@ __device__ __forceinline__ Piece pack(const float (&values)[8]) {
         words[i] = IN == 0 ? pack_bf16(values[2 * i], values[2 * i + 1]) : pack_fp16(values[2 * i], values[2 * i + 1]);
     return make_uint4(words[0], words[1], words[2], words[3]);
 #endif
+}
+
+// Sums and products of all eight, each rounded.
+#if IN == 2
+__device__ __forceinline__ Piece add(const Piece& a, const Piece& b) {
+    float x[8], y[8];
+    unpack(x, a);
+    unpack(y, b);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = __fadd_rn(x[i], y[i]);
+    return pack(x);
+}
+__device__ __forceinline__ Piece multiply(const Piece& a, const Piece& b) {
+    float x[8], y[8];
+    unpack(x, a);
+    unpack(y, b);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], y[i]);
+    return pack(x);
+}
+#else
+__device__ __forceinline__ u32 add_pair(u32 a, u32 b) { return IN == 0 ? add_bf16s(a, b) : add_fp16s(a, b); }
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) { return IN == 0 ? multiply_bf16s(a, b) : multiply_fp16s(a, b); }
+__device__ __forceinline__ Piece add(const Piece& a, const Piece& b) {
+    return make_uint4(add_pair(a.x, b.x), add_pair(a.y, b.y), add_pair(a.z, b.z), add_pair(a.w, b.w));
+}
+__device__ __forceinline__ Piece multiply(const Piece& a, const Piece& b) {
+    return make_uint4(multiply_pair(a.x, b.x), multiply_pair(a.y, b.y), multiply_pair(a.z, b.z), multiply_pair(a.w, b.w));
+}
+#endif
+
+// The largest magnitude so far, as bits (of two halves where numbers have 16); a NaN is the largest of all.
+__device__ __forceinline__ u32 larger_magnitude(u32 largest, const Piece& piece) {
+#if IN == 2
+    float x[8];
+    unpack(x, piece);
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(x[i]) & 0x7FFFFFFF);
+    return largest;
+#else
+    u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) largest = IN == 0 ? larger_bf16s(largest, words[i]) : larger_fp16s(largest, words[i]);
+    return largest;
+#endif
+}
+
+__device__ __forceinline__ Piece zeros() {
+    const float none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    return pack(none);
 }
 
 // The `count` values from place `first` of a row on, if they are fewer than eight, and zeros.
