@@ -54,6 +54,30 @@ def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key, named):
     assert_sentence(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("opt", "model.decoder.layers.1.fc2.bias"),
+        ("mixtral", "model.layers.1.block_sparse_moe.gate.weight"),
+        ("llama", "model.layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_nan_in_what_the_last_block_keeps_stops_the_run(tiny, text, tmp_path, kind, key):
+    """No later block is fed with it: a bias, a router, a layer that the recipe leaves out."""
+    path = shutil.copytree(tiny(kind), tmp_path / "model")
+
+    def spoil(tensor):
+        tensor.view(-1)[7] = float("inf")
+        return tensor
+
+    change_tensor(path, key, spoil)
+    chosen = recipe("rtn", overrides=[{"pattern": "*.1.mlp.down_proj", "skip": True}])
+    with pytest.raises(NumericsError, match=key) as caught:
+        quantize(path, tmp_path / "out", chosen, text, allow_partial=True)
+    assert_sentence(str(caught.value))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_experts_with_too_few_tokens_are_named(tiny, text, tmp_path):
     """One short window cannot fill a 64 x 64 Hessian per expert: each such expert is solved, damped and reported."""
     path, out = tiny("mixtral"), tmp_path / "out"
@@ -166,6 +190,16 @@ def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, t
     monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(InputError, match="of memory") as caught:
         prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
+    assert_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_not_taken_for_numbers(tiny, text, tmp_path, dtype):
+    """Codes without their scales, as in a quantized file whose config lost its quantization_config."""
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    change_tensor(path, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.to(dtype))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight is stored as") as caught:
+        prepare(path, recipe(), tmp_path / "out", str(text))
     assert_sentence(str(caught.value))
 
 

@@ -365,3 +365,16 @@ def test_the_int32_product_itself_is_compared_with_int64(results, monkeypatch):
 
     monkeypatch.setattr(module, "grouped_int32_product", wrong)
     found(results / "integer", error=NumericsError, match="differs from int64")
+
+
+def test_weights_far_away_that_point_the_same_way_are_no_other_model(tiny):
+    """Solvers minimize the error of the outputs: at 2 bits the weights may move by more than their norm."""
+    from finescale.pipeline.verify import _Original
+
+    original, name = _Original(tiny("llama")), LAYER
+    weight_OI = original.source.read(name + ".weight")
+    noise_OI = torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(1)) * weight_OI.norm() / 78.4
+    assert original.relative_error(name, weight_OI + 1.05 * noise_OI) == pytest.approx(1.05, rel=0.1)
+    for other in (noise_OI, -weight_OI, weight_OI.roll(1, 0)):
+        with pytest.raises(CheckpointError, match="another model"):
+            original.relative_error(name, 1.05 * other)

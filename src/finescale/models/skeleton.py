@@ -21,6 +21,7 @@ from finescale.formats.source import SourceCheckpoint
 from finescale.models.experts import UnfusedExperts, unfuse_experts
 from finescale.models.families import Family, find_family
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FUSED_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
 
 
@@ -164,7 +165,7 @@ def check_tensors(skeleton: Skeleton) -> set[str]:
         The names in the checkpoint of all tensors that the model uses.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape than the config says.
+        CheckpointError: a tensor is missing, has another shape than the config says, or holds no plain floats.
     """
     head = skeleton.model.get_output_embeddings()
     tied = getattr(skeleton.model.config, "tie_word_embeddings", False)
@@ -243,6 +244,11 @@ def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> _Place:
         raise CheckpointError(
             f"{name} is {place.shape} in the checkpoint and {tuple(expected.shape)} by config.json; "
             "they do not belong together, download the model again."
+        )
+    dtype = skeleton.source.dtype(place.key)
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{name} is stored as {dtype}, as quantized weights are; give the model as float32, float16 or bfloat16."
         )
     return place
 

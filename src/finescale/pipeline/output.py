@@ -81,11 +81,17 @@ class Output:
         path = self.shard(None)
         if path.is_file():
             return
-        tensors = {key: self.skeleton.source.read(key) for key in self.keys_of(None)}
-        for key in check_tensors(self.skeleton) & set(tensors):
-            if not bool(torch.isfinite(tensors[key]).all()):
-                raise NumericsError(f"{key} holds NaN or Inf; repair or re-download the checkpoint.")
+        tensors = {key: self._copied(key) for key in self.keys_of(None)}
         write_shard(path, tensors | dict(changed() if changed else {}))
+
+    @cached_property
+    def _used(self) -> set[str]:
+        """Source tensors that the model reads: what else a checkpoint may hold is nobody's number."""
+        return check_tensors(self.skeleton)
+
+    def _copied(self, key: str) -> Tensor:
+        tensor = self.skeleton.source.read(key)
+        return _finite(key, tensor) if key in self._used else tensor
 
     def write_block(
         self,
@@ -95,13 +101,17 @@ class Output:
         inputs: Mapping[str, InputRule] | None = None,
     ) -> None:
         """One block: quantized layers packed, with what the ``inputs`` of each need; every other tensor byte for byte
-        under its own name, or as a transform ``changed`` it."""
+        under its own name, or as a transform ``changed`` it.
+
+        Raises:
+            NumericsError: a tensor that stays as it is holds NaN or Inf. In the last block no later one would show it.
+        """
         tensors: dict[str, Tensor] = {}
         solved = {plan.name: (plan, weight) for plan, weight in layers}
         fused = self._fused_keys(block, solved)
         for key in self.keys_of(block):
             if key.removesuffix(".weight") not in solved and key not in fused:
-                tensors[key] = self.skeleton.source.read(key)
+                tensors[key] = self._copied(key)
         for name, (plan, weight) in solved.items():
             packed = pack_layer(self.fmt, plan, weight)
             if self.fmt.name.startswith("gptq"):
@@ -124,7 +134,7 @@ class Output:
             if name not in solved and name + ".weight" not in self.skeleton.source:
                 value = read_tensor(self.skeleton, full + ".weight")
                 assert value is not None
-                tensors[name + ".weight"] = value
+                tensors[name + ".weight"] = _finite(name + ".weight", value)
         return tensors
 
     def _fused_keys(self, block: int, solved: Mapping[str, Any]) -> set[str]:
@@ -219,6 +229,12 @@ class Output:
                 key = checkpoint_key(self.skeleton, name + ".weight")
                 others.append(key.removesuffix(".weight") if key else name)
         return others
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericsError(f"{name} holds NaN or Inf; repair or re-download the checkpoint.")
+    return tensor
 
 
 def stored_facts(record: Mapping[str, Any]) -> dict[str, Any]:
