@@ -1,8 +1,9 @@
-"""Runs every family of Hopper kernels on small sizes under compute-sanitizer: memory errors and races.
+"""Runs every family of CUDA kernels on small sizes under compute-sanitizer: memory errors and races.
 
     python tools/sanitize_kernels.py --json benchmarks/results/sanitizer-h100.json
 
-Needs a Hopper GPU and compute-sanitizer of the CUDA toolkit. Every result is compared with the exact product too.
+Needs a Hopper GPU and compute-sanitizer of the CUDA toolkit. All cases run without it first, in several processes;
+that compiles their kernels and compares every result with an exact one; the sanitizer then finds them on disk.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from finescale.kernels.hopper.gemm import Variant
 
 TOOLS = ("memcheck", "racecheck")
@@ -32,156 +39,304 @@ SIZES = (
     (40, 264, 384, 32, False),
     (3, 70, 777, -1, False),
 )
+Case = tuple[str, Callable[[], None]]
 
 
-def products() -> Iterator[str]:
-    """Every variant at each size; says which, after comparing it with the exact product."""
+@dataclass(frozen=True)
+class Share:
+    """Part ``index`` of the cases, dealt out to ``count`` processes; none is begun after ``seconds``."""
+
+    index: int
+    count: int
+    seconds: float
+
+
+def product(variant: Variant, tokens: int, outputs: int, inputs: int, group_size: int, dtype: str = "bfloat16") -> None:
+    """A dense product with bias and scales of outputs; inputs are made on the CPU, which no sanitizer slows down."""
     import torch
 
     from finescale.kernels import layout
     from finescale.kernels.hopper import gemm
     from finescale.kernels.reference import grouped_int32_product
 
-    for tokens, outputs, inputs, group_size, folded in SIZES:
-        chosen = _chosen(tokens, group_size, folded)
-        groups = 1 if group_size == -1 else -(-inputs // group_size)
-        codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8, device="cuda")
-        scale_OG = torch.randint(1, 16, (outputs, groups), dtype=torch.int32, device="cuda")
-        x_TI = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8, device="cuda")
-        x_scale_T, x_sum_T = torch.ones(tokens, device="cuda"), x_TI.sum(1, dtype=torch.int32)
-        weight, packed_x = layout.pack_weight(codes_OI, scale_OG, group_size), layout.pack_tokens(x_TI)
-        sums_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, group_size)
-        for variant in chosen:
-            out_TO = gemm.run(
-                packed_x, x_scale_T, x_sum_T, weight, tokens, outputs, 1, None, torch.bfloat16, folded, variant
-            )
-            if not torch.equal(out_TO, sums_TO.float().bfloat16()):
-                raise SystemExit(f"{variant} is not exact at {tokens} x {outputs} x {inputs}.")
-            yield f"{variant} {tokens} x {outputs} x {inputs}"
+    groups = 1 if group_size == -1 else -(-inputs // group_size)
+    codes_OI = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
+    scale_OG = torch.randint(1, 16, (outputs, groups), dtype=torch.int32)
+    bits_OG = scale_OG.bfloat16().view(torch.int16).int() if variant.float_scales else scale_OG
+    x_TI = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8)
+    scale_T, own_O, bias_O = torch.rand(tokens) + 0.5, torch.rand(outputs), torch.randn(outputs)
+    expected_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, group_size).float() * (scale_T / 1024)[:, None]
+    out_dtype = getattr(torch, dtype)
+    out_TO = gemm.run(
+        layout.pack_tokens(x_TI).cuda(), scale_T.cuda(), x_TI.sum(1, dtype=torch.int32).cuda(),
+        layout.pack_weight(codes_OI, bits_OG, group_size).cuda(), tokens, outputs, 1024, bias_O.cuda(), out_dtype,
+        variant.folded, variant, own_O.cuda(),
+    ).cpu()  # fmt: skip
+    assert torch.equal(out_TO, (expected_TO * own_O + bias_O).to(out_dtype)), "the product is not exact"
 
 
-def _chosen(tokens: int, group_size: int, folded: bool) -> list[Variant]:
-    """Variants of each way to share out tiles, for blocks of up to two computing warpgroups."""
+def products() -> list[Case]:
+    """One variant of each way to share out tiles and of each width, at each size."""
+    from dataclasses import replace
+
     from finescale.kernels import layout
     from finescale.kernels.hopper import gemm
 
-    found = gemm.variants(tokens, layout.groups_in_block(group_size), folded, 0)
-    return [variant for variant in found if variant.warpgroups <= 2 and variant.split]
+    cases: list[Case] = []
+    for tokens, outputs, inputs, group_size, folded in SIZES:
+        for index, dtype in ((0, "bfloat16"), (1, "float16"), (2, "float32")):
+            found = gemm.variants(tokens, layout.groups_in_block(group_size), folded, index)
+            chosen = {(v.warpgroups, v.split, v.cluster): v for v in reversed(found)} | {v.tokens: v for v in found}
+            some = list(dict.fromkeys(chosen.values()))[index::3]
+            if dtype == "bfloat16" and not folded and group_size == 128:
+                some.append(replace(some[0], float_scales=True, cluster=1))
+            for variant in some:
+                run = partial(product, variant, tokens, outputs, inputs, group_size, dtype)
+                cases.append((f"{variant} {tokens} x {outputs} x {inputs}", run))
+    return cases
 
 
-def compile_all() -> None:
-    """Side by side, so that the sanitizer finds them on disk."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from finescale.kernels.jit import compile_source, source_text
-
-    chosen = {(v.settings(), v.headers()) for size in SIZES for v in _chosen(size[0], size[3], size[4])}
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), chosen))
-
-
-def quantizers() -> Iterator[str]:
-    """Every kind of activation quantizer."""
+def quantizer(
+    kind: str, adds: bool, tokens: int, inputs: int, dtype: str, gathers: bool = False, choices: int = 0
+) -> None:
+    """A quantizer of activations; codes may differ by one where sums in another order or another exponential may."""
     import torch
 
+    from finescale.grid import ActivationScheme, Gather, quantize_tokens
+    from finescale.kernels import layout
+    from finescale.kernels.gather import gather_table
     from finescale.kernels.hopper import quantize
+    from finescale.kernels.plain import before_rounding
 
-    for kind in quantize.KINDS:
-        for tokens, inputs in ((3, 777), (300, 1024)):
-            x_TI = torch.randn(tokens, inputs * (2 if kind == "silu" else 1), device="cuda").bfloat16()
-            norm = kind in ("rms", "layer")
-            gain_I = torch.ones(inputs, device="cuda").bfloat16() if norm else None
-            residual_TI = torch.zeros_like(x_TI) if norm else None
-            quantize.run(x_TI, kind, residual_TI, gain_I, None, 1e-5)
-            yield f"{kind} {tokens} x {inputs}"
+    kept, norm = getattr(torch, dtype), kind in ("rms", "layer")
+    x_TI = torch.randn(tokens, inputs * (2 if kind == "silu" else 1)).to(kept)
+    gain_I = torch.rand(inputs).to(kept) if norm else None
+    residual_TI = torch.randn(tokens, inputs).to(kept) if adds else None
+    index_KJ = torch.randint(0, inputs, (2, inputs + 10))
+    gather = Gather(index_KJ, torch.rand(2, inputs + 10) * torch.tensor([[1.0], [0.1]])) if gathers else None
+    y_TI = before_rounding(x_TI, kind, None if residual_TI is None else residual_TI.clone(), gain_I, None, 1e-5)
+    codes_TJ = quantize_tokens(gather.apply(y_TI) if gather else y_TI, ActivationScheme(8))[0]
+    position_TK = torch.arange(tokens * choices, dtype=torch.int32).reshape(tokens, choices) if choices else None
+    rows = -(-tokens * choices // 8) * 8
+    of_row = torch.arange(tokens).repeat_interleave(choices) if choices else torch.arange(tokens)
+    if choices and kind == "silu":  # rows of choices are given too
+        x_TI, codes_TJ = (torch.cat([t, t[:1].expand(rows - tokens, -1)]) for t in (x_TI, codes_TJ))
+        of_row = torch.arange(tokens)
+    given = [t if t is None else t.cuda() for t in (residual_TI, gain_I)]
+    table = gather_table(Gather(gather.index_KJ.cuda(), gather.gain_KJ.cuda())) if gather else None
+    packed = quantize.run(
+        x_TI.contiguous().cuda(), kind, *given, None, 1e-5, None if position_TK is None else position_TK.cuda(), rows,
+        table,
+    )[0]  # fmt: skip
+    got_TJ = layout.unpack_tokens(packed.cpu(), packed.shape[1] * 8, codes_TJ.shape[1])[: len(of_row)]
+    assert (got_TJ.int() - codes_TJ[of_row].int()).abs().max() <= 1, "codes are wrong"
 
 
-def mixtures() -> Iterator[str]:
-    """Whole feed-forwards of experts, and a grouped product in its narrowest and widest tiles."""
+def quantizers() -> list[Case]:
+    """Every kind, by loads and by bulk copies, of one warp and of many, gathered, and sorted by expert."""
+    cases: list[Case] = []
+    for kind, adds in (
+        ("plain", False), ("rms", False), ("rms", True), ("layer", False), ("layer", True), ("silu", False),
+    ):  # fmt: skip
+        sizes = ((3, 777, "bfloat16"), (300, 1024, "bfloat16"), (290, 232, "float16"), (270, 512, "float32"))
+        cases += [(f"{kind} {adds} {size}", partial(quantizer, kind, adds, *size)) for size in sizes]
+        if kind != "silu":
+            gathered = ((5, 520, "bfloat16"), (280, 1024, "float16"), (270, 264, "float32"))
+            cases += [
+                (f"{kind} {adds} {size} gathered", partial(quantizer, kind, adds, *size, True)) for size in gathered
+            ]
+    for kind in ("plain", "silu"):
+        for tokens in (20, 280):
+            choices = 2 if kind == "plain" else 1
+            run = partial(quantizer, kind, False, tokens, 512, "bfloat16", False, choices)
+            cases.append((f"{kind} of {tokens} tokens for experts", run))
+    return cases
+
+
+def mixture(tokens: int, folded: bool) -> None:
+    """A whole feed-forward of experts: routing, quantizers, both grouped products, the sum."""
+    import torch
+
+    from finescale.kernels import experts as moe
+
+    hidden, width, count, choices = 384, 200, 6, 2
+    layers = []
+    for outputs, inputs in ((2 * width, hidden), (hidden, width)):
+        codes = torch.randint(-8, 8, (count, outputs, inputs), dtype=torch.int8)
+        scales = torch.randint(1, 16, (count, outputs, -(-inputs // 64)), dtype=torch.int32)
+        layers.append(moe.pack_experts(list(codes), list(scales), torch.full((count, outputs), 1 / 4096), 64, folded))
+    x_TI = torch.randn(tokens, hidden).bfloat16()
+    expert_TK, weight_TK = torch.rand(tokens, count).topk(choices).indices, torch.rand(tokens, choices)
+    exact_TO = moe.exact_experts(x_TI, expert_TK, weight_TK, *layers).float()
+    there = [moe.PackedExperts(layer.packed.cuda(), layer.factor_EO.cuda(), layer.folded) for layer in layers]
+    out_TO = moe.w4a8_experts(x_TI.cuda(), expert_TK.cuda(), weight_TK.cuda(), *there).float().cpu()
+    assert (out_TO - exact_TO).abs().max() <= 0.01 * exact_TO.abs().max(), "experts are wrong"
+
+
+def grouped_product(variant: Variant, tokens: int, folded: bool) -> None:
+    """The grouped product in a given variant."""
     import torch
 
     from finescale.kernels import experts as moe
     from finescale.kernels.hopper import grouped
 
-    hidden, width, count, choices = 384, 200, 6, 2
-    for tokens, folded in ((3, False), (120, True)):
-        layers = []
-        for outputs, inputs in ((2 * width, hidden), (hidden, width)):
-            codes = torch.randint(-8, 8, (count, outputs, inputs), dtype=torch.int8, device="cuda")
-            scales = torch.randint(1, 16, (count, outputs, -(-inputs // 64)), dtype=torch.int32, device="cuda")
-            factor_EO = torch.full((count, outputs), 1 / 4096, device="cuda")
-            layers.append(moe.pack_experts(list(codes), list(scales), factor_EO, 64, folded))
-        x_TI = torch.randn(tokens, hidden, device="cuda").bfloat16()
-        expert_TK = torch.rand(tokens, count, device="cuda").topk(choices).indices
-        weight_TK = torch.rand(tokens, choices, device="cuda")
-        out_TO = moe.w4a8_experts(x_TI, expert_TK, weight_TK, *layers).float()
-        exact_TO = moe.exact_experts(x_TI, expert_TK, weight_TK, *layers).float()
-        if (out_TO - exact_TO).abs().max() > 0.01 * exact_TO.abs().max():
-            raise SystemExit(f"experts of {tokens} tokens are not those of the exact product.")
-        yield f"experts of {tokens} tokens"
-        position_TK, row_end_E = moe.route_tokens(expert_TK, count)
-        routed = moe.quantize_routed(x_TI, position_TK, "plain", count)
-        layer = layers[0]
-        found = grouped.variants(tokens, 2, folded, 0, count)
-        for variant in (found[0], found[-1]):
-            grouped.run(
-                *routed, row_end_E, layer.packed, layer.factor_EO, 2 * width, tokens, choices, torch.bfloat16, folded,
-                variant,
-            )  # fmt: skip
-            yield f"{variant} of {tokens} tokens"
+    count, choices, outputs, inputs = 6, 2, 400, 384
+    codes = torch.randint(-8, 8, (count, outputs, inputs), dtype=torch.int8)
+    scales = torch.randint(1, 16, (count, outputs, inputs // 64), dtype=torch.int32)
+    layer = moe.pack_experts(list(codes), list(scales), torch.full((count, outputs), 1 / 4096).cuda(), 64, folded)
+    expert_TK = torch.rand(tokens, count).topk(choices).indices
+    x_TI = torch.randn(tokens, inputs).bfloat16().cuda()
+    position_TK, row_end_E = moe.route_tokens(expert_TK.cuda(), count)
+    routed = moe.quantize_routed(x_TI, position_TK, "plain", count)
+    arguments = (*routed, row_end_E, layer.packed, layer.factor_EO, outputs, tokens, choices, torch.bfloat16, folded)
+    out_RO, other_RO = grouped.run(*arguments, variant), grouped.run(*arguments)
+    held = position_TK.flatten().long().cpu()
+    assert torch.equal(out_RO.cpu()[held], other_RO.cpu()[held]), "variants differ"
 
 
-def run_all(seconds: float) -> None:
-    """One of each family in turn, until the time is over."""
+def mixtures() -> list[Case]:
+    """Whole mixtures, and grouped products in their narrowest and widest tiles and each number of warpgroups."""
+    from finescale.kernels.hopper import grouped
+
+    cases: list[Case] = []
+    for tokens, folded in ((3, False), (120, True), (120, False)):
+        cases.append((f"experts of {tokens} tokens", partial(mixture, tokens, folded)))
+        found = grouped.variants(tokens, 2, folded, 0, 6)
+        chosen = dict.fromkeys([found[0], found[-1], *{v.warpgroups: v for v in found}.values()])
+        cases += [(f"{v} of {tokens} tokens", partial(grouped_product, v, tokens, folded)) for v in chosen]
+    return cases
+
+
+def sweep(rows: int, asymmetric: bool, outliers: bool, relaxed: bool, parts: bool) -> None:
+    """One batch of columns of QuantEase, against the same column by column."""
     import torch
 
-    torch.manual_seed(0)
-    start, families = time.monotonic(), [quantizers(), products(), mixtures()]
-    while families and time.monotonic() - start < seconds:
-        for family in list(families):
-            name = next(family, None)
-            if name is None:
-                families.remove(family)
-                continue
+    from finescale.solvers import cuda_sweep
+
+    columns, groups = 96, 3
+    beta_BO, current_BO = torch.randn(columns, rows), torch.randn(columns, rows)
+    inner_BW = torch.zeros(columns, cuda_sweep.WIDTH)
+    inner_BW[:, :columns] = 0.05 * torch.randn(columns, columns)
+    scale_GO = 0.1 + torch.rand(groups, rows)
+    zero_GO = torch.randint(0, 16, (groups, rows)).float() if asymmetric else None
+    group_B = torch.arange(columns, dtype=torch.int32) // 32
+    free_BO = torch.rand(columns, rows) < 0.1 if outliers else None
+    change = torch.zeros(3 * columns if parts else columns, rows, dtype=torch.float16 if parts else torch.float32)
+    given: list[Tensor | None] = [beta_BO, current_BO, change, inner_BW, scale_GO, zero_GO, group_B, free_BO]
+    there = [t if t is None else t.cuda() for t in given]
+    low, high = (0.0, 15.0) if asymmetric else (-8.0, 7.0)
+    cuda_sweep.quantease_batch(*there, low, high, relaxed)()  # type: ignore[arg-type]
+    assert there[1] is not None and torch.isfinite(there[1]).all(), "values are not finite"
+
+
+def sweeps() -> list[Case]:
+    """The solver's kernel in each of its forms."""
+    forms = (
+        (False, False, False, False), (True, False, False, False), (False, True, False, True),
+        (True, True, False, False), (False, False, True, False), (False, False, False, True),
+    )  # fmt: skip
+    return [(f"sweep of {rows} rows {form}", partial(sweep, rows, *form)) for rows in (100, 4300) for form in forms]
+
+
+def all_cases() -> list[Case]:
+    """Of each family in turn."""
+    mixed = chain.from_iterable(zip_longest(quantizers(), products(), mixtures(), sweeps()))
+    return [case for case in mixed if case is not None]
+
+
+def run_share(share: Share) -> None:
+    """Runs cases and says which."""
+    import torch
+
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    for name, run in all_cases()[share.index :: share.count]:
+        if time.monotonic() - start > share.seconds:
+            return
+        torch.manual_seed(0)
+        try:
+            run()
             torch.cuda.synchronize()
             print("ran", name, flush=True)
+        except Exception as error:  # whatever it is, the other cases come next
+            print(f"Error in {name}: {error!r}", flush=True)
 
 
-def sanitized(tool: str, checker: str, seconds: float) -> dict[str, object]:
-    """What a tool of compute-sanitizer says about `run_all`."""
-    command = [checker, "--tool", tool, sys.executable, str(Path(__file__).resolve()), "--run", f"--seconds={seconds}"]
+def started(checker: list[str], share: Share) -> subprocess.Popen[str]:
+    """A process that runs a share, under a sanitizer if ``checker`` is one."""
+    own = ["--run", str(share.index), str(share.count), str(share.seconds)]
     # Torch's pool would hide accesses beyond a tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    summary = re.findall(r"========= ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout)
-    found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    command = [*checker, sys.executable, str(Path(__file__).resolve()), *own]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def texts_of(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
+    """What processes print; those that are not through in time are ended."""
+    end, texts = time.monotonic() + seconds, []
+    for process in processes:
+        try:
+            texts.append(process.communicate(timeout=max(0.1, end - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what the sanitizer started
+            texts.append(process.communicate()[0] + "\nended: out of time\n")
+    return texts
+
+
+def summary_of(tool: str, texts: list[str], cases: int) -> dict[str, object]:
+    """Errors that a tool found in all shares, and the cases that were run."""
+    ran = [line[4:] for text in texts for line in text.splitlines() if line.startswith("ran ")]
+    summaries = [re.findall(r"========= ((?:ERROR|RACECHECK) SUMMARY: .*)", text) for text in texts]
+    messages = [line for text in texts for line in text.splitlines() if line.startswith("=========")]
+    failed = [line for text in texts for line in text.splitlines() if "Error" in line or line.startswith("ended")]
+    clean = all(len(s) == 1 and re.search(r": 0 (errors|hazards)", s[0]) for s in summaries)
     return {
         "tool": tool,
-        "summary": summary[-1] if summary else f"no summary, exit code {done.returncode}: {done.stderr[-500:]}",
-        "launches": done.stdout.count("\nran ") + done.stdout.startswith("ran "),
-        "first_messages": found[1:12] if summary and not re.search(r": 0 (errors|hazards)", summary[-1]) else [],
+        "clean": bool(clean and not failed),
+        "summaries": [s[-1] if s else "none" for s in summaries],
+        "cases_run": len(ran),
+        "cases": cases,
+        "failures": failed[:20],
+        "first_messages": [] if clean else [m for m in messages if "SUMMARY" not in m][:40],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--run", action="store_true", help="only run the kernels, without the sanitizer")
-    parser.add_argument("--seconds", type=float, default=1e9, help="for each tool; no kernel is begun after them")
+    parser.add_argument("--run", nargs=3, metavar=("INDEX", "COUNT", "SECONDS"), help="only run a share of the cases")
+    parser.add_argument("--list", action="store_true", help="only name the cases")
+    parser.add_argument("--seconds", type=float, default=600, help="for each tool; no case is begun after them")
+    parser.add_argument("--processes", type=int, default=2, help="of each tool; twice as many compile")
     options = parser.parse_args()
     if options.run:
-        return run_all(options.seconds)
+        return run_share(Share(int(options.run[0]), int(options.run[1]), float(options.run[2])))
+    if options.list:
+        return print("\n".join(name for name, _ in all_cases()))
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(checker).is_file():
         raise SystemExit("compute-sanitizer was not found; it comes with the CUDA toolkit.")
     import torch
 
-    compile_all()
-    results = [sanitized(tool, checker, options.seconds) for tool in TOOLS]
-    for result in results:
-        print(json.dumps(result, indent=1))
+    cases, start = len(all_cases()), time.monotonic()
+    many = max(2 * options.processes, min(16, (os.cpu_count() or 2) // 2))
+    plain = texts_of([started([], Share(i, many, options.seconds)) for i in range(many)], options.seconds + 30)
+    reports = [{**summary_of("none", plain, cases), "summaries": [], "clean": not any("Error" in t for t in plain)}]
+    print(
+        json.dumps(reports[0], indent=1), f"\ncompiled and compared after {time.monotonic() - start:.0f} s", flush=True
+    )
+    shares = [Share(i, options.processes, options.seconds) for i in range(options.processes)]
+    running = {tool: [started([checker, "--tool", tool], share) for share in shares] for tool in TOOLS}
+    for tool, processes in running.items():
+        reports.append(summary_of(tool, texts_of(processes, options.seconds + 30), cases))
+        print(json.dumps(reports[-1], indent=1), f"\nafter {time.monotonic() - start:.0f} s", flush=True)
     if options.json:
-        facts = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "sizes": SIZES, "results": results}
+        facts = {
+            "command": " ".join(["python tools/sanitize_kernels.py", *sys.argv[1:]]),
+            "gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "sizes": SIZES, "results": reports,
+        }  # fmt: skip
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
