@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from finescale.kernels.hopper.gemm import Variant
 
 TOOLS = ("memcheck", "racecheck")
@@ -122,12 +120,11 @@ def quantizer(
     if choices and kind == "silu":  # rows of choices are given too
         x_TI, codes_TJ = (torch.cat([t, t[:1].expand(rows - tokens, -1)]) for t in (x_TI, codes_TJ))
         of_row = torch.arange(tokens)
-    given = [t if t is None else t.cuda() for t in (residual_TI, gain_I)]
+    residual_TI, gain_I, position_TK = (None if t is None else t.cuda() for t in (residual_TI, gain_I, position_TK))
     table = gather_table(Gather(gather.index_KJ.cuda(), gather.gain_KJ.cuda())) if gather else None
     packed = quantize.run(
-        x_TI.contiguous().cuda(), kind, *given, None, 1e-5, None if position_TK is None else position_TK.cuda(), rows,
-        table,
-    )[0]  # fmt: skip
+        x_TI.contiguous().cuda(), kind, residual_TI, gain_I, None, 1e-5, position_TK, rows, gather=table
+    )[0]
     got_TJ = layout.unpack_tokens(packed.cpu(), packed.shape[1] * 8, codes_TJ.shape[1])[: len(of_row)]
     assert (got_TJ.int() - codes_TJ[of_row].int()).abs().max() <= 1, "codes are wrong"
 
@@ -188,8 +185,10 @@ def grouped_product(variant: Variant, tokens: int, folded: bool) -> None:
     x_TI = torch.randn(tokens, inputs).bfloat16().cuda()
     position_TK, row_end_E = moe.route_tokens(expert_TK.cuda(), count)
     routed = moe.quantize_routed(x_TI, position_TK, "plain", count)
-    arguments = (*routed, row_end_E, layer.packed, layer.factor_EO, outputs, tokens, choices, torch.bfloat16, folded)
-    out_RO, other_RO = grouped.run(*arguments, variant), grouped.run(*arguments)
+    product = partial(
+        grouped.run, *routed, row_end_E, layer.packed, layer.factor_EO, outputs, tokens, choices, torch.bfloat16, folded
+    )
+    out_RO, other_RO = product(variant), product()
     held = position_TK.flatten().long().cpu()
     assert torch.equal(out_RO.cpu()[held], other_RO.cpu()[held]), "variants differ"
 
@@ -208,7 +207,7 @@ def mixtures() -> list[Case]:
 
 
 def sweep(rows: int, asymmetric: bool, outliers: bool, relaxed: bool, parts: bool) -> None:
-    """One batch of columns of QuantEase, against the same column by column."""
+    """One batch of columns of QuantEase; that its values are right is what tests/solvers shows."""
     import torch
 
     from finescale.solvers import cuda_sweep
@@ -222,11 +221,14 @@ def sweep(rows: int, asymmetric: bool, outliers: bool, relaxed: bool, parts: boo
     group_B = torch.arange(columns, dtype=torch.int32) // 32
     free_BO = torch.rand(columns, rows) < 0.1 if outliers else None
     change = torch.zeros(3 * columns if parts else columns, rows, dtype=torch.float16 if parts else torch.float32)
-    given: list[Tensor | None] = [beta_BO, current_BO, change, inner_BW, scale_GO, zero_GO, group_B, free_BO]
-    there = [t if t is None else t.cuda() for t in given]
     low, high = (0.0, 15.0) if asymmetric else (-8.0, 7.0)
-    cuda_sweep.quantease_batch(*there, low, high, relaxed)()  # type: ignore[arg-type]
-    assert there[1] is not None and torch.isfinite(there[1]).all(), "values are not finite"
+    there_BO, zero_GO, free_BO = (None if t is None else t.cuda() for t in (current_BO, zero_GO, free_BO))
+    assert there_BO is not None
+    cuda_sweep.quantease_batch(
+        beta_BO.cuda(), there_BO, change.cuda(), inner_BW.cuda(), scale_GO.cuda(), zero_GO, group_B.cuda(), free_BO,
+        low, high, relaxed,
+    )()  # fmt: skip
+    assert torch.isfinite(there_BO).all(), "values are not finite"
 
 
 def sweeps() -> list[Case]:
