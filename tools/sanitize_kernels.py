@@ -184,9 +184,20 @@ def grouped_product(variant: Variant, tokens: int, folded: bool) -> None:
     expert_TK = torch.rand(tokens, count).topk(choices).indices
     x_TI = torch.randn(tokens, inputs).bfloat16().cuda()
     position_TK, row_end_E = moe.route_tokens(expert_TK.cuda(), count)
-    routed = moe.quantize_routed(x_TI, position_TK, "plain", count)
+    codes_R, scale_R, sum_R = moe.quantize_routed(x_TI, position_TK, "plain", count)
     product = partial(
-        grouped.run, *routed, row_end_E, layer.packed, layer.factor_EO, outputs, tokens, choices, torch.bfloat16, folded
+        grouped.run,
+        codes,
+        scale_R,
+        sum_R,
+        row_end_E,
+        layer.packed,
+        layer.factor_EO,
+        outputs,
+        tokens,
+        choices,
+        torch.bfloat16,
+        folded,
     )
     out_RO, other_RO = product(variant), product()
     held = position_TK.flatten().long().cpu()
