@@ -84,7 +84,8 @@ def write_quantized(folder: Path, config: dict[str, Any], form: str) -> dict[str
         linears |= {f"block_sparse_moe.experts.{expert}.{name}": shape for name, shape in names}
     if not experts:
         linears |= {f"mlp.{name}": shape for name, shape in feed_forward.items()}
-    tensors, facts = {}, {}
+    tensors: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for name, shape_OI in linears.items():
         stored, facts[name] = random_layer(shape_OI, form, device)
         tensors |= {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in stored.items()}
@@ -92,7 +93,8 @@ def write_quantized(folder: Path, config: dict[str, Any], form: str) -> dict[str
         tensors[f"{name}.weight"] = torch.rand(hidden).add_(0.5).bfloat16()
     if experts:
         tensors[f"{router}.weight"] = torch.randn(experts, hidden).mul_(0.1).bfloat16()
-    index, layers = {}, {}
+    index: dict[str, str] = {}
+    layers: dict[str, Any] = {}
     blocks = range(config["num_hidden_layers"])
     for block in blocks:
         prefix = f"model.layers.{block}."

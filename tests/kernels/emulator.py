@@ -10,7 +10,6 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 from finescale.kernels import launch as launching
 from finescale.kernels.hopper import gemm, quantize
@@ -74,8 +73,9 @@ def emulate(monkeypatch, multiprocessors: int) -> None:
     monkeypatch.setattr(gemm, "blocks_at_once", lambda device, cluster: multiprocessors // cluster * cluster)
     monkeypatch.setattr(gemm, "multiprocessors_of", lambda device: multiprocessors)
     monkeypatch.setattr(gemm, "capacity", lambda device: tuple((c, multiprocessors // c * c) for c in gemm.CLUSTERS))
-    monkeypatch.setattr(gemm.torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(gemm, "stream_of", lambda device: 0)
     monkeypatch.setattr(quantize, "blocks_on_multiprocessor", lambda function, threads, shared_bytes: 1)
     monkeypatch.setattr(quantize, "multiprocessors_of", lambda device: multiprocessors)
-    quantize._loaded.cache_clear()  # grids depend on the GPU
+    for kept in (quantize._plan, gemm._plan):  # depend on the GPU
+        kept.cache_clear()
     assert launching  # the real ones stay where they are

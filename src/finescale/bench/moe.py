@@ -33,8 +33,9 @@ from finescale.kernels import experts as moe
 from finescale.kernels import layout
 from finescale.kernels.experts import PackedExperts, pack_experts
 from finescale.kernels.hopper import grouped
-from finescale.kernels.hopper.gemm import Variant, multiprocessors_of
+from finescale.kernels.hopper.gemm import Variant
 from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.launch import multiprocessors_of
 from finescale.kernels.reference import grouped_int32_product
 
 TOKENS = (1, 16, 64, 256, 1024)

@@ -11,6 +11,38 @@ import torch
 
 from finescale.kernels.jit import CompileError, load_kernel
 
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+"""Of the driver's CUlaunchAttributeID."""
+_Pointer = ctypes.c_void_p * 1
+
+
+class _Attribute(ctypes.Structure):
+    """The driver's CUlaunchAttribute: an identifier, and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@functools.cache
+def _driver() -> Any:
+    """The CUDA driver's library. Called as C, for the Python objects of its bindings cost more than a launch does."""
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuOccupancyMaxActiveClusters.argtypes = [ctypes.c_void_p] * 3
+    return library
+
 
 def launch(
     function: int,
@@ -31,14 +63,16 @@ def launch(
     Raises:
         CompileError: the driver refuses the launch.
     """
-    from cuda.bindings import driver
-
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    config = _config(grid, threads, shared_bytes, cluster)
-    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    config = _config(grid, threads, shared_bytes, cluster, stream_of(device.index))
+    pointers = _Pointer(ctypes.addressof(arguments))
     # A function belongs to the context of its device, which must be the current one.
-    with torch.cuda.device(device):
-        _launched(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
+    if torch.cuda.current_device() == device.index:
+        status = _driver().cuLaunchKernelEx(config, function, pointers, None)
+    else:
+        with torch.cuda.device(device):
+            status = _driver().cuLaunchKernelEx(config, function, pointers, None)
+    if status != 0:
+        _refuse(status, "a kernel could not be launched")
 
 
 def prepared_launch(
@@ -50,47 +84,40 @@ def prepared_launch(
     Raises:
         CompileError: (the function) the driver refuses the launch.
     """
-    from cuda.bindings import driver
-
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    config = _new_config(grid, threads, shared_bytes, 1)
-    config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
-    address = ctypes.addressof(pointers)
+    config = _config(grid, threads, shared_bytes, 1, stream_of(device.index))
+    pointers = _Pointer(ctypes.addressof(arguments))
+    once_more = _driver().cuLaunchKernelEx
 
     def again(keep: tuple[Any, ...] = (pointers, arguments)) -> None:
-        _launched(driver.cuLaunchKernelEx(config, function, address, 0))
+        status = once_more(config, function, pointers, None)
+        if status != 0:
+            _refuse(status, "a kernel could not be launched")
 
     return again
 
 
-def _launched(result: tuple[Any]) -> None:
-    if int(result[0]) != 0:
-        raise CompileError(f"a kernel could not be launched: {result[0].name}.")
+def stream_of(device: int) -> int:
+    """Handle of torch's current stream on a device."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
-@functools.cache
-def _config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any:
-    return _new_config(grid, threads, shared_bytes, cluster)
-
-
-def _new_config(grid: int, threads: int, shared_bytes: int, cluster: int) -> Any:
+def _refuse(status: int, what: str) -> None:
     from cuda.bindings import driver
 
-    overlap = driver.CUlaunchAttribute()
-    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.value.programmaticStreamSerializationAllowed = 1
-    attributes = [overlap]
+    raise CompileError(f"{what}: {driver.CUresult(status).name}.")
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(grid: int, threads: int, shared_bytes: int, cluster: int, stream: int) -> Any:
+    """A reference to what the driver wants to know of a launch; never changed, since several threads may use it."""
+    attributes = (_Attribute * (1 if cluster == 1 else 2))()
+    attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
     if cluster > 1:
-        together = driver.CUlaunchAttribute()
-        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        together.value.clusterDim.x, together.value.clusterDim.y, together.value.clusterDim.z = cluster, 1, 1
-        attributes.append(together)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared_bytes
-    config.attrs, config.numAttrs = attributes, len(attributes)
-    return config
+        attributes[1].id = _CLUSTER_DIMENSION
+        attributes[1].value[:3] = cluster, 1, 1
+    config = _Config((grid, 1, 1), (threads, 1, 1), shared_bytes, stream, attributes, len(attributes))
+    return ctypes.byref(config)
 
 
 @functools.cache
@@ -114,12 +141,12 @@ def blocks_on_multiprocessor(function: int, threads: int, shared_bytes: int) -> 
 def blocks_at_once(device: int, cluster: int) -> int:
     """Blocks that fit on the GPU at once, one a multiprocessor, in clusters of ``cluster``; a multiple of it."""
     if cluster == 1:
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    from cuda.bindings import driver
-
+        return multiprocessors_of(device)
     shared_bytes = 200 * 1024
     function = load_kernel("capacity.cu", (), (), "fill_multiprocessor", device, shared_bytes)
-    status, clusters = driver.cuOccupancyMaxActiveClusters(function, _config(cluster, 384, shared_bytes, cluster))
-    if int(status) != 0:
-        raise CompileError(f"the GPU does not tell how many clusters of {cluster} blocks it runs: {status.name}.")
-    return int(clusters) * cluster
+    clusters = ctypes.c_int()
+    config = _config(cluster, 384, shared_bytes, cluster, stream_of(device))
+    status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
+    if status != 0:
+        _refuse(status, f"the GPU does not tell how many clusters of {cluster} blocks it runs")
+    return clusters.value * cluster

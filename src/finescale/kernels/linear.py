@@ -16,11 +16,29 @@ from finescale.kernels import plain
 from finescale.kernels.gather import GatherTable, quantize_gathered
 from finescale.kernels.hopper import gemm, quantize
 from finescale.kernels.layout import BLOCK, SLAB, TOKEN_SLAB, packed_tokens_shape
+from finescale.kernels.operators import operator
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.library.custom_op("finescale::quantize_tokens", mutates_args=("residual_TI",), device_types="cuda")
+def _empty_tokens(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x_TI.shape[0]
+    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
+    return (
+        x_TI.new_empty(packed_tokens_shape(tokens, inputs), dtype=torch.int8),
+        x_TI.new_empty(tokens, dtype=torch.float32),
+        x_TI.new_empty(tokens, dtype=torch.int32),
+    )
+
+
+@operator("quantize_tokens", _empty_tokens, mutates=("residual_TI",), cpu=plain.quantize_tokens)
 def quantize_tokens(
     x_TI: Tensor,
     kind: str,
@@ -73,25 +91,22 @@ def check_tokens(
             raise InputError(f"{name} is on {tensor.device}, the activations on {x_TI.device}.")
 
 
-@quantize_tokens.register_fake
-def _(
-    x_TI: Tensor,
-    kind: str,
-    residual_TI: Tensor | None,
-    gain_I: Tensor | None,
-    shift_I: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = x_TI.shape[0]
-    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
-    return (
-        x_TI.new_empty(packed_tokens_shape(tokens, inputs), dtype=torch.int8),
-        x_TI.new_empty(tokens, dtype=torch.float32),
-        x_TI.new_empty(tokens, dtype=torch.int32),
-    )
+def _empty_product(
+    codes: Tensor,
+    x_scale_T: Tensor,
+    x_sum_T: Tensor,
+    packed_weight: Tensor,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    outputs: int,
+    amplifier: int,
+    folded: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_scale_T.new_empty(x_scale_T.shape[0], outputs, dtype=out_dtype)
 
 
-@torch.library.custom_op("finescale::w4a8_product", mutates_args=(), device_types="cuda")
+@operator("w4a8_product", _empty_product, cpu=plain.w4a8_product)
 def w4a8_product(
     codes: Tensor,
     x_scale_T: Tensor,
@@ -156,26 +171,6 @@ def w4a8_product(
         folded,
         channel_scale_O=channel_scale_O,
     )
-
-
-@w4a8_product.register_fake
-def _(
-    codes: Tensor,
-    x_scale_T: Tensor,
-    x_sum_T: Tensor,
-    packed_weight: Tensor,
-    bias_O: Tensor | None,
-    channel_scale_O: Tensor | None,
-    outputs: int,
-    amplifier: int,
-    folded: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x_scale_T.new_empty(x_scale_T.shape[0], outputs, dtype=out_dtype)
-
-
-quantize_tokens.register_kernel("cpu")(plain.quantize_tokens)
-w4a8_product.register_kernel("cpu")(plain.w4a8_product)
 
 
 def w4a8_linear(

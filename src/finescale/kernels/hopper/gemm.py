@@ -8,13 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finescale.kernels.hopper.wgmma import wgmma_header
 from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of
+from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of, stream_of
 
 SHARED_BYTES = 227 * 1024
 CLUSTERS = (1, 2, 4)
@@ -183,7 +184,7 @@ def zeros_of(device: torch.device) -> Tensor:
 
     Large enough for any product, so that it never moves: CUDA graphs hold on to its address.
     """
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, stream_of(device.index))
     found = _workspaces.get(key)
     if found is None:
         size = COUNTERS + workspace_sums(multiprocessors_of(device.index))
@@ -264,9 +265,30 @@ def choose(tokens: int, outputs: int, blocks: int, groups: int, folded: bool, ou
 
 
 @functools.cache
-def _kernel(variant: Variant, device: int) -> int:
+def kernel_of(variant: Variant, device: int) -> int:
     """The compiled kernel; its texts are made once, for making them takes as long as a small product."""
     return load_kernel("gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device, variant.shared_bytes)
+
+
+class Plan(NamedTuple):
+    """What a product of a size needs to be launched: all that does not change from call to call."""
+
+    function: int
+    shares: Schedule
+    threads: int
+    shared_bytes: int
+    cluster: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    tokens: int, outputs: int, blocks: int, groups: int, folded: bool, out: int, device: int, variant: Variant | None
+) -> Plan:
+    fitting = capacity(device)
+    variant = variant or choose(tokens, outputs, blocks, groups, folded, out, fitting)
+    shares = schedule(variant, tokens, outputs, blocks, dict(fitting)[variant.cluster])
+    function, threads = kernel_of(variant, device), variant.warpgroups * 128 + 128
+    return Plan(function, shares, threads, variant.shared_bytes, variant.cluster)
 
 
 def run(
@@ -293,11 +315,8 @@ def run(
     out_TO = torch.empty(tokens, outputs, dtype=out_dtype, device=device)
     if tokens == 0 or outputs == 0:
         return out_TO
-    fitting = capacity(device.index)
-    variant = variant or choose(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], fitting)
-    shares = schedule(variant, tokens, outputs, blocks, dict(fitting)[variant.cluster])
-    workspace = zeros_of(device)
-    function = _kernel(variant, device.index)
+    plan = _plan(tokens, outputs, blocks, groups, folded, OUT_TYPES[out_dtype], device.index, variant)
+    shares, workspace = plan.shares, zeros_of(device).data_ptr()
     arguments = Arguments(
         packed_weight.data_ptr(),
         packed_x.data_ptr(),
@@ -306,8 +325,8 @@ def run(
         None if bias_O is None else bias_O.data_ptr(),
         None if channel_scale_O is None else channel_scale_O.data_ptr(),
         out_TO.data_ptr(),
-        workspace.data_ptr() + 4 * COUNTERS,
-        workspace.data_ptr(),
+        workspace + 4 * COUNTERS,
+        workspace,
         tokens,
         outputs,
         blocks,
@@ -319,6 +338,5 @@ def run(
         1.0 / amplifier,
         None,
     )
-    threads = variant.warpgroups * 128 + 128
-    launch(function, shares.grid, threads, variant.shared_bytes, arguments, device, variant.cluster)
+    launch(plan.function, shares.grid, plan.threads, plan.shared_bytes, arguments, device, plan.cluster)
     return out_TO

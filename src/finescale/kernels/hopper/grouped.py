@@ -19,11 +19,10 @@ from finescale.kernels.hopper.gemm import (
     OUT_TYPES,
     Arguments,
     Variant,
-    multiprocessors_of,
+    kernel_of,
     zeros_of,
 )
-from finescale.kernels.jit import load_kernel
-from finescale.kernels.launch import launch
+from finescale.kernels.launch import launch, multiprocessors_of
 
 WIDTHS = (8, 16, 32, 48, 64, 80, 96, 128)
 FOLDED_WIDTHS = (*WIDTHS, 144, 160, 192, 256)
@@ -155,9 +154,7 @@ def run(
     if variant is None:
         variant = ranked(expected, choices, experts, outputs, blocks, groups, folded, out, multiprocessors)[0]
     workspace = zeros_of(device)
-    function = load_kernel(
-        "gemm.cu", variant.settings(), variant.headers(), "w4a8_gemm", device.index, variant.shared_bytes
-    )
+    function = kernel_of(variant, device.index)
     active, token_tiles = expected_tiles(expected, choices, experts, variant.tokens)
     reused = token_tiles > 1.5 * active
     arguments = Arguments(

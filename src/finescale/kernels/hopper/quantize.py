@@ -84,16 +84,12 @@ def run(
     items = position_TK.numel() if position_TK is not None and by_row else tokens
     if items == 0:
         return codes, scale_T, sum_T
-    sources = [x_TI] if residual_TI is None else [x_TI, residual_TI]
+    aligned = x_TI.data_ptr() % 16 == 0 and (residual_TI is None or residual_TI.data_ptr() % 16 == 0)
     routed = 0 if position_TK is None else 1 + int(by_row)
-    used = form(
-        kind, residual_TI is not None, x_TI.dtype, items, inputs, multiprocessors_of(device.index),
-        None if gather is None else gathered, routed, all(source.data_ptr() % 16 == 0 for source in sources),
+    function, grid, threads, shared_bytes = _plan(
+        kind, residual_TI is not None, x_TI.dtype, items, inputs, device.index, None if gather is None else gathered,
+        routed, aligned, block,
     )  # fmt: skip
-    if block is not None:
-        used = Form(settings_of(kind, residual_TI is not None, x_TI.dtype, block, routed, gather is not None), block)
-    function, grid = _loaded(used, items, device.index)
-    block = used.block
     arguments = _Arguments(
         *(None if t is None else t.data_ptr() for t in (x_TI, residual_TI, gain_I, shift_I, codes, scale_T, sum_T)),
         None if position_TK is None else position_TK.data_ptr(),
@@ -105,7 +101,7 @@ def run(
         *((None,) * 5 if gather is None else (tensor.data_ptr() for tensor in gather.tensors())),
         gathered,
     )
-    launch(function, grid, block.threads, block.shared_bytes, arguments, device)
+    launch(function, grid, threads, shared_bytes, arguments, device)
     return codes, scale_T, sum_T
 
 
@@ -117,7 +113,6 @@ class Form:
     block: Block
 
 
-@functools.lru_cache(maxsize=4096)
 def form(
     kind: str,
     add: bool,
@@ -159,12 +154,27 @@ def form(
 
 
 @functools.lru_cache(maxsize=4096)
-def _loaded(used: Form, items: int, device: int) -> tuple[int, int]:
-    """The kernel of a form on a device, and its grid for so many tokens or rows."""
-    block = used.block
-    function = load_kernel("quantize.cu", used.settings, (), "quantize_tokens", device, block.shared_bytes)
-    blocks = blocks_on_multiprocessor(function, block.threads, block.shared_bytes)
-    return function, min(items, multiprocessors_of(device) * blocks)
+def _plan(
+    kind: str,
+    add: bool,
+    dtype: torch.dtype,
+    items: int,
+    inputs: int,
+    device: int,
+    gathered: int | None,
+    routed: int,
+    aligned: bool,
+    given: Block | None,
+) -> tuple[int, int, int, int]:
+    """The kernel of ``form`` on a device, its grid, threads of a block, and its shared memory."""
+    multiprocessors = multiprocessors_of(device)
+    used = form(kind, add, dtype, items, inputs, multiprocessors, gathered, routed, aligned)
+    if given is not None:
+        used = Form(settings_of(kind, add, dtype, given, routed, gathered is not None), given)
+    threads, shared_bytes = used.block.threads, used.block.shared_bytes
+    function = load_kernel("quantize.cu", used.settings, (), "quantize_tokens", device, shared_bytes)
+    grid = min(items, multiprocessors * blocks_on_multiprocessor(function, threads, shared_bytes))
+    return function, grid, threads, shared_bytes
 
 
 def settings_of(
