@@ -187,7 +187,7 @@ def grouped_product(variant: Variant, tokens: int, folded: bool) -> None:
     codes_R, scale_R, sum_R = moe.quantize_routed(x_TI, position_TK, "plain", count)
     product = partial(
         grouped.run,
-        codes,
+        codes_R,
         scale_R,
         sum_R,
         row_end_E,
