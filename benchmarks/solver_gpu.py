@@ -37,6 +37,11 @@ def show(row: dict[str, Any]) -> None:
     ratios = [f"{row[key]:.1f}" if key in row else "-" for key in RATIOS]
     base = row["quantease_objective"]
     errors = [f"{row[f'{key}_objective'] / base - 1:+.1e}" if f"{key}_objective" in row else "-" for key in COLUMNS[3:]]
+    for found in (row["objectives"], row.get("objectives_of_more_rows", {})):
+        for name, of in found.items():
+            print(f"{shape:>12} {of['rows']:>6} rows, objective of {name} over float32's less 1: "
+                  f"{of['over_float32'] - 1:+.1e} +- {of['noise']:.0e}, {of['rows_elsewhere']:.1%} of the rows ended "
+                  "elsewhere")  # fmt: skip
     print(f"{shape:>12} {row['rows_timed']:>6} " + " ".join(f"{cell:>12}" for cell in [*cells, *ratios, *errors]))
 
 

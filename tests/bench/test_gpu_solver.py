@@ -8,10 +8,13 @@ from finescale.bench.gpu_solver import (
     algorithm_2_seconds,
     bench_gpu_solver,
     check_against_oracle,
+    compare_objectives,
     large_layer,
     model_seconds,
+    row_objectives,
 )
 from finescale.grid import WeightScheme, fit_grid
+from finescale.solvers import find_solver
 
 
 def test_the_checks_pass_on_the_cpu():
@@ -28,7 +31,10 @@ def test_a_small_shape():
     for key in ("quantease", "quantease_3xfp16", "gptq", "quantease_gptq10_3xfp16", "algorithm_2"):
         assert row[f"{key}_seconds"] > 0
     assert row["quantease_3xfp16_objective"] == pytest.approx(row["quantease_objective"], rel=1e-3)
-    assert row["objective_other_blocks_over_float32"] == pytest.approx(1, rel=1e-2)
+    for objectives in (row["objectives"], row["objectives_of_more_rows"]):
+        assert set(objectives) == {"3xfp16", "other_blocks"}
+        assert all(found["over_float32"] == pytest.approx(1, rel=1e-2) for found in objectives.values())
+    assert row["objectives"]["3xfp16"]["rows"] == 32 and row["objectives_of_more_rows"]["3xfp16"]["rows"] == 16384
     assert row["speedup_over_algorithm_2_3xfp16"] == row["algorithm_2_seconds"] / row["quantease_3xfp16_seconds"]
     assert bench_gpu_solver("cpu", 1, -1, [(32, 64)])["skipped"] == [[32, 64]]
 
@@ -39,6 +45,25 @@ def test_the_layer_has_the_moments_it_says():
     assert float(torch.linalg.eigvalsh(hessian_II.double()).min()) > 0
     grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
     assert algorithm_2_seconds(weight_OI, hessian_II, grid, 64, "cpu") > 0
+
+
+def test_objectives_are_compared_row_by_row():
+    exact_O, other_O = torch.tensor([1.0, 1.0, 2.0, 4.0]).double(), torch.tensor([1.0, 1.0, 2.5, 3.9]).double()
+    found = compare_objectives(exact_O, other_O)
+    assert found["over_float32"] == pytest.approx(1.05) and found["rows_elsewhere"] == 0.5 and found["rows"] == 4
+    assert found["noise"] == pytest.approx(float(torch.tensor([0.0, 0.0, 0.5, -0.1]).std()) * 2 / 8)
+
+
+@pytest.mark.parametrize("kind", ["float32", "3xtf32", "3xfp16"])
+def test_objectives_equal_those_in_float64_up_to_the_noise_of_ties(kind):
+    weight_OI, hessian_II = large_layer(256, 512, "cpu")
+    grid, entry = fit_grid(weight_OI, WeightScheme(3, -1, False)), find_solver("quantease")
+    exact = entry.solve(weight_OI.double(), hessian_II.double(), grid, entry.options(sweeps=8)).weight
+    found = entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=8, products=kind)).weight
+    rows = [row_objectives(weight_OI, weight, hessian_II) for weight in (exact, found)]
+    facts = compare_objectives(*rows)
+    assert facts["rows_elsewhere"] < 0.03 and facts["noise"] < 1e-4
+    assert abs(facts["over_float32"] - 1) <= 1e-5 + 3 * facts["noise"]
 
 
 def test_whole_models_are_summed_over_their_layers():

@@ -39,6 +39,10 @@ FEW_SWEEPS = (10,)
 """Sweeps from GPTQ's solution, which need no relaxation."""
 FEW_OPERATIONS = 2e13
 """Up to here layers are solved once to warm up, and once more in other blocks."""
+ENOUGH_ROWS, MORE_ROWS = 4096, 16384
+"""Layers of fewer rows than the first are solved with so many once more, to compare objectives: where rounding leads
+one code of a row another way at a tie, the row ends in another local minimum, a percent better or worse, so that two
+solvers of any precision differ by that over the root of the number of such rows."""
 LARGEST_FACTOR = 32768
 """Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB."""
 CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
@@ -161,22 +165,52 @@ def algorithm_2_seconds(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, colum
     return product + loop * inputs / len(picked)
 
 
-def objective(weight_OI: Tensor, found: QuantizedWeight, hessian_II: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T), products in float32."""
+def row_objectives(weight_OI: Tensor, found: QuantizedWeight, hessian_II: Tensor) -> Tensor:
+    """(w - q) H (w - q)^T of each row, float64 [O]; products in float32."""
     difference_OI = weight_OI - found.dequantize()
     with tf32_products(False):
-        return float(((difference_OI @ hessian_II) * difference_OI).sum(dtype=torch.float64))
+        return ((difference_OI @ hessian_II) * difference_OI).sum(1, dtype=torch.float64)
 
 
-def _in_other_blocks(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, sweeps: int) -> float:
-    """The objective in float32 with sums in another order: how far rounding alone moves it."""
+def compare_objectives(exact_O: Tensor, other_O: Tensor) -> dict[str, float]:
+    """How the sums over rows compare: ``over_float32``, its standard error ``noise`` (rows are independent), and the
+    share of rows that ended elsewhere."""
+    difference_O = other_O - exact_O
+    total = float(exact_O.sum())
+    return {
+        "over_float32": 1 + float(difference_O.sum()) / total,
+        "noise": float(difference_O.std()) * exact_O.shape[0] ** 0.5 / total,
+        "rows_elsewhere": float((difference_O.abs() > 1e-4 * exact_O).double().mean()),
+        "rows": exact_O.shape[0],
+    }
+
+
+def compare_products(columns: int, sweeps: int, device: str) -> dict[str, dict[str, float]]:
+    """Objectives of ``MORE_ROWS`` rows, ``compare_objectives`` of each kind of products, and of float32 in other
+    blocks."""
+    weight_OI, hessian_II = large_layer(MORE_ROWS, columns, device)
+    grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
+
+    def solved(kind: str) -> Tensor:
+        entry = find_solver("quantease")
+        solution = entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=sweeps, products=kind))
+        return row_objectives(weight_OI, solution.weight, hessian_II)
+
+    exact_O = solved("float32")
+    others = {"other_blocks": _in_other_blocks(weight_OI, hessian_II, grid, sweeps)}
+    others |= {kind[1:]: solved(kind[1:]) for kind in KINDS[1:]}
+    return {name: compare_objectives(exact_O, other_O) for name, other_O in others.items()}
+
+
+def _in_other_blocks(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, sweeps: int) -> Tensor:
+    """The objectives in float32 with sums in another order: how far rounding alone moves them."""
     entry, before = find_solver("quantease"), descent.GPU_BLOCK
     try:
         descent.GPU_BLOCK = before // 2
         solution = entry.solve(weight_OI, hessian_II, grid, QuantEaseOptions(sweeps=sweeps))
     finally:
         descent.GPU_BLOCK = before
-    return objective(weight_OI, solution.weight, hessian_II)
+    return row_objectives(weight_OI, solution.weight, hessian_II)
 
 
 def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
@@ -198,6 +232,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
             few = {"sweeps": count, "start": "gptq", "relax_every": 0, "products": "3xfp16"}
             runs[f"quantease_gptq{count}_3xfp16"] = ("quantease", few)
     factor = rows / timed
+    objectives: dict[str, Tensor] = {}
     for label, (name, options) in runs.items():
         entry = find_solver(name)
         chosen = entry.options(**options)
@@ -205,7 +240,8 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
             entry.solve(weight_OI, hessian_II, grid, chosen)
         seconds, solution = seconds_of(lambda e=entry, c=chosen: e.solve(weight_OI, hessian_II, grid, c), device)  # type: ignore[misc]
         row[f"{label}_seconds"] = seconds * factor
-        row[f"{label}_objective"] = objective(weight_OI, solution.weight, hessian_II)
+        objectives[label] = row_objectives(weight_OI, solution.weight, hessian_II)
+        row[f"{label}_objective"] = float(objectives[label].sum())
         del solution
     if algorithm_2_columns and columns <= LARGEST_FACTOR:
         one = algorithm_2_seconds(weight_OI, hessian_II, grid, min(algorithm_2_columns, columns), device)
@@ -213,12 +249,13 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         row["algorithm_2_columns_timed"] = min(algorithm_2_columns, columns)
         for kind in KINDS:
             row[f"speedup_over_algorithm_2{kind}"] = row["algorithm_2_seconds"] / row[f"quantease{kind}_seconds"]
+    others = {f"quantease{kind}": objectives[f"quantease{kind}"] for kind in KINDS[1:]}
     if operations < FEW_OPERATIONS:
-        row["objective_other_blocks_over_float32"] = (
-            _in_other_blocks(weight_OI, hessian_II, grid, sweeps) / row["quantease_objective"]
-        )
-    for kind in KINDS[1:]:
-        row[f"objective{kind}_over_float32"] = row[f"quantease{kind}_objective"] / row["quantease_objective"]
+        others["other_blocks"] = _in_other_blocks(weight_OI, hessian_II, grid, sweeps)
+    row["objectives"] = {
+        name.removeprefix("quantease_"): compare_objectives(objectives["quantease"], other_O)
+        for name, other_O in others.items()
+    }
     if "gptq_seconds" in row:
         for kind in KINDS:
             row[f"quantease{kind}_over_gptq"] = row[f"quantease{kind}_seconds"] / row["gptq_seconds"]
@@ -287,7 +324,10 @@ def bench_gpu_solver(
         if time.perf_counter() - started > budget_seconds:
             result["skipped"].append([outputs, inputs])
             continue
-        result["rows"].append(time_shape(outputs, inputs, sweeps, device, algorithm_2_columns))
+        row = time_shape(outputs, inputs, sweeps, device, algorithm_2_columns)
+        if outputs < ENOUGH_ROWS:
+            row["objectives_of_more_rows"] = compare_products(inputs, sweeps, device)
+        result["rows"].append(row)
         result |= {"models": model_seconds(result["rows"]), "seconds": time.perf_counter() - started}
         if on_row is not None:
             on_row(result)
