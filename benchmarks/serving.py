@@ -118,7 +118,6 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
         # The first step is that of the prompts.
         result["profile"][str(batch)] = _profile(llm, lambda b=batch: seconds(b, PROMPT, 9), 1)  # type: ignore[misc]
         answer.write_text(json.dumps(result))
-    llm.llm_engine.engine_core.shutdown()
 
 
 def _machine() -> dict[str, Any]:
