@@ -193,6 +193,27 @@ def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, t
     assert_sentence(str(caught.value))
 
 
+def test_what_is_written_already_needs_no_disk_and_spilled_activations_do(tiny, text, tmp_path, monkeypatch):
+    """A run that goes on, or is complete, on a disk that has room for one result; --spill on one that has not more."""
+    from types import SimpleNamespace
+
+    import finescale.pipeline.plan as plan
+
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, recipe(), text)
+    needed = prepare(tiny("llama"), recipe(), tmp_path / "new", str(text)).output_bytes
+    enough = (16 << 20) + 1000
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=enough))
+    assert quantize(tiny("llama"), out, recipe(), text)["already_complete"]
+    (out / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match="GB free"):
+        prepare(tiny("llama"), recipe(), out, str(text))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(needed * 1.05) + enough))
+    prepare(tiny("llama"), recipe(), tmp_path / "new", str(text))
+    with pytest.raises(InputError, match="GB free"):
+        prepare(tiny("llama"), recipe(), tmp_path / "new", str(text), spill=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_weights_that_are_no_plain_floats_are_not_taken_for_numbers(tiny, text, tmp_path, dtype):
     """Codes without their scales, as in a quantized file whose config lost its quantization_config."""

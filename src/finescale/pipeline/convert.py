@@ -116,9 +116,9 @@ def convert(
         report = read_json(out / REPORT, "")
         check_files(out, report)
         return report | {"already_complete": True}
-    check_disk(out, quantized.source.total_bytes())
     copies = small_files(quantized.source.path)
     shards = sorted(set(quantized.source.files.values()))
+    check_disk(out, quantized.source.total_bytes(), [out / name for name in shards])
     with journal.locked():
         if fresh:
             clear_output(out)

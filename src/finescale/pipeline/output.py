@@ -42,6 +42,10 @@ class Output:
         number = 1 if block is None else block + 2
         return self.out / f"model-{number:05d}-of-{total:05d}.safetensors"
 
+    def shards(self) -> list[Path]:
+        """All files of tensors."""
+        return [self.shard(block) for block in (None, *range(self.skeleton.block_count))]
+
     @cached_property
     def _keys(self) -> dict[int | None, list[str]]:
         """Source tensors by the number of their block; None is everything outside the blocks."""
@@ -69,7 +73,7 @@ class Output:
 
     def file_names(self) -> list[str]:
         """Names of all files that make up the output, besides the report."""
-        shards = [self.shard(block).name for block in self._keys]
+        shards = [path.name for path in self.shards()]
         return [*shards, INDEX_NAME, "config.json", *(path.name for path in self._small_files())]
 
     def write_rest(self, changed: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
@@ -176,8 +180,7 @@ class Output:
 
         weight_map: dict[str, str] = {}
         total = 0
-        for block in (None, *range(self.skeleton.block_count)):
-            path = self.shard(block)
+        for path in self.shards():
             check_shard(path)
             total += path.stat().st_size
             with safe_open(path, framework="pt") as handle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,10 @@ def stored_bits(layer: LayerPlan, scale_dtype: torch.dtype) -> int:
     return rows * (columns * layer.scheme.bits + groups * (8 * scale_dtype.itemsize + zeros))
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """Raises InputError when the disk of ``out`` is too full for ``needed`` bytes."""
+def check_disk(out: Path, needed: int, files: Iterable[Path] = ()) -> None:
+    """Raises InputError when the disk of ``out`` is too full for ``needed`` bytes, those of ``files`` that an earlier
+    run has written already not counted."""
+    needed -= sum(path.stat().st_size for path in files if path.is_file())
     folder = next(path for path in (out, *out.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed * 1.05 + (16 << 20):
@@ -203,6 +206,11 @@ def check_disk(out: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; "
             "free some or choose another --out."
         )
+
+
+def hidden_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the hidden states of so many tokens."""
+    return int(skeleton.model.config.hidden_size) * tokens * dtype.itemsize
 
 
 def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
@@ -215,7 +223,7 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     widest, narrowest = max(inputs, default=0), min(inputs, default=0)
     # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes two in float64.
     hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + 16 * widest**2
-    hidden = skeleton.model.config.hidden_size * tokens * dtype.itemsize
+    hidden = hidden_bytes(skeleton, tokens, dtype)
     largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
     rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(
         p.numel() for p in block.parameters()

@@ -31,6 +31,7 @@ from finescale.pipeline.plan import (
     check_disk,
     check_memory,
     check_tensor_parallel,
+    hidden_bytes,
     make_plan,
     memory_bytes,
     output_bytes,
@@ -114,7 +115,8 @@ def prepare(
     scale_dtype = source.float_dtype()
     compute_dtype = torch.float32 if target.type == "cpu" else scale_dtype
     size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
-    check_disk(out, size)
+    spilled = hidden_bytes(skeleton, data.tokens_BT.numel(), compute_dtype) if spill else 0
+    check_disk(out, size + spilled, Output(skeleton, fmt, out).shards())
     memory = memory_bytes(skeleton, plan, 0 if spill else data.tokens_BT.numel() // ranks.count, compute_dtype)
     check_memory(memory * launch().local_count)
     facts = {
