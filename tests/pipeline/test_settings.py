@@ -180,6 +180,24 @@ def test_the_bound_is_that_of_the_activations_bits(tiny, text, tmp_path, bits, l
 # Overrides and share
 
 
+@pytest.mark.parametrize("override", [{"weights": {"bits": 8}}, {"activations": {"bits": 8}}, {"skip": True}])
+def test_an_override_that_matches_no_layer_is_refused(tiny, text, tmp_path, override):
+    for pattern in ("*.dwon_proj", "re:layers\\.[0-9]+\\.mlp\\.fc1$"):
+        chosen = recipe("rtn", overrides=[{"pattern": pattern} | override])
+        with pytest.raises(InputError, match="matches no layer") as caught:
+            prepare(tiny("llama"), chosen, tmp_path / "o", str(text))
+        assert_sentence(str(caught.value))
+        assert pattern in str(caught.value)
+
+
+def test_what_is_never_quantized_may_be_skipped_and_not_changed(tiny, text, tmp_path):
+    chosen = recipe(overrides=[{"pattern": "lm_head", "skip": True}])
+    assert len(prepare(tiny("llama"), chosen, tmp_path / "o", str(text)).plan.layers) == 14
+    with pytest.raises(InputError, match="lm_head"):
+        chosen = recipe(overrides=[{"pattern": "lm_head", "weights": {"bits": 8}}])
+        prepare(tiny("llama"), chosen, tmp_path / "o", str(text))
+
+
 def test_overrides_skip_and_change_layers(tiny, text, tmp_path):
     path, out = tiny("llama"), tmp_path / "out"
     overrides = [

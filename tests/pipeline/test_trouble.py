@@ -71,7 +71,8 @@ def test_nan_in_what_the_last_block_keeps_stops_the_run(tiny, text, tmp_path, ki
         return tensor
 
     change_tensor(path, key, spoil)
-    chosen = recipe("rtn", overrides=[{"pattern": "*.1.mlp.down_proj", "skip": True}])
+    overrides = [{"pattern": key.removesuffix(".weight"), "skip": True}] if "down_proj" in key else []
+    chosen = recipe("rtn", overrides=overrides)
     with pytest.raises(NumericsError, match=key) as caught:
         quantize(path, tmp_path / "out", chosen, text, allow_partial=True)
     assert_sentence(str(caught.value))
@@ -191,6 +192,15 @@ def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, t
     with pytest.raises(InputError, match="of memory") as caught:
         prepare(tiny("llama"), recipe(), tmp_path / "out", str(text))
     assert_sentence(str(caught.value))
+
+
+def test_blocks_beyond_the_config_are_noted(tiny, text, tmp_path):
+    """The file of a larger model with the config of a smaller one: transformers too would leave a block out."""
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = read_json(path / "config.json")
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (note,) = prepare(path, recipe(), tmp_path / "out", str(text)).notes
+    assert "no place for 7 weights" in note and "model.layers.1." in note
 
 
 def test_what_is_written_already_needs_no_disk_and_spilled_activations_do(tiny, text, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Memory is that of whatever is filled at the moment, never of the whole model.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,18 +168,34 @@ def check_tensors(skeleton: Skeleton) -> set[str]:
     Raises:
         CheckpointError: a tensor is missing, has another shape than the config says, or holds no plain floats.
     """
+    return {_checked(skeleton, name, parameter).key for name, parameter in _parameters(skeleton)}
+
+
+def used_tensors(skeleton: Skeleton) -> set[str]:
+    """The same names, whatever shapes transforms have given to the model's layers since."""
+    places = (_find(skeleton, name) for name, _ in _parameters(skeleton))
+    return {place.key for place in places if place is not None}
+
+
+def _parameters(skeleton: Skeleton) -> Iterator[tuple[str, Tensor]]:
+    """All parameters by name, but a tied head that the checkpoint does not hold."""
     head = skeleton.model.get_output_embeddings()
     tied = getattr(skeleton.model.config, "tie_word_embeddings", False)
-    keys = set()
     for prefix, module in skeleton.model.named_modules():
         for leaf, parameter in module._parameters.items():
-            if parameter is None:
-                continue
             name = f"{prefix}.{leaf}"
-            if module is head and tied and leaf == "weight" and checkpoint_key(skeleton, name) is None:
-                continue
-            keys.add(_checked(skeleton, name, parameter).key)
-    return keys
+            is_tied = module is head and tied and leaf == "weight"
+            if parameter is not None and not (is_tied and checkpoint_key(skeleton, name) is None):
+                yield name, parameter
+
+
+def unread_weights(skeleton: Skeleton, used: set[str]) -> list[str]:
+    """Weights in the checkpoint that the model by its config has no place for, such as a further block's."""
+    return [
+        key
+        for key in skeleton.source
+        if key.endswith(".weight") and key not in used and len(skeleton.source.shape(key)) > 1
+    ]
 
 
 def fill_module(skeleton: Skeleton, path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

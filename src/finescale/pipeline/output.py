@@ -18,7 +18,7 @@ from finescale.formats.registry import OWN_METHOD, Format
 from finescale.formats.source import INDEX_NAME, check_shard
 from finescale.grid import ActivationScheme, InputRule, QuantizedWeight
 from finescale.models import Skeleton
-from finescale.models.skeleton import check_tensors, checkpoint_key, layer_name, linear_modules, read_tensor
+from finescale.models.skeleton import checkpoint_key, layer_name, linear_modules, read_tensor, used_tensors
 from finescale.pipeline.journal import file_sha256, full_disk_explained, write_json, write_shard
 from finescale.pipeline.plan import LayerPlan, Plan
 from finescale.runtime.checkpoint import METADATA_VERSION
@@ -91,7 +91,7 @@ class Output:
     @cached_property
     def _used(self) -> set[str]:
         """Source tensors that the model reads: what else a checkpoint may hold is nobody's number."""
-        return check_tensors(self.skeleton)
+        return used_tensors(self.skeleton)
 
     def _copied(self, key: str) -> Tensor:
         tensor = self.skeleton.source.read(key)

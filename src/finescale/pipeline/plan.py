@@ -75,7 +75,8 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
     """Settle each layer's scheme.
 
     Raises:
-        InputError: nothing to quantize, too small a share, or a scheme that the format cannot hold.
+        InputError: nothing to quantize, too small a share, an override without a layer, or a scheme that the format
+            cannot hold.
     """
     if scattered_groups(recipe) and recipe.weights.group_size != -1 and not fmt.name.startswith("gptq"):
         raise InputError(
@@ -84,6 +85,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe, fmt: Format, allow_partial: bo
     if recipe.solver.options().keeps_outliers and fmt.name.startswith(("gptq", "awq")):
         raise InputError(f"{fmt.name} has no place for outliers; use --format compressed-tensors or dense.")
     drafts, skipped = _drafts(skeleton, recipe)
+    _check_overrides(skeleton, recipe, [*(name for _, _, name, *_ in drafts), *skipped])
     sizes, notes = _group_sizes(drafts)
     blocks: list[dict[str, LayerPlan]] = [{} for _ in range(skeleton.block_count)]
     for (index, path, name, shape_OI, transposed, part), size in zip(drafts, sizes, strict=True):
@@ -130,6 +132,18 @@ def _drafts(skeleton: Skeleton, recipe: Recipe) -> tuple[list[Any], list[str]]:
     if not drafts:
         raise InputError("no layer is left to quantize; check the recipe's overrides.")
     return drafts, skipped
+
+
+def _check_overrides(skeleton: Skeleton, recipe: Recipe, names: list[str]) -> None:
+    """Raises InputError for a pattern that matches no layer: a typing mistake would change the result unseen. What is
+    never quantized, such as the head, may be skipped once more."""
+    for override in recipe.overrides:
+        others = (name for name, _ in skeleton.model.named_modules()) if override.skip else ()
+        if not any(map(override.matches, names)) and not any(map(override.matches, others)):
+            raise InputError(
+                f"the pattern {override.pattern} of overrides matches no layer; correct it (layers are called "
+                f"{names[0]} and so on) or leave it out."
+            )
 
 
 def _group_sizes(drafts: list[Any]) -> tuple[list[int], list[str]]:

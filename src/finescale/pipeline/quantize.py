@@ -22,7 +22,7 @@ from finescale.formats.engines import engine_table
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import SourceCheckpoint, open_checkpoint, read_json
 from finescale.models import Skeleton, open_skeleton
-from finescale.models.skeleton import check_tensors
+from finescale.models.skeleton import check_tensors, unread_weights
 from finescale.pipeline import journal as journals
 from finescale.pipeline.facts import run_facts
 from finescale.pipeline.job import Job, Progress
@@ -104,7 +104,7 @@ def prepare(
     source = resolve_model(model)
     journals.check_apart(out, source.path)
     skeleton = open_skeleton(source, allow_unknown_family)
-    check_tensors(skeleton)
+    unread = unread_weights(skeleton, check_tensors(skeleton))
     turned = prepare_transforms(skeleton, recipe.transforms)
     if recipe.kv_cache is not None:
         check_kv_cache(skeleton.model)
@@ -112,6 +112,11 @@ def prepare(
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
     data, notes = _calibration(skeleton, recipe, calibration or BUILTIN, seed, tokens_T)
+    if unread:
+        notes += (
+            f"by its config.json the model has no place for {len(unread)} weights of the checkpoint "
+            f"({unread[0]}, ...): they are copied as they are",
+        )
     scale_dtype = source.float_dtype()
     compute_dtype = torch.float32 if target.type == "cpu" else scale_dtype
     size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
