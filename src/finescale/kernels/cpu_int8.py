@@ -140,10 +140,18 @@ def _by_digits(x_TI: Tensor, digit_DOI: Tensor) -> Tensor:
     return total if x_TI.shape[0] >= MANY_TOKENS else total.T
 
 
-def _quantize(x_TI: Tensor, code_max: int) -> tuple[Tensor, Tensor]:
-    """`quantize_tokens` in fewer calls: the same codes, the same scales but for tokens of zeros, where none counts."""
-    scale_T1 = x_TI.abs().amax(-1, keepdim=True).div_(code_max).clamp_(min=_TINY)
-    return (x_TI / scale_T1).round_().to(torch.int8), scale_T1
+def _quantize(x_TI: Tensor, code_max: int) -> tuple[Tensor, Tensor | float]:
+    """`quantize_tokens` in fewer calls: the same codes, the same scales but for tokens of zeros, where none counts.
+
+    The scale of a single token is a number: a float64 quotient that torch rounds to float32 is what a float32 division
+    gives.
+    """
+    scale: Tensor | float
+    if x_TI.shape[0] == 1:
+        scale = max(x_TI.abs().amax().item() / code_max, _TINY)
+    else:
+        scale = x_TI.abs().amax(-1, keepdim=True).div_(code_max).clamp_(min=_TINY)
+    return x_TI.div(scale).round_().to(torch.int8), scale
 
 
 torch.library.define(
@@ -173,9 +181,9 @@ def _linear(
             raise InputError(f"the {name} must be float32 [{outputs}].")
     if x_TI.shape[0] == 0 or outputs == 0:
         return x_TI.new_empty(x_TI.shape[0], outputs)
-    codes_TI, x_scale_T1 = _quantize(x_TI.float(), 2 ** (bits - 1) - 1)
-    # As in the reference: a power of two divides without rounding, then one conversion and one product.
-    out_TO = product(codes_TI, weight).to(torch.float32).mul_(x_scale_T1 if amplifier == 1 else x_scale_T1 / amplifier)
+    codes_TI, scale = _quantize(x_TI.float(), 2 ** (bits - 1) - 1)
+    # As in the reference: a power of two divides without rounding, then one conversion to float32 and one product.
+    out_TO = product(codes_TI, weight).mul(scale / amplifier)
     if channel_scale_O is not None:
         out_TO *= channel_scale_O
     if bias_O is not None:
