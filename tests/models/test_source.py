@@ -94,7 +94,9 @@ def test_a_shard_with_bytes_too_many(single):
 
 
 @pytest.mark.parametrize(
-    "header", [b"not json", b"[1, 2]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": []}}']
+    "header",
+    [b"not json", b"[1, 2]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": []}}', b"[" * 100_000],
+    ids=range(6),
 )
 def test_a_damaged_header(single, header):
     (single / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
@@ -149,7 +151,7 @@ def test_a_damaged_index(sharded, value):
     refused(sharded)
 
 
-@pytest.mark.parametrize("value", ["{", "[]", "3"])
+@pytest.mark.parametrize("value", ["{", "[]", "3", "[" * 100_000], ids=range(4))
 def test_a_damaged_config(single, value):
     (single / "config.json").write_text(value)
     refused(single)
@@ -192,6 +194,35 @@ def test_fingerprint_notices_another_model(single, tiny):
     data[-1] ^= 1
     file.write_bytes(data)
     assert open_checkpoint(single).fingerprint() != before
+
+
+def test_fingerprint_notices_a_tensor_in_the_middle_of_a_large_file(single):
+    """A merged adapter changes some attention layers, and neither the embeddings nor the last norm."""
+    tensors = {name: torch.zeros(1 << 19) for name in "abcde"}
+    save_file(tensors, single / "model.safetensors")
+    before = open_checkpoint(single).fingerprint()
+    save_file(tensors | {"c": torch.full((1 << 19,), 1e-3)}, single / "model.safetensors")
+    after = open_checkpoint(single).fingerprint()
+    assert after != before
+    save_file(tensors, single / "model.safetensors")
+    assert open_checkpoint(single).fingerprint() == before
+
+
+def test_gguf_files_of_one_name_and_size_are_told_apart(tmp_path, monkeypatch):
+    """Two models of one shape, quantized alike: unpacked to one folder, the second would be the first."""
+    from finescale.formats import gguf
+
+    monkeypatch.setattr(gguf, "unpack_gguf", lambda file, folder: folder)
+    data = bytearray(b"GGUF" + bytes(2_000_000))
+    folders = []
+    for place in (0, 1_000_000):
+        file = tmp_path / str(place) / "model-q4_0.gguf"
+        file.parent.mkdir()
+        data[place : place + 20_000] = b"x" * 20_000
+        file.write_bytes(data)
+        folders.append(gguf.local_folder(file))
+        assert gguf.local_folder(file) == folders[-1]
+    assert folders[0] != folders[1]
 
 
 def test_check_shard_follows_links(single, tmp_path):

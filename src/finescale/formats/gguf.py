@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
 from contextlib import redirect_stderr, suppress
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 
 from finescale.errors import InputError
+
+_PIECES = 256
+"""Places of a GGUF file that are looked at to tell it from others."""
 
 
 def is_gguf(model: str | Path) -> bool:
@@ -66,4 +70,15 @@ def local_folder(model: str | Path) -> str | Path:
     file = Path(model).expanduser()
     if not file.is_file():
         raise InputError(f"{file} does not exist; check the path.")
-    return unpack_gguf(file, Path.home() / ".cache" / "finescale" / f"{file.stem}-{file.stat().st_size}")
+    return unpack_gguf(file, Path.home() / ".cache" / "finescale" / f"{file.stem}-{_mark(file)}")
+
+
+def _mark(file: Path) -> str:
+    """A hash of the file's size and pieces: models of one shape have files of one size, often of one name too."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for piece in range(_PIECES):
+            stream.seek(size * piece // _PIECES)
+            digest.update(stream.read(4096))
+    return digest.hexdigest()[:16]

@@ -22,6 +22,8 @@ SINGLE_NAME = "model.safetensors"
 ALLOWED_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
 _OPEN_FILES = 2
 """Mapped at a time; what was read of a mapped file counts as memory of the process."""
+_PIECE = 4096
+"""Bytes of each tensor that the fingerprint looks at, out of its middle."""
 
 
 @dataclass
@@ -88,16 +90,19 @@ class SourceCheckpoint:
         return sum((self.path / file).stat().st_size for file in set(self.files.values()))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config and each shard's header, size and both ends: enough to notice another model."""
+        """SHA-256 over the config and each shard's size, header and a piece of every tensor: enough to notice another
+        model, also one of which few layers were trained further."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted(set(self.files.values())):
             path = self.path / file
-            size = path.stat().st_size
-            digest.update(f"{file}:{size}".encode())
+            digest.update(f"{file}:{path.stat().st_size}".encode())
+            header, ends = _read_header(path)
+            digest.update(header)
             with path.open("rb") as stream:
-                digest.update(stream.read(1 << 20))
-                stream.seek(max(0, size - (1 << 20)))
-                digest.update(stream.read(1 << 20))
+                for begin, end in ends:
+                    middle = (begin + end) // 2
+                    stream.seek(max(begin, middle - _PIECE // 2))
+                    digest.update(stream.read(min(_PIECE, end - begin)))
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -178,7 +183,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         raise InputError(missing)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; download it again.")
@@ -213,24 +218,33 @@ def _tensor_files(path: Path, name: str) -> dict[str, str]:
 def check_shard(path: Path) -> None:
     """Raises CheckpointError unless the file is as long as its safetensors header says."""
     size = path.stat().st_size
+    header, ends = _read_header(path)
+    expected = max((end for _, end in ends), default=8 + len(header))
+    if size != expected:
+        raise CheckpointError(
+            f"{path.name} has {size} bytes where its header promises {expected}; it is truncated, download it again."
+        )
+
+
+def _read_header(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    """A safetensors file's header, and where its tensors begin and end in the file, in order.
+
+    Raises:
+        CheckpointError: it is cut off, or not a safetensors file's.
+    """
+    size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 < length <= size - 8:
             raise CheckpointError(f"{path.name} is truncated or not a safetensors file; download it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path.name} has a damaged header; download it again.") from error
+        header = stream.read(length)
     try:
-        entries = [value for key, value in header.items() if key != "__metadata__"]
-        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        entries = [value for key, value in json.loads(header).items() if key != "__metadata__"]
+        offsets = sorted((int(begin), int(end)) for begin, end in (entry["data_offsets"] for entry in entries))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} has a damaged header; download it again.") from error
-    if size != expected:
-        raise CheckpointError(
-            f"{path.name} has {size} bytes where its header promises {expected}; it is truncated, download it again."
-        )
+    return header, [(8 + length + begin, 8 + length + end) for begin, end in offsets]
 
 
 def _open_file(path: Path) -> Any:
