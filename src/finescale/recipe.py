@@ -339,7 +339,11 @@ class Recipe(_Part):
     @classmethod
     def from_file(cls, path: Path) -> Recipe:
         """A recipe from a YAML file."""
-        return cls.from_dict({"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        return cls.from_dict({"name": path.stem} | _read_yaml(text, str(path)), str(path))
 
     @classmethod
     def named(cls, name: str) -> Recipe:
@@ -408,7 +412,7 @@ def _only_tuner(value: Any) -> Any:
 def _read_yaml(text: str, origin: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{origin} is not valid YAML ({str(error).splitlines()[0]}).") from error
     if not isinstance(values, dict):
         raise InputError(f"{origin} must hold keys and values, such as weights: {{bits: 4}}.")

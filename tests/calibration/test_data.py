@@ -114,6 +114,19 @@ def test_jsonl_errors_name_the_line(tmp_path, line):
     assert_sentence(str(caught.value))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n{"text": "you"}')
+    assert read_text(str(tmp_path / "a.txt")) == "hello"
+    assert read_text(str(tmp_path / "a.jsonl")) == "hello\n\nyou"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_torch_has_no_place_for(seed):
+    with pytest.raises(InputError, match="--seed"):
+        calibration_windows(torch.arange(100), 2, 8, seed, "a.txt")
+
+
 def test_not_utf8(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"caf\xe9 au lait")

@@ -108,6 +108,10 @@ def test_a_recipe_file(cli, tiny, text, tmp_path):
         (("--recipe", "gptq", "--format", "papyrus"), ["papyrus", "awq"]),
         (("--recipe", "gptq", "--samples", "100000"), ["--samples"]),
         (("--recipe", "gptq", "--samples", "0"), ["samples"]),
+        (("--recipe", "gptq", "--seed", "-1"), ["--seed"]),
+        (("--recipe", "gptq", "--seed", "18446744073709551616"), ["--seed"]),
+        (("--recipe", "gptq", "--device", "cuda:99"), ["--device"]),
+        (("--recipe", "gptq", "--tp", "0"), ["--tp"]),
         (("--recipe", "gptq", "--length", "512"), ["256 positions"]),
         (("--recipe", "gptq", "--calibration", "no-such-text.txt"), ["no-such-text.txt"]),
         (("--recipe", "gptq", "--device", "warp"), ["--device"]),
@@ -146,6 +150,12 @@ def test_models_that_cannot_be_quantized(cli, tiny, text, tmp_path, result):
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "a").write_text("x")
     refused(cli("quantize", tiny("llama"), "--recipe", "rtn", "--out", tmp_path / "busy"), "did not write")
+
+
+def test_a_recipe_file_in_another_encoding(cli, tiny, text, tmp_path):
+    (tmp_path / "r.yaml").write_bytes("description: Straße".encode("latin-1"))
+    answer = cli("quantize", tiny("llama"), "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    refused(answer, "r.yaml", "not UTF-8")
 
 
 def test_a_bad_line_of_jsonl_is_named(cli, tiny, tmp_path):
@@ -219,6 +229,11 @@ def test_verify_claims_no_more_of_dense_weights_than_it_can_prove(cli, tiny, tex
     assert code == 0 and "lie on grids" in stdout and "codes and scales as computed" not in stdout
 
 
+@pytest.mark.parametrize("amplifier", ["²", "1e3", "", "-1"])
+def test_convert_refuses(cli, result, tmp_path, amplifier):
+    refused(cli("convert", result, "--out", tmp_path / "out", "--amplifier", amplifier), "--amplifier")
+
+
 def test_convert(cli, tiny, text, tmp_path):
     quantize(tiny("llama"), tmp_path / "model", recipe("rtn", 4, 32, weights={"symmetric": True}), text)
     code, stdout, _ = cli("convert", tmp_path / "model", "--out", tmp_path / "out", "--json", tmp_path / "r.json")
@@ -276,6 +291,7 @@ def test_evaluate_uses_the_whole_text_and_the_models_length(cli, tiny, tmp_path)
         (("--windows", "99999"), ["--windows"]),
         (("--windows", "0"), ["at least 1"]),
         (("--length", "1"), ["at least 2"]),
+        (("--length", "0"), ["at least 2"]),
         (("--length", "100000"), ["256 positions"]),
         (("--dtype", "int3"), ["--dtype"]),
         (("--device", "warp"), ["--device"]),
@@ -341,13 +357,18 @@ def test_the_machines_own_errors_are_one_sentence(cli, tiny, result, tmp_path):
     assert code == 1 and err.startswith("Error: ") and "Traceback" not in err and len(err.strip().splitlines()) == 1
 
 
-def test_interrupt_says_how_to_go_on(cli, monkeypatch):
-    def interrupted():
+def test_interrupt_says_how_to_go_on(cli, tiny, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a command, through typer, which has a way of its own to end."""
+
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("finescale.pipeline.quantize.prepare", interrupted)
+    code, _, err = cli("quantize", tiny("llama"), "--recipe", "gptq", "--out", tmp_path / "out")
+    assert code == 130 and err.count("same command again") == 1
     monkeypatch.setattr(entry, "app", interrupted)
     code, _, err = cli("quantize")
-    assert code == 130 and "same command again" in err
+    assert code == 130 and err.count("same command again") == 1
 
 
 def test_a_defect_is_not_hidden(cli, monkeypatch):

@@ -1,5 +1,6 @@
 """Perplexity, KL and agreement against the plainest possible computation."""
 
+import json
 import math
 import shutil
 
@@ -155,7 +156,21 @@ def test_evaluate_refuses(tiny, text, tmp_path):
     assert_sentence(str(caught.value))
 
 
-def test_a_damaged_model_has_infinite_perplexity_not_an_exception(tiny, text, tmp_path):
+def test_a_damaged_model_has_a_huge_perplexity_not_an_exception(tiny, text, tmp_path):
     path = shutil.copytree(tiny("llama"), tmp_path / "model")
     change_tensor(path, "lm_head.weight", lambda tensor: tensor * 1e4)
-    assert finescale.evaluate(path, str(text), windows=1, length=60).perplexity == math.inf
+    result = finescale.evaluate(path, str(text), windows=1, length=60, against=tiny("llama"))
+    assert 1e300 < result.perplexity < math.inf
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("spoiled", "words"), [("model", "the model puts out"), ("original", "the original puts out")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_numbers_that_are_none_are_not_averaged(tiny, value, spoiled, words):
+    """An original that excludes a token makes the divergence infinite, or NaN where both do."""
+    models = {name: make_model("llama") for name in ("model", "original")}
+    models[spoiled].lm_head.bias = torch.nn.Parameter(torch.zeros(300))
+    models[spoiled].lm_head.bias.data[int(TOKENS_T[5])] = value
+    with pytest.raises(NumericsError, match=words) as caught:
+        evaluate_windows(models["model"], TOKENS_T[None, :20], models["original"])
+    assert_sentence(str(caught.value))

@@ -132,3 +132,11 @@ def test_what_is_not_there(tmp_path):
 def test_devices(tiny, device):
     with pytest.raises(InputError, match="--device"):
         load(tiny("llama"), device=device)
+
+
+def test_a_device_beyond_the_last(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="cuda:0 to cuda:1") as caught:
+        load(tiny("llama"), device="cuda:2")
+    assert_sentence(str(caught.value))

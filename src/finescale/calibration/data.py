@@ -86,7 +86,7 @@ def read_text(source: str) -> str:
             raise InputError(f"the text {source} does not exist or is a folder; give a plain text or jsonl file.")
         return _hub_text(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     return _jsonl_text(text, source) if path.suffix == ".jsonl" else text
@@ -100,7 +100,7 @@ def _jsonl_text(text: str, source: str) -> str:
             continue
         try:
             document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{source}, line {number}: each line must be an object with a field text.") from error
         if not isinstance(document, str):
             raise InputError(f"{source}, line {number}: the field text must be a string.")
@@ -141,8 +141,10 @@ def calibration_windows(tokens_T: Tensor, samples: int, length: int, seed: int, 
     """``samples`` non-overlapping windows of ``length`` tokens, chosen by ``seed``, in the order of the text.
 
     Raises:
-        InputError: the text is too short.
+        InputError: the text is too short, or a seed that torch has no place for.
     """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is {seed}; use a whole number from 0 to 2^63 - 1.")
     available = tokens_T.shape[0] // length
     if available < samples:
         raise InputError(

@@ -28,9 +28,9 @@ def convert(
     from finescale.errors import InputError
     from finescale.pipeline.convert import convert as run_conversion
 
-    if amplifier not in ("auto", "heuristic") and not amplifier.isdigit():
+    if amplifier not in ("auto", "heuristic") and not amplifier.isdecimal():
         raise InputError(f"--amplifier is {amplifier}; use auto, heuristic or a power of two such as 1024.")
-    value = int(amplifier) if amplifier.isdigit() else amplifier
+    value = int(amplifier) if amplifier.isdecimal() else amplifier
     with progress_bar("files") as update:
         report = run_conversion(folder, out, value, round_again, fresh, update, folded)  # type: ignore[arg-type]
     layers = report["layers"]

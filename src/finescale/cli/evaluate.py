@@ -106,7 +106,7 @@ def _perplexity(
             loaded,
             text,
             windows=windows,
-            length=length or min(2048, longest),
+            length=min(2048, longest) if length is None else length,
             against=reference,
             tokenizer_from=folder,
             bos=bos,

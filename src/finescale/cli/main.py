@@ -57,8 +57,16 @@ def main() -> None:
         stderr.print(f"[bold red]Error:[/] {_escaped(place)}{_escaped(error.strerror or str(error))}.", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        stderr.print("Stopped; start the same command again to go on with the next block.")
+        _say_stopped()
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer has turned Ctrl-C into an exit without a word
+            _say_stopped()
+        raise
+
+
+def _say_stopped() -> None:
+    stderr.print("Stopped; start the same command again to go on with the next block.")
 
 
 def _escaped(text: str) -> str:

@@ -20,6 +20,8 @@ from finescale.evaluate.reference import Reference
 
 Progress = Callable[[int, int], None]
 """``(windows done, windows in all)``."""
+LARGEST_LOSS = 700.0
+"""Nats per token from which on the perplexity stays e^700, near the end of what a float holds."""
 _CHUNK = 256
 """Rows of logits turned to float64-safe log-probabilities at a time, to bound memory."""
 
@@ -103,7 +105,7 @@ def evaluate_windows(
         on_progress: called after each window.
 
     Raises:
-        NumericsError: the model puts out NaN.
+        NumericsError: the model or the original puts out NaN or Inf.
     """
     loss = reference_loss = kl = agreed = 0.0
     predicted = 0
@@ -127,10 +129,12 @@ def evaluate_windows(
         loss, reference_loss, kl, agreed = sums.tolist()
         predicted += target_T.shape[0]
         losses.append((loss - before) / target_T.shape[0])
-        if math.isnan(loss):
+        if not math.isfinite(loss):
             raise NumericsError(
-                f"the model puts out NaN in window {number + 1}; check the checkpoint with finescale verify."
+                f"the model puts out NaN or Inf in window {number + 1}; check the checkpoint with finescale verify."
             )
+        if not math.isfinite(reference_loss + kl):
+            raise NumericsError(f"the original puts out NaN or Inf in window {number + 1}; try --dtype float32.")
         if on_progress:
             on_progress(number + 1, windows_WT.shape[0])
     with_reference = reference is not None
@@ -166,4 +170,5 @@ def _chunks(rows: int) -> Iterator[slice]:
 
 
 def _exp(mean_loss: float) -> float:
-    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+    """A number whatever the loss: JSON, tables and plots have no place for infinity."""
+    return math.exp(min(mean_loss, LARGEST_LOSS))

@@ -92,6 +92,8 @@ def prepare(
         InputError, CheckpointError: what cannot work, with the remedy.
     """
     fmt = registry.get(recipe.format)
+    if tensor_parallel < 1:
+        raise InputError(f"--tp is {tensor_parallel}; use the number of ranks, 1 or more.")
     ranks, target = join(usable_device(device), deterministic)
     if (ranks.count > 1 or spill) and (recipe.transforms or recipe.tuning):
         raise InputError(

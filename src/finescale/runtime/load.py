@@ -42,6 +42,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise InputError(f"--device is {device}; use cpu or cuda.")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available here; use --device cpu.")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device is {device}; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
     return target
 
 
