@@ -1,7 +1,6 @@
 """The documentation says what is true: commands parse, recipes are valid, links exist, the worked example runs."""
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import yaml
 from finescale.cli.main import app
 from finescale.pipeline.quantize import prepare
 from finescale.recipe import Recipe
+from tools.docs_commands import mentions_of, parts_of, words_of
 from tools.docs_nav import named, with_the_rest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,27 +21,15 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 EXAMPLES = ROOT / "examples"
 
 
-def commands_of(text):
-    """(command line, whether it stands on a line of its own) of each command in a page's code."""
-    text = text.replace("\\\n", " ")
-    fenced = re.findall(r"^```(?:bash|sh|console|text)?\n((?:.*\n)*?)```", text, re.M)
-    lines = [line.strip() for block in fenced for line in block.splitlines()]
-    lines += [line.strip() for line in re.findall(r"^(?: {4,}|\t).*$", text, re.M)]
-    for line in lines:
-        if re.match(r"(\$ )?([A-Z_]+=\S+ )*(finescale|make|python|torchrun) ", line):
-            yield line.removeprefix("$ ").partition("  #")[0].strip(), True
-    for line in re.findall(r"`((?:finescale|make|python) [^`\n]+)`", text):
-        yield line, False
-
-
 def all_commands(program):
+    """``{page: line}``: (words after the program, whether it stands on a line of its own)."""
     found = {}
     for page in PAGES:
-        for line, whole in commands_of(page.read_text(encoding="utf-8")):
-            words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
-            if words[0] == "torchrun":
-                words = ["finescale", *words[words.index("finescale.cli.main") + 1 :]]
-            if words and words[0] == program:
+        text = page.read_text(encoding="utf-8")
+        lines = [(part.text, True) for part in parts_of(text) if part.kind == "command"]
+        for line, whole in lines + [(line, False) for line in mentions_of(text)]:
+            _, words = words_of(line)
+            if words[0] == program:
                 found[f"{page.name}: {line}"] = (words[1:], whole)
     return found
 

@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     windows = load_file(arguments.tokens)["calibration"]
     config = QuantizeConfig(
         bits=arguments.bits, group_size=arguments.group, sym=True, offload_to_disk=False, pack_impl="original"

@@ -49,8 +49,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     windows = load_file(arguments.tokens)["calibration"]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     grouped = arguments.group != -1

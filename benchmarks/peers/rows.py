@@ -44,7 +44,7 @@ def made(tool: str, model: str, work: Path, bits: int, group: int) -> tuple[Path
     values = ["--model", model, "--tokens", str(work / "tokens.safetensors"), "--out", str(out)]
     values += ["--bits", str(bits), "--group", str(group), *options]
     if not (out / "facts.json").is_file():
-        subprocess.run([python, str(HERE / f"{script}.py"), *values], check=True)
+        subprocess.run([python, str(HERE / f"{script}.py"), *values], check=True, cwd=work)  # some leave logs there
     shown = ["VENV/bin/python", f"benchmarks/peers/{script}.py", "--model", "MODEL", "--tokens", "TOKENS", "--out"]
     return out, [*shown, "OUT", *values[6:]]
 
@@ -99,11 +99,12 @@ def main() -> None:
     parser.add_argument("--tool", action="append", required=True, help="'SCRIPT=PYTHON more words', a script in here")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="64")
+    parser.add_argument("--threads", type=int, default=1, help="of the evaluation")
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="twice as long")
     arguments = parser.parse_args()
     quiet_libraries()
-    torch.set_num_threads(1)
-    model, work = str(local_folder(arguments.model)), arguments.work
+    torch.set_num_threads(arguments.threads)
+    model, work = str(Path(local_folder(arguments.model)).resolve()), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     setting = benchmark.setting_of(arguments.name, arguments.data, work, model)
     tokens = encode(open_tokenizer(Path(model)), (work / "calibration.txt").read_text(encoding="utf-8"))
