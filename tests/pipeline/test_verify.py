@@ -333,6 +333,47 @@ def test_other_ways_to_quantize_are_refused(damaged, change):
     found(folder, error=CheckpointError)
 
 
+def change_config(folder, change):
+    facts = read_json(folder / "config.json")
+    change(facts["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(facts))
+
+
+DAMAGED_CONFIGS = {
+    "version": lambda config: config["finescale"].update(version="x"),
+    "no version": lambda config: config["finescale"].update(version=None),
+    "key": lambda config: config.update(finescale="x"),
+    "layers": lambda config: config["finescale"].update(layers=["a"]),
+    "layer": lambda config: config["finescale"]["layers"].update({LAYER: 7}),
+    "amplifier": lambda config: config["finescale"]["layers"][LAYER].update(amplifier="x"),
+    "amplifier zero": lambda config: config["finescale"]["layers"][LAYER].update(amplifier=0),
+    "bound": lambda config: config["finescale"]["layers"][LAYER].update(bound=1.5),
+    "inputs": lambda config: config["finescale"]["layers"][LAYER].update(inputs=[1]),
+    "targets": lambda config: config["config_groups"]["group_0"].update(targets=5),
+    "target": lambda config: config["config_groups"]["group_0"].update(targets=[None]),
+    "pattern": lambda config: config["config_groups"]["group_0"].update(targets=["re:("]),
+    "ignore": lambda config: config.update(ignore=5),
+    "ignored pattern": lambda config: config.update(ignore=["re:*"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_CONFIGS)
+def test_a_damaged_quantization_config(damaged, name):
+    """Whatever reads the folder says so in one sentence: verify, load, inspect and convert all open it the same way."""
+    folder = damaged("integer")
+    change_config(folder, DAMAGED_CONFIGS[name])
+    found(folder, error=CheckpointError, match=r"damaged")
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_packed", "weight_shape"])
+def test_a_damaged_tensor_is_named(damaged, suffix):
+    folder = damaged("integer")
+    change_tensor(folder, f"{LAYER}.{suffix}", lambda tensor: tensor[:-1])
+    with pytest.raises(CheckpointError, match=LAYER) as caught:
+        open_quantized(folder).read(LAYER)
+    assert_sentence(str(caught.value))
+
+
 def test_a_newer_version(damaged):
     folder = damaged("integer")
     config = read_json(folder / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import awq, compressed_tensors, dense, gptq
+from finescale.formats.names import matches
 from finescale.grid import ActivationScheme, QuantizedWeight, WeightScheme
 
 
@@ -160,6 +162,8 @@ def _detect_compressed_tensors(quantization: Mapping[str, Any]) -> str:
         or not all(isinstance(group, Mapping) for group in groups.values())
     ):
         raise CheckpointError("the quantization_config of config.json has no config_groups; the file is damaged.")
+    if not all(map(_are_patterns, [quantization.get("ignore"), *(group.get("targets") for group in groups.values())])):
+        raise CheckpointError("targets or ignore in the quantization_config of config.json are damaged.")
     top = quantization.get("format")
     layouts = {group.get("format") or top for group in groups.values() if group.get("weights") is not None}
     unknown = layouts - {compressed_tensors.PACKED, compressed_tensors.INT8, "naive-quantized"}
@@ -170,6 +174,18 @@ def _detect_compressed_tensors(quantization: Mapping[str, Any]) -> str:
         )
     # Both layouts are read by the same function, so a mixture needs no name of its own.
     return "compressed-tensors" if compressed_tensors.PACKED in layouts else "int-quantized"
+
+
+def _are_patterns(value: Any) -> bool:
+    """Whether these are names and regular expressions (``re:...``), or nothing."""
+    if not isinstance(value or [], list) or not all(isinstance(pattern, str) for pattern in value or []):
+        return False
+    try:
+        for pattern in value or []:
+            matches("", pattern)
+    except re.error:
+        return False
+    return True
 
 
 def activation_scheme(config: Mapping[str, Any]) -> ActivationScheme | None:

@@ -78,7 +78,10 @@ class QuantizedCheckpoint:
         tensors = {suffix: self.source.read(prefix + suffix) for suffix in suffixes if suffix != "bias"}
         facts = self.metadata.get("layers", {}).get(name, {})
         amplifier = facts.get("amplifier")
-        weight = self.fmt.unpack(tensors, scheme, amplifier)
+        try:
+            weight = self.fmt.unpack(tensors, scheme, amplifier)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
         if facts.get("folded"):
             if amplifier != 1:
                 raise CheckpointError(f"{name}: folded scales have no amplifier; config.json was changed.")
@@ -117,13 +120,34 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
     quantization = source.config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path} is not quantized; give a folder that finescale quantize wrote.")
+    metadata = _metadata(quantization, path)
+    fmt = registry.get(registry.detect(source.config))
+    return QuantizedCheckpoint(source, fmt, registry.activation_scheme(source.config), metadata)
+
+
+def _metadata(quantization: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What finescale stored under its own key; raises like ``open_quantized``."""
     metadata = quantization.get("finescale") or {}
-    if int(metadata.get("version", 0)) > METADATA_VERSION:
+    version = metadata.get("version", 0) if isinstance(metadata, dict) else None
+    if isinstance(version, int) and version > METADATA_VERSION:
         raise CheckpointError(
             f"{path} was written by a newer finescale ({metadata.get('finescale')}); update finescale."
         )
-    fmt = registry.get(registry.detect(source.config))
-    return QuantizedCheckpoint(source, fmt, registry.activation_scheme(source.config), metadata)
+    layers = metadata.get("layers", {}) if isinstance(version, int) else None
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"what {path}/config.json holds under finescale is damaged; quantize again.")
+    for name, facts in layers.items():
+        if not _are_facts(facts):
+            raise CheckpointError(f"what {path}/config.json holds of {name} is damaged; quantize again.")
+    return metadata
+
+
+def _are_facts(facts: Any) -> bool:
+    """Whether this may be what finescale stores of a layer: an amplifier and a bound that are integers or nothing."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("inputs") or {}, dict):
+        return False
+    amplifier, bound = facts.get("amplifier"), facts.get("bound")
+    return (amplifier is None or (type(amplifier) is int and amplifier > 0)) and (bound is None or type(bound) is int)
 
 
 def with_amplifier(weight: QuantizedWeight, amplifier: int) -> QuantizedWeight:
