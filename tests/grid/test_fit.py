@@ -17,6 +17,7 @@ from finescale.grid import (
     WeightScheme,
     contiguous_groups,
     dequantize,
+    fit,
     fit_grid,
     number_of_groups,
     quantize_to_grid,
@@ -328,3 +329,16 @@ def test_rows_slice_keeps_the_rest():
     part = grid.rows_slice(slice(2, 5))
     assert (part.rows, part.columns) == (3, 16)
     assert torch.equal(quantize_to_grid(weight_OI[2:5], part), quantize_to_grid(weight_OI, grid)[2:5])
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [8, 7, 64])
+def test_groups_fitted_together_are_those_fitted_one_by_one(monkeypatch, group_size, symmetric, clip):
+    weight_OI, scheme = weight_of(9), WeightScheme(3, group_size, symmetric, clip)
+    single = fit_grid(weight_OI, scheme, torch.float16)
+    monkeypatch.setattr(fit, "_many_together", lambda device: True)
+    monkeypatch.setattr(fit, "MOST_TOGETHER", 4 * weight_OI.shape[1])  # rows in pieces, as of a large layer
+    together = fit_grid(weight_OI, scheme, torch.float16)
+    assert torch.equal(single.scale_OG, together.scale_OG)
+    assert symmetric or torch.equal(single.zero_OG, together.zero_OG)

@@ -1,6 +1,6 @@
 """Choose the scales and zero points of a layer from its weights.
 
-Shape legend: O outputs, I inputs, G groups, P padded inputs of one group, C candidates of the clipping search.
+Shape legend: O outputs, I inputs, G groups, P inputs of one group, R rows of several groups.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CLIP_CANDIDATES = 40
 """Shrink factors tried by the clipping search: 1.0, 0.98, ... down to 0.22 of the range. Twice as many, or the exponent
 2.4 of other tools' searches, were measured to give no lower layer errors and cost up to six times as much."""
 CLIP_STEP = 0.02
+MOST_TOGETHER = 1 << 26
+"""Weights whose groups a GPU fits at a time."""
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -57,17 +59,32 @@ def fit_grid(
     if not bool(torch.isfinite(weight_OI).all()):
         raise NumericsError("the weight holds NaN or Inf; repair or re-download the checkpoint.")
     columns = weight_OI.shape[1]
-    if group_of_I is None:
-        group_of_I = contiguous_groups(columns, scheme.group_size, weight_OI.device)
     groups = number_of_groups(columns, scheme.group_size)
     scale_OG = weight_OI.new_empty(weight_OI.shape[0], groups)
     zero_OG = None if scheme.symmetric else torch.empty_like(scale_OG, dtype=torch.int8)
-    for group in range(groups):
+    together = 0
+    if group_of_I is None:
+        group_of_I = contiguous_groups(columns, scheme.group_size, weight_OI.device)
+        together = columns // scheme.group_size if groups > 1 and _many_together(weight_OI.device) else 0
+    step = max(1, MOST_TOGETHER // columns)
+    for start in range(0, weight_OI.shape[0], step) if together else ():
+        rows = slice(start, start + step)
+        part_RP = weight_OI[rows, : together * scheme.group_size].reshape(-1, scheme.group_size)
+        scale_R, zero_R = fit_group(part_RP, scheme, scale_dtype)
+        scale_OG[rows, :together] = scale_R.view(-1, together)
+        if zero_OG is not None and zero_R is not None:
+            zero_OG[rows, :together] = zero_R.view(-1, together)
+    for group in range(together, groups):
         scale_O, zero_O = fit_group(weight_OI[:, group_of_I == group], scheme, scale_dtype)
         scale_OG[:, group] = scale_O
         if zero_OG is not None and zero_O is not None:
             zero_OG[:, group] = zero_O
     return Grid(scheme, scale_OG, zero_OG, group_of_I, scale_dtype)
+
+
+def _many_together(device: torch.device) -> bool:
+    """A processor's cache holds the columns of one group; a GPU has launches to save."""
+    return device.type == "cuda"
 
 
 def fit_group(weight_OI: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -80,11 +97,11 @@ def fit_group(weight_OI: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype)
     high_O = weight_OI.amax(1).clamp(min=0)
     if scheme.clip == "minmax":
         return _range_to_grid(low_O, high_O, scheme, scale_dtype)
-    best_scale_O, best_zero_O = _range_to_grid(low_O, high_O, scheme, scale_dtype)
+    best_scale_O, best_zero_O = _range_to_grid(low_O, high_O, scheme, scale_dtype)  # smaller ranges fit if this does
     best_error_O = rounding_error(weight_OI, best_scale_O, best_zero_O, scheme)
     for candidate in range(1, CLIP_CANDIDATES):
         shrink = 1.0 - candidate * CLIP_STEP
-        scale_O, zero_O = _range_to_grid(low_O * shrink, high_O * shrink, scheme, scale_dtype)
+        scale_O, zero_O = _range_to_grid(low_O * shrink, high_O * shrink, scheme, scale_dtype, check=False)
         error_O = rounding_error(weight_OI, scale_O, zero_O, scheme)
         better_O = error_O < best_error_O
         best_error_O = torch.where(better_O, error_O, best_error_O)
@@ -95,23 +112,23 @@ def fit_group(weight_OI: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype)
 
 
 def _range_to_grid(
-    low_O: Tensor, high_O: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
+    low_O: Tensor, high_O: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, check: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     if scheme.symmetric:
         scale_O = torch.maximum(-low_O, high_O) * (2.0 / (2**scheme.bits - 1))
     else:
         scale_O = (high_O - low_O) / (2**scheme.bits - 1)
-    scale_O = _stored(scale_O, scale_dtype)
+    scale_O = _stored(scale_O, scale_dtype, check)
     if scheme.symmetric:
         return scale_O, None
     zero_O = (scheme.code_min - low_O / scale_O).round().clamp(scheme.code_min, scheme.code_max).to(torch.int8)
     return scale_O, zero_O
 
 
-def _stored(scale_O: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def _stored(scale_O: Tensor, scale_dtype: torch.dtype, check: bool) -> Tensor:
     """Round to what the file will hold; a group of zeros gets the smallest step."""
     stored_O = scale_O.clamp(min=smallest_scale(scale_dtype)).to(scale_dtype).float()
-    if not bool(torch.isfinite(stored_O).all()):
+    if check and not bool(torch.isfinite(stored_O).all()):
         raise NumericsError(f"a group scale does not fit {scale_dtype}; save with --dtype float32.")
     return stored_O
 

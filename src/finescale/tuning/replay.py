@@ -17,8 +17,8 @@ from finescale.models.experts import UnfusedExperts
 
 Step = Callable[[Tensor, Tensor, Any], None]
 """``(input, target, left)``; ``left``, a number or on a GPU a tensor of one, falls from 1 to 0 over all steps."""
-RECORDS = False
-"""Whether steps are recorded at all: off until tests/tuning/test_replay.py has passed on a GPU."""
+RECORDS = True
+"""Whether steps are recorded at all; tests turn it off to compare."""
 WARM = 3
 """Steps before the recording: what is made at first use must be there."""
 
