@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finescale.errors import CheckpointError, InputError
-from finescale.grid import ActivationScheme, Gather, InputRule, StaticRange, fake_quantize, input_rule, static_range
+from finescale.grid import (
+    ActivationScheme,
+    Gather,
+    InputRule,
+    StaticRange,
+    fake_quantize,
+    input_rule,
+    inputs,
+    static_range,
+)
 from finescale.grid.activation import quantize_activations
 
 BITS = [4, 6, 8]
@@ -110,3 +119,20 @@ def test_incomplete_files_are_refused():
 def test_granularity_and_dynamics_go_together(values):
     with pytest.raises(InputError, match="activations"):
         ActivationScheme(8, *values)
+
+
+def test_gradients_of_a_gather_are_those_of_its_definition(monkeypatch):
+    gather = Gather(
+        torch.tensor([[0, 2, 2, 1], [3, 0, 2, 0]]), torch.tensor([[0.5, 1.0, 0.25, 2.0], [0.5, 0, 0.25, 0]])
+    )
+    x_TI = torch.randn(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    towards_TJ = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for most in (inputs.MOST_OF_A_MATRIX, 0):
+        monkeypatch.setattr(inputs, "MOST_OF_A_MATRIX", most)
+        own_TI = x_TI.clone().requires_grad_()
+        out_TJ = gather.apply(own_TI)
+        assert torch.equal(out_TJ, gather.apply(x_TI))
+        out_TJ.backward(towards_TJ)
+        found.append(own_TI.grad)
+    torch.testing.assert_close(*found)

@@ -21,6 +21,9 @@ from finescale.grid.scheme import ActivationScheme
 SUFFIXES = ("input_scale", "input_zero_point", "input_index", "input_gain")
 """Tensors that describe a layer's input in a file, after its name and a dot; the first two are the standard's."""
 
+MOST_OF_A_MATRIX = 1 << 24
+"""Elements of a gather's matrix beyond which gradients go back channel by channel."""
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -36,6 +39,7 @@ class Gather:
     index_KJ: Tensor
     gain_KJ: Tensor
     further_members: tuple[tuple[Tensor, Tensor, Tensor], ...] = field(init=False, repr=False, compare=False)
+    _matrices: dict[int, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         found = []
@@ -46,6 +50,24 @@ class Gather:
 
     def apply(self, x_TI: Tensor) -> Tensor:
         """float [..., I] -> [..., J]."""
+        learns = x_TI.requires_grad and torch.is_grad_enabled()
+        if learns and self.index_KJ.shape[1] * x_TI.shape[-1] <= MOST_OF_A_MATRIX:
+            gathered: Tensor = _Gathered.apply(x_TI, self)
+            return gathered
+        return self.values(x_TI)
+
+    def matrix(self, channels: int) -> Tensor:
+        """The gather as a matrix, float32 [J, I], made once."""
+        if channels not in self._matrices:
+            row_J = torch.arange(self.index_KJ.shape[1], device=self.index_KJ.device)
+            matrix_JI = torch.zeros(row_J.shape[0], channels, device=self.index_KJ.device)
+            for index_J, gain_J in zip(self.index_KJ, self.gain_KJ, strict=True):
+                matrix_JI[row_J, index_J] += gain_J
+            self._matrices[channels] = matrix_JI
+        return self._matrices[channels]
+
+    def values(self, x_TI: Tensor) -> Tensor:
+        """`apply` as it is written, without a thought of gradients."""
         out_TJ = x_TI[..., self.index_KJ[0]] * self.gain_KJ[0].to(x_TI.dtype)
         for some_M, index_M, gain_M in self.further_members:
             out_TJ[..., some_M] += x_TI[..., index_M] * gain_M.to(x_TI.dtype)
@@ -54,6 +76,20 @@ class Gather:
     def folded(self, norm_gain_I: Tensor) -> Gather:
         """The same after a norm without its gain: the gain rides along in the gather."""
         return Gather(self.index_KJ, self.gain_KJ * norm_gain_I.to(self.gain_KJ.dtype)[self.index_KJ])
+
+
+class _Gathered(torch.autograd.Function):
+    """A gather whose gradients are one product with its matrix. Added up channel by channel, a GPU must sort them to
+    get the same sums each time, which took most of a step of tuning."""
+
+    @staticmethod
+    def forward(context: Any, x_TI: Tensor, gather: Gather) -> Tensor:
+        context.gather, context.channels = gather, x_TI.shape[-1]
+        return gather.values(x_TI)
+
+    @staticmethod
+    def backward(context: Any, gradient_TJ: Tensor) -> tuple[Tensor, None]:
+        return gradient_TJ @ context.gather.matrix(context.channels).to(gradient_TJ.dtype), None
 
 
 @dataclass(frozen=True)

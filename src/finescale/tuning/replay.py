@@ -18,7 +18,7 @@ from finescale.models.experts import UnfusedExperts
 Step = Callable[[Tensor, Tensor, Any], None]
 """``(input, target, left)``; ``left``, a number or on a GPU a tensor of one, falls from 1 to 0 over all steps."""
 RECORDS = True
-"""Whether steps are recorded at all; tests turn it off to compare."""
+"""Whether steps are recorded at all."""
 WARM = 3
 """Steps before the recording: what is made at first use must be there."""
 
