@@ -126,6 +126,17 @@ def test_what_cannot_be_stored_is_refused():
         ct.check(weight.grid.scheme, None, (8, 64), layer_class="Conv1D")
 
 
+def test_groups_of_old_files_are_checked():
+    """weight_g_idx of act-order; a negative group counts from the end."""
+    scheme = WeightScheme(4, 16)
+    good = ct.pack(random_weight(8, 64, scheme))
+    index_I = torch.arange(64, dtype=torch.int32).flip(0) // 16
+    assert torch.equal(ct.unpack(good | {"weight_g_idx": index_I}, scheme).grid.group_of_I, index_I.long())
+    for damaged_I in (index_I - 1, index_I + 1, index_I[:-1]):
+        with pytest.raises(CheckpointError, match="weight_g_idx"):
+            ct.unpack(good | {"weight_g_idx": damaged_I}, scheme)
+
+
 def test_damaged_files_are_named():
     scheme = WeightScheme(4, 32, False)
     good = ct.pack(random_weight(8, 64, scheme))

@@ -115,6 +115,19 @@ def test_incomplete_files_are_refused():
             input_rule(rule.describe(), tensors, "layer")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "value"),
+    [("input_scale", float("nan")), ("input_scale", 0.0), ("input_index", -1), ("input_gain", float("inf"))],
+)
+def test_damaged_files_are_refused(suffix, value):
+    """A negative channel counts from the end: another channel than was meant, without a word."""
+    rule = InputRule(ActivationScheme(8, "tensor", False), StaticRange(0.1), random_gather())
+    tensors = rule.tensors()
+    tensors[suffix].view(-1)[0] = value
+    with pytest.raises(CheckpointError, match="layer"):
+        input_rule(rule.describe(), tensors, "layer")
+
+
 @pytest.mark.parametrize("values", [("tensor", True), ("token", False)])
 def test_granularity_and_dynamics_go_together(values):
     with pytest.raises(InputError, match="activations"):

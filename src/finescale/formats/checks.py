@@ -101,6 +101,15 @@ def expect_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
         )
 
 
+def read_groups(index_I: Tensor, columns: int, groups: int, what: str) -> Tensor:
+    """Check the group of each input column in a file and give it as int64 [I]."""
+    expect_shape(index_I, (columns,), what)
+    index_I = index_I.to(torch.int64)
+    if columns and (int(index_I.min()) < 0 or int(index_I.max()) >= groups):
+        raise CheckpointError(f"{what} points outside of the {groups} groups; the checkpoint is damaged.")
+    return index_I
+
+
 def read_scale(scale_OG: Tensor, rows: int, columns: int, scheme: WeightScheme) -> Tensor:
     """Check the scales of a file and give them in float32 [O, G]."""
     expect_shape(scale_OG, (rows, number_of_groups(columns, scheme.group_size)), "the scale tensor")

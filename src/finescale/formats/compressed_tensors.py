@@ -31,6 +31,7 @@ from finescale.formats.checks import (
     contiguous_only,
     expect_shape,
     only_linear,
+    read_groups,
     read_scale,
     require,
     schemes_by_use,
@@ -150,8 +151,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
         zero_OG = zero_OG.to(torch.int8)
     group_of_I = contiguous_groups(columns, scheme.group_size)
     if "weight_g_idx" in tensors:  # act-order of old files
-        group_of_I = tensors["weight_g_idx"].to(torch.int64)
-        expect_shape(group_of_I, (columns,), "weight_g_idx")
+        group_of_I = read_groups(tensors["weight_g_idx"], columns, groups, "weight_g_idx")
     values_OG = levels.scale_OG() if levels is not None else read_scale(scale_OG, rows, columns, scheme)
     grid = Grid(scheme, values_OG, zero_OG, group_of_I, scale_OG.dtype, amplifier, levels)
     return QuantizedWeight(codes_OI, grid, outliers.unpack(tensors, rows, columns))

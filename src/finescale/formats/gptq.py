@@ -23,6 +23,7 @@ from finescale.formats.checks import (
     check_codes,
     expect_shape,
     only_linear,
+    read_groups,
     read_scale,
     require,
     schemes_by_use,
@@ -154,10 +155,7 @@ def _unpack(
         )
     group_of_I = contiguous_groups(columns, scheme.group_size)
     if "g_idx" in tensors:
-        group_of_I = tensors["g_idx"].to(torch.int64)
-        expect_shape(group_of_I, (columns,), "g_idx")
-        if columns and (int(group_of_I.min()) < 0 or int(group_of_I.max()) >= groups):
-            raise CheckpointError(f"g_idx points outside of the {groups} groups; the checkpoint is damaged.")
+        group_of_I = read_groups(tensors["g_idx"], columns, groups, "g_idx")
     grid = Grid(scheme, scale_OG, None if scheme.symmetric else zero_OG, group_of_I, scale_GO.dtype, amplifier)
     return QuantizedWeight(codes_OI.contiguous(), grid)
 

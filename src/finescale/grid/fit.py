@@ -129,7 +129,7 @@ def _stored(scale_O: Tensor, scale_dtype: torch.dtype, check: bool) -> Tensor:
     """Round to what the file will hold; a group of zeros gets the smallest step."""
     stored_O = scale_O.clamp(min=smallest_scale(scale_dtype)).to(scale_dtype).float()
     if check and not bool(torch.isfinite(stored_O).all()):
-        raise NumericsError(f"a group scale does not fit {scale_dtype}; save with --dtype float32.")
+        raise NumericsError(f"a group scale does not fit {scale_dtype}; give the model as bfloat16 or float32.")
     return stored_O
 
 

@@ -166,12 +166,16 @@ def input_rule(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], name: st
     if scheme is not None and not scheme.dynamic:
         if "input_scale" not in tensors or tensors["input_scale"].numel() != 1:
             raise CheckpointError(f"{name} has static activations and no input_scale; the checkpoint is incomplete.")
+        if not 0 < float(tensors["input_scale"]) < float("inf"):
+            raise CheckpointError(f"the input_scale of {name} is no positive number; the checkpoint is damaged.")
         zero = tensors.get("input_zero_point")
         fixed = StaticRange(float(tensors["input_scale"]), 0 if zero is None or scheme.symmetric else int(zero))
     if facts.get("gather"):
         index_KJ, gain_KJ = tensors.get("input_index"), tensors.get("input_gain")
         if index_KJ is None or gain_KJ is None or index_KJ.dim() != 2 or index_KJ.shape != gain_KJ.shape:
             raise CheckpointError(f"{name} lacks its gather (input_index, input_gain); the checkpoint is incomplete.")
+        if bool((index_KJ < 0).any()) or not bool(torch.isfinite(gain_KJ).all()):
+            raise CheckpointError(f"the gather of {name} is no choice of channels; the checkpoint is damaged.")
         gather = Gather(index_KJ.to(torch.int64), gain_KJ.to(torch.float32))
     rotation = facts.get("rotation")
     return InputRule(scheme, fixed, gather, None if rotation is None else (int(rotation[0]), int(rotation[1])))
