@@ -13,10 +13,27 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError
+from finescale.kernels.operators import EVERYWHERE, operator
 from finescale.kernels.plain import rms_norm
 
 
-@torch.library.custom_op("finescale::rotate_heads", mutates_args=("keys_BKSD", "values_BKSD"))
+def _empty_rotate_heads(
+    qkv_BTC: Tensor,
+    cos_BTD: Tensor,
+    sin_BTD: Tensor,
+    q_gain_D: Tensor | None,
+    k_gain_D: Tensor | None,
+    epsilon: float,
+    heads: int,
+    kv_heads: int,
+    keys_BKSD: Tensor,
+    values_BKSD: Tensor,
+    slot: Tensor,
+) -> Tensor:
+    return qkv_BTC.new_empty(qkv_BTC.shape[0], qkv_BTC.shape[1], heads, keys_BKSD.shape[3])
+
+
+@operator("rotate_heads", _empty_rotate_heads, mutates=("keys_BKSD", "values_BKSD"), devices=EVERYWHERE)
 def rotate_heads(
     qkv_BTC: Tensor,
     cos_BTD: Tensor,
@@ -59,11 +76,10 @@ def rotate_heads(
     return query_BTHD
 
 
-@rotate_heads.register_fake
-def _(
-    qkv_BTC: Tensor,
-    cos_BTD: Tensor,
-    sin_BTD: Tensor,
+def _empty_attend_token(
+    qkv_BC: Tensor,
+    cos_BD: Tensor,
+    sin_BD: Tensor,
     q_gain_D: Tensor | None,
     k_gain_D: Tensor | None,
     epsilon: float,
@@ -72,11 +88,13 @@ def _(
     keys_BKSD: Tensor,
     values_BKSD: Tensor,
     slot: Tensor,
+    valid_BS: Tensor | None,
+    scaling: float,
 ) -> Tensor:
-    return qkv_BTC.new_empty(qkv_BTC.shape[0], qkv_BTC.shape[1], heads, keys_BKSD.shape[3])
+    return qkv_BC.new_empty(qkv_BC.shape[0], heads * keys_BKSD.shape[3])
 
 
-@torch.library.custom_op("finescale::attend_token", mutates_args=("keys_BKSD", "values_BKSD"))
+@operator("attend_token", _empty_attend_token, mutates=("keys_BKSD", "values_BKSD"), devices=EVERYWHERE)
 def attend_token(
     qkv_BC: Tensor,
     cos_BD: Tensor,
@@ -139,25 +157,6 @@ def attend_token(
         scale=scaling,
     )
     return out_BHTD.reshape(batch, -1)
-
-
-@attend_token.register_fake
-def _(
-    qkv_BC: Tensor,
-    cos_BD: Tensor,
-    sin_BD: Tensor,
-    q_gain_D: Tensor | None,
-    k_gain_D: Tensor | None,
-    epsilon: float,
-    heads: int,
-    kv_heads: int,
-    keys_BKSD: Tensor,
-    values_BKSD: Tensor,
-    slot: Tensor,
-    valid_BS: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    return qkv_BC.new_empty(qkv_BC.shape[0], heads * keys_BKSD.shape[3])
 
 
 def _rotated(

@@ -34,6 +34,7 @@ from finescale.kernels.layout import (
     unpack_weight,
 )
 from finescale.kernels.linear import OUT_DTYPES
+from finescale.kernels.operators import operator
 from finescale.kernels.reference import grouped_int32_product
 
 
@@ -148,7 +149,14 @@ def routed_rows(tokens: int, choices: int, experts: int) -> int:
     return (total + (TOKEN_SLAB - 1) * torch.sym_min(total, experts)) // TOKEN_SLAB * TOKEN_SLAB
 
 
-@torch.library.custom_op("finescale::route_tokens", mutates_args=(), device_types="cuda")
+def _empty_route_tokens(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return (
+        expert_TK.new_empty(expert_TK.shape, dtype=torch.int32),
+        expert_TK.new_empty(experts, dtype=torch.int32),
+    )
+
+
+@operator("route_tokens", _empty_route_tokens)
 def route_tokens(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Sorts the choices of tokens by expert, always in the same way.
 
@@ -170,15 +178,17 @@ def route_tokens(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return routing.route(expert_TK, experts)
 
 
-@route_tokens.register_fake
-def _(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def _empty_quantize_routed(x: Tensor, position_TK: Tensor, kind: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = routed_rows(position_TK.shape[0], position_TK.shape[1], experts)
+    inputs = x.shape[1] // 2 if kind == "silu" else x.shape[1]
     return (
-        expert_TK.new_empty(expert_TK.shape, dtype=torch.int32),
-        expert_TK.new_empty(experts, dtype=torch.int32),
+        x.new_empty(packed_tokens_shape(rows, inputs), dtype=torch.int8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.int32),
     )
 
 
-@torch.library.custom_op("finescale::quantize_routed", mutates_args=(), device_types="cuda")
+@operator("quantize_routed", _empty_quantize_routed)
 def quantize_routed(x: Tensor, position_TK: Tensor, kind: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """int8 rows for ``w4a8_grouped_product``, one scale a row.
 
@@ -208,18 +218,22 @@ def quantize_routed(x: Tensor, position_TK: Tensor, kind: str, experts: int) -> 
     return quantize.run(x, kind, position_TK=position_TK, rows=rows)
 
 
-@quantize_routed.register_fake
-def _(x: Tensor, position_TK: Tensor, kind: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = routed_rows(position_TK.shape[0], position_TK.shape[1], experts)
-    inputs = x.shape[1] // 2 if kind == "silu" else x.shape[1]
-    return (
-        x.new_empty(packed_tokens_shape(rows, inputs), dtype=torch.int8),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.int32),
-    )
+def _empty_w4a8_grouped_product(
+    codes: Tensor,
+    x_scale_R: Tensor,
+    x_sum_R: Tensor,
+    row_end_E: Tensor,
+    packed: Tensor,
+    factor_EO: Tensor,
+    tokens: int,
+    choices: int,
+    folded: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_scale_R.new_empty(x_scale_R.shape[0], factor_EO.shape[1], dtype=out_dtype)
 
 
-@torch.library.custom_op("finescale::w4a8_grouped_product", mutates_args=(), device_types="cuda")
+@operator("w4a8_grouped_product", _empty_w4a8_grouped_product)
 def w4a8_grouped_product(
     codes: Tensor,
     x_scale_R: Tensor,
@@ -276,23 +290,11 @@ def w4a8_grouped_product(
     )
 
 
-@w4a8_grouped_product.register_fake
-def _(
-    codes: Tensor,
-    x_scale_R: Tensor,
-    x_sum_R: Tensor,
-    row_end_E: Tensor,
-    packed: Tensor,
-    factor_EO: Tensor,
-    tokens: int,
-    choices: int,
-    folded: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x_scale_R.new_empty(x_scale_R.shape[0], factor_EO.shape[1], dtype=out_dtype)
+def _empty_combine_experts(y_RO: Tensor, position_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    return y_RO.new_empty(position_TK.shape[0], y_RO.shape[1])
 
 
-@torch.library.custom_op("finescale::combine_experts", mutates_args=(), device_types="cuda")
+@operator("combine_experts", _empty_combine_experts)
 def combine_experts(y_RO: Tensor, position_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """``combined`` of the rows of each token's choices.
 
@@ -312,11 +314,6 @@ def combine_experts(y_RO: Tensor, position_TK: Tensor, weight_TK: Tensor) -> Ten
     if weight_TK.device != y_RO.device:
         raise InputError(f"routing weights are on {weight_TK.device}, the rows on {y_RO.device}.")
     return routing.combine(y_RO, position_TK, weight_TK)
-
-
-@combine_experts.register_fake
-def _(y_RO: Tensor, position_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    return y_RO.new_empty(position_TK.shape[0], y_RO.shape[1])
 
 
 def _check_position(position_TK: Tensor, other: Tensor) -> None:

@@ -16,6 +16,7 @@ from finescale.grid import ActivationScheme, Gather
 from finescale.grid import quantize_tokens as to_codes
 from finescale.kernels import plain
 from finescale.kernels.layout import pack_tokens, packed_tokens_shape
+from finescale.kernels.operators import operator
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,47 @@ def gather_table(gather: Gather) -> GatherTable:
     )
 
 
-@torch.library.custom_op("finescale::quantize_gathered", mutates_args=("residual_TI",), device_types="cuda")
+def _empty_quantize_gathered(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+    index_J: Tensor,
+    gain_J: Tensor,
+    more_start_P: Tensor,
+    more_index_M: Tensor,
+    more_gain_M: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x_TI.shape[0]
+    return (
+        x_TI.new_empty(packed_tokens_shape(tokens, index_J.shape[0]), dtype=torch.int8),
+        x_TI.new_empty(tokens, dtype=torch.float32),
+        x_TI.new_empty(tokens, dtype=torch.int32),
+    )
+
+
+def _plain_quantize_gathered(
+    x_TI: Tensor,
+    kind: str,
+    residual_TI: Tensor | None,
+    gain_I: Tensor | None,
+    shift_I: Tensor | None,
+    epsilon: float,
+    index_J: Tensor,
+    gain_J: Tensor,
+    more_start_P: Tensor,
+    more_index_M: Tensor,
+    more_gain_M: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
+    y_TJ = apply(GatherTable(index_J, gain_J, more_start_P, more_index_M, more_gain_M), y_TI)
+    codes_TJ, scale_T1 = to_codes(y_TJ, ActivationScheme(8))
+    return pack_tokens(codes_TJ), scale_T1[:, 0].contiguous(), codes_TJ.sum(1, dtype=torch.int32)
+
+
+@operator("quantize_gathered", _empty_quantize_gathered, mutates=("residual_TI",), cpu=_plain_quantize_gathered)
 def quantize_gathered(
     x_TI: Tensor,
     kind: str,
@@ -113,48 +154,6 @@ def quantize_gathered(
         y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
         return quantize.run(apply(table, y_TI))
     return quantize.run(x_TI, kind, residual_TI, gain_I, shift_I, epsilon, gather=table)
-
-
-@quantize_gathered.register_fake
-def _(
-    x_TI: Tensor,
-    kind: str,
-    residual_TI: Tensor | None,
-    gain_I: Tensor | None,
-    shift_I: Tensor | None,
-    epsilon: float,
-    index_J: Tensor,
-    gain_J: Tensor,
-    more_start_P: Tensor,
-    more_index_M: Tensor,
-    more_gain_M: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = x_TI.shape[0]
-    return (
-        x_TI.new_empty(packed_tokens_shape(tokens, index_J.shape[0]), dtype=torch.int8),
-        x_TI.new_empty(tokens, dtype=torch.float32),
-        x_TI.new_empty(tokens, dtype=torch.int32),
-    )
-
-
-@quantize_gathered.register_kernel("cpu")
-def _(
-    x_TI: Tensor,
-    kind: str,
-    residual_TI: Tensor | None,
-    gain_I: Tensor | None,
-    shift_I: Tensor | None,
-    epsilon: float,
-    index_J: Tensor,
-    gain_J: Tensor,
-    more_start_P: Tensor,
-    more_index_M: Tensor,
-    more_gain_M: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y_TI = plain.before_rounding(x_TI, kind, residual_TI, gain_I, shift_I, epsilon)
-    y_TJ = apply(GatherTable(index_J, gain_J, more_start_P, more_index_M, more_gain_M), y_TI)
-    codes_TJ, scale_T1 = to_codes(y_TJ, ActivationScheme(8))
-    return pack_tokens(codes_TJ), scale_T1[:, 0].contiguous(), codes_TJ.sum(1, dtype=torch.int32)
 
 
 def apply(table: GatherTable, x_TI: Tensor) -> Tensor:

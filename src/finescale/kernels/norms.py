@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from finescale.errors import InputError
+from finescale.kernels.operators import EVERYWHERE, operator
 from finescale.kernels.plain import before_rounding
 
 
-@torch.library.custom_op("finescale::add_rms_norm", mutates_args=("residual_TW",))
+def _empty_add_rms_norm(x_TW: Tensor, residual_TW: Tensor | None, gain_W: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x_TW)
+
+
+@operator("add_rms_norm", _empty_add_rms_norm, mutates=("residual_TW",), devices=EVERYWHERE)
 def add_rms_norm(x_TW: Tensor, residual_TW: Tensor | None, gain_W: Tensor, epsilon: float) -> Tensor:
     """RMS norm of x, or of its sum with the residual, which is replaced by that sum; [T, W] in the type of x.
 
@@ -40,12 +45,11 @@ def add_rms_norm(x_TW: Tensor, residual_TW: Tensor | None, gain_W: Tensor, epsil
     return before_rounding(x_TW, "rms", residual_TW, gain_W, None, epsilon)
 
 
-@add_rms_norm.register_fake
-def _(x_TW: Tensor, residual_TW: Tensor | None, gain_W: Tensor, epsilon: float) -> Tensor:
-    return torch.empty_like(x_TW)
+def _empty_silu_product(both_TF: Tensor) -> Tensor:
+    return both_TF.new_empty(both_TF.shape[0], both_TF.shape[1] // 2)
 
 
-@torch.library.custom_op("finescale::silu_product", mutates_args=())
+@operator("silu_product", _empty_silu_product, devices=EVERYWHERE)
 def silu_product(both_TF: Tensor) -> Tensor:
     """silu(gate) * up of gate, then up, [T, 2 * F] -> [T, F].
 
@@ -61,12 +65,14 @@ def silu_product(both_TF: Tensor) -> Tensor:
     return before_rounding(both_TF, "silu", None, None, None, 0.0)
 
 
-@silu_product.register_fake
-def _(both_TF: Tensor) -> Tensor:
-    return both_TF.new_empty(both_TF.shape[0], both_TF.shape[1] // 2)
+def _empty_rotary_tables(
+    position_T: Tensor, frequency_D: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (position_T.shape[0], 2 * frequency_D.shape[0])
+    return position_T.new_empty(shape, dtype=dtype), position_T.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("finescale::rotary_tables", mutates_args=())
+@operator("rotary_tables", _empty_rotary_tables, devices=EVERYWHERE)
 def rotary_tables(position_T: Tensor, frequency_D: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of position * frequency, twice side by side, times a factor: [T, 2 * D] in ``dtype``.
 
@@ -90,9 +96,3 @@ def rotary_tables(position_T: Tensor, frequency_D: Tensor, factor: float, dtype:
     angle = position_T[:, None].float() * frequency_D
     angle = torch.cat((angle, angle), -1)
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
-
-
-@rotary_tables.register_fake
-def _(position_T: Tensor, frequency_D: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (position_T.shape[0], 2 * frequency_D.shape[0])
-    return position_T.new_empty(shape, dtype=dtype), position_T.new_empty(shape, dtype=dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, LARGEST_SCALE
+from finescale.kernels.operators import EVERYWHERE, operator
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZE_BLOCK = 2048
@@ -324,7 +325,20 @@ def product(
     return out_TO
 
 
-@torch.library.custom_op("finescale::triton_linear", mutates_args=())
+def _empty_triton_linear(
+    x_TI: Tensor,
+    packed_COH: Tensor,
+    scale_GO: Tensor,
+    bias_O: Tensor | None,
+    channel_scale_O: Tensor | None,
+    group_size: int,
+    folded: bool,
+    amplifier: int,
+) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], packed_COH.shape[1])
+
+
+@operator("triton_linear", _empty_triton_linear, devices=EVERYWHERE)
 def _linear(
     x_TI: Tensor,
     packed_COH: Tensor,
@@ -362,20 +376,6 @@ def _linear(
         return product(
             codes_TI, x_scale_T, weight, group_size, folded, amplifier, bias_O, channel_scale_O, x_TI.dtype
         )  # fmt: skip
-
-
-@_linear.register_fake
-def _(
-    x_TI: Tensor,
-    packed_COH: Tensor,
-    scale_GO: Tensor,
-    bias_O: Tensor | None,
-    channel_scale_O: Tensor | None,
-    group_size: int,
-    folded: bool,
-    amplifier: int,
-) -> Tensor:
-    return x_TI.new_empty(x_TI.shape[0], packed_COH.shape[1])
 
 
 def triton_linear(
