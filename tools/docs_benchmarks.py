@@ -206,7 +206,8 @@ def decode(facts: dict[str, Any]) -> str:
 
     for row in facts["rows"]:
         names = ("prefill", *batches)
-        rows.append((row["model"], row["arm"], number(row.get("weights_gb")), *(cell(row, name) for name in names)))
+        model = row["model"] + (f", {row['layers']} blocks" if "layers" in row else "")
+        rows.append((model, row["arm"], number(row.get("weights_gb")), *(cell(row, name) for name in names)))
     header = ("model", "layers", "weights, GB", f"prefill of {setting['prefill']}", *(f"batch {b}" for b in batches))
     return (
         "Tokens a second, and how many times more than bfloat16 in the same run. Random weights, CUDA graphs, a static "

@@ -67,6 +67,15 @@ def test_mixtures_of_experts():
         fill_mixture(None, None, "w4a8-float", torch.device("cpu"))
 
 
+def test_fewer_blocks():
+    one = bench_decode(["tiny"], (1,), ("w4a8",), "cpu", prefill=4, context=3, steps=1, profiled=(), layers=1)
+    assert one["setting"]["layers"] == one["rows"][0]["layers"] == 1 and "1 blocks" in text_row(one["rows"][0])
+    bytes_of_two = weight_bytes(random_model("tiny", "w4a8", torch.device("cpu")))
+    assert one["rows"][0]["weights_gb"] * 1e9 < bytes_of_two
+    with pytest.raises(InputError, match="layers must be at least 1"):
+        bench_decode(["tiny"], (1,), ("w4a8",), "cpu", layers=0)
+
+
 def test_shapes_are_configs_of_transformers():
     for name in SHAPES:
         assert shape_config(name).num_hidden_layers in (2, 32, 40, 48)

@@ -243,6 +243,7 @@ def bench_decode(
     context: int = CONTEXT,
     steps: int = STEPS,
     profiled: Iterable[int] = (1, 64),
+    layers: int | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """All measurements.
@@ -255,6 +256,7 @@ def bench_decode(
         prefill: tokens of one sequence in one pass.
         context, steps: tokens in the cache when decoding begins, and tokens decoded.
         profiled: batches, and 0 for the prefill, whose kernels are timed one by one.
+        layers: blocks of every model, instead of its own number: for models that do not fit in bfloat16.
         on_row: called after each model and arm with the result so far.
 
     Raises:
@@ -267,8 +269,8 @@ def bench_decode(
             raise InputError(f"no shape is called {name}; use one of {', '.join(SHAPES)}.")
     if not set(arms) <= set(ARMS):
         raise InputError(f"arms are {', '.join(ARMS)}.")
-    if min(*batches, prefill, context, steps, 1) < 1 or prefill < 2:
-        raise InputError("batches, context and steps must be at least 1, the prefill at least 2 tokens.")
+    if min(*batches, prefill, context, steps, 1, 1 if layers is None else layers) < 1 or prefill < 2:
+        raise InputError("batches, context, steps and layers must be at least 1, the prefill at least 2 tokens.")
     if device == "cuda" and (not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)):
         raise InputError("bench decode needs a Hopper GPU (compute capability 9.0).")
     if device != "cuda" and "w4a8-float" in arms:
@@ -277,24 +279,25 @@ def bench_decode(
     result: dict[str, Any] = {
         "benchmark": "decode",
         "machine": machine_facts() | {"transformers": transformers.__version__},
-        "setting": {"prefill": prefill, "context": context, "steps": steps, "repeats": REPEATS, "seed": SEED},
+        "setting": {"prefill": prefill, "context": context, "steps": steps, "repeats": REPEATS, "seed": SEED}
+        | ({} if layers is None else {"layers": layers}),
         "rows": [],
     }
     for name, arm in itertools.product(models, arms):
-        result["rows"].append(_one_arm(name, arm, target, batches, prefill, context, steps, profiled))
+        result["rows"].append(_one_arm(name, arm, target, batches, prefill, context, steps, profiled, layers))
         on_row(result)
     return result
 
 
 def _one_arm(
     name: str, arm: str, device: torch.device, batches: tuple[int, ...], prefill: int, context: int, steps: int,
-    profiled: set[int],
+    profiled: set[int], layers: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     begin = time.perf_counter()
-    row: dict[str, Any] = {"model": name, "arm": arm, "decode": {}}
+    row: dict[str, Any] = {"model": name, "arm": arm, "decode": {}} | ({} if layers is None else {"layers": layers})
     try:
         torch.manual_seed(SEED)
-        model = random_model(name, arm, device)
+        model = random_model(name, arm, device, layers)
         row["weights_gb"] = weight_bytes(model) / 1e9
         compile_ahead(model, [*batches, prefill])
         row["prefill"] = measure(model, 1, 0, prefill, 5 if device.type == "cuda" else 1, 0 in profiled)
@@ -331,7 +334,7 @@ def speedups_by_model(result: dict[str, Any]) -> dict[str, dict[str, dict[str, f
 
 def text_row(row: dict[str, Any]) -> str:
     """One line: milliseconds of prefill and of a step by batch."""
-    parts = [f"{row['model']:>14} {row['arm']:<12}"]
+    parts = [f"{row['model']:>14} {row['arm']:<12}", *([f"{row['layers']} blocks"] if "layers" in row else [])]
     parts.append(f"{row['weights_gb']:.2f} GB" if "weights_gb" in row else "no room")
     if "prefill" in row:
         parts.append(f"prefill {row['prefill']['milliseconds']:.2f} ms")
@@ -347,6 +350,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--profiled", default="1,64", help="batches, 0 for the prefill")
+    parser.add_argument("--layers", type=int, help="blocks, where a whole model does not fit in bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="an SVG file of the speed-ups")
@@ -363,7 +367,13 @@ def main() -> None:
             options.plot.write_text(speed_figure(speedups_by_model(result)), encoding="utf-8")
 
     result = bench_decode(
-        models, counts, options.arms.split(","), options.device, profiled=profiled, on_row=show_and_keep
+        models,
+        counts,
+        options.arms.split(","),
+        options.device,
+        profiled=profiled,
+        layers=options.layers,
+        on_row=show_and_keep,
     )
     for model in models:
         for arm in options.arms.split(","):

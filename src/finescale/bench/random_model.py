@@ -117,13 +117,14 @@ def fill_mixture(mlp: Any, config: Any, arm: str, device: torch.device) -> None:
     mlp.experts = PackedMixture(gate_up, random_experts(count, width, config.hidden_size, arm, device), "random")
 
 
-def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
+def random_model(name: str, arm: str, device: torch.device, layers: int | None = None) -> PreTrainedModel:
     """A fused model of a shape.
 
     Args:
         name: of a shape (``shapes.SHAPES``).
         arm: how its layers multiply (``ARMS``).
         device: where it is made.
+        layers: blocks, instead of those of the shape.
 
     Raises:
         InputError: an unknown shape or arm, float scales without a GPU, or an arm that experts do not have.
@@ -132,7 +133,7 @@ def random_model(name: str, arm: str, device: torch.device) -> PreTrainedModel:
         raise InputError(f"no arm is called {arm}; use some of {', '.join(ARMS)}.")
     if arm == "w4a8-float" and device.type != "cuda":
         raise InputError("float scales on the kernel's skeleton need a Hopper GPU; leave out w4a8-float.")
-    config = shape_config(name)
+    config = shape_config(name, layers)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     model.eval().requires_grad_(False)

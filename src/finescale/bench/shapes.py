@@ -44,11 +44,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def shape_config(name: str) -> PreTrainedConfig:
-    """The config of a shape. Raises InputError for an unknown name."""
+def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    """The config of a shape, with ``layers`` blocks instead of its own. Raises InputError for an unknown name."""
     if name not in SHAPES:
         raise InputError(f"no shape is called {name}; use one of {', '.join(SHAPES)}.")
-    values = dict(SHAPES[name])
+    values = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     family = values.pop("model_type")
     return AutoConfig.for_model(
         family, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=None, **values

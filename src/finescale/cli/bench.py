@@ -139,6 +139,7 @@ def decode(
     batches: Annotated[str, typer.Option(help="Sequences decoded at once, numbers with commas.")] = "1,4,16,64,128",
     arms: Annotated[str, typer.Option(help="How layers multiply, with commas.")] = "bf16,w4a8,w4a8-folded,w4a8-float",
     profiled: Annotated[str, typer.Option(help="Batches whose kernels are timed; 0 is the prefill.")] = "1,64",
+    layers: Annotated[int | None, typer.Option(help="Blocks, where a whole model does not fit in bfloat16.")] = None,
     device: Annotated[str, typer.Option(help="cuda; cpu only tries it out.")] = "cuda",
     plot: Annotated[Path | None, typer.Option(help="Also draw the speed-ups into this SVG file.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
@@ -154,7 +155,7 @@ def decode(
     quiet_libraries()
     names = model or ["llama-2-7b"]
     result = bench_decode(
-        names, counts, arms.split(","), device, profiled=kernels,
+        names, counts, arms.split(","), device, profiled=kernels, layers=layers,
         on_row=lambda result: console.print(text_row(result["rows"][-1]), soft_wrap=True),
     )  # fmt: skip
     table = Table("model", "layers", "weights GB", "prefill tok/s (x bf16)", *(f"batch {n} (x bf16)" for n in counts))
