@@ -5,6 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from finescale.errors import InputError
+from finescale.grid import ActivationScheme, fake_quantize_tokens, quantize_tokens
 from finescale.kernels.attention import attend_token, rotate_heads
 from finescale.kernels.plain import rms_norm
 
@@ -135,3 +136,60 @@ def test_what_does_not_fit_is_refused():
     one = [x[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in facts]
     with pytest.raises(InputError, match="valid"):
         attend_token(*one, *cache, slot, torch.ones(2, 3, dtype=torch.bool), 0.3)
+
+
+def rounded(cache):
+    """Codes of a cache, and the scales of its keys and values."""
+    pairs = [quantize_tokens(tensor, ActivationScheme(8)) for tensor in cache]
+    return [codes for codes, _ in pairs], [scale[..., 0].contiguous() for _, scale in pairs]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_rounded_cache_is_a_cache_of_rounded_values(case, device="cpu", dtype=torch.float32):
+    for length in (0, 64, case[4] - 1):
+        facts, cache = make(*case, dtype=dtype, seed=length)
+        (query, key, value), slots = expected_heads(facts), case[4]
+        codes, scales = rounded(cache)
+        tensors = [x for pair in zip(codes, scales, strict=True) for x in pair]
+        keys, key_scale, values, value_scale = (tensor.to(device) for tensor in tensors)
+        at = torch.tensor(length, device=device)
+        there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in facts]
+        one = [x[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in there]
+        got = attend_token(*one, keys, values, at, None, case[2] ** -0.5, key_scale, value_scale)
+        want = []
+        for tensor, new in ((cache[0], key), (cache[1], value)):
+            tensor[:, :, length] = new[:, :, 0]
+            want.append(fake_quantize_tokens(tensor[:, :, : length + 1].float(), ActivationScheme(8)).double())
+        want = [tensor.repeat_interleave(case[0], 1) for tensor in want]
+        scores = query.double() @ want[0].transpose(2, 3) * case[2] ** -0.5
+        close(got, (scores.softmax(-1) @ want[1]).reshape(got.shape), dtype)
+        # Several tokens, of which two find no room, and what was there before.
+        facts, _ = make(*case, tokens=5, dtype=dtype, seed=length + 1)
+        there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in facts]
+        start = slots - 3
+        rotate_heads(*there, keys, values, torch.tensor(start, device=device), key_scale, value_scale)
+        new_codes, new_scales = rounded(expected_heads(facts)[1:])
+        for codes, new, scale, new_scale in zip(
+            (keys, values), new_codes, (key_scale, value_scale), new_scales, strict=True
+        ):
+            assert (codes[:, :, start:].cpu().int() - new[:, :, :3].int()).abs().max() <= (dtype != torch.float32)
+            torch.testing.assert_close(scale[:, :, start:].cpu(), new_scale[:, :, :3], rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_of_a_rounded_cache(case, dtype):
+    test_a_rounded_cache_is_a_cache_of_rounded_values(case, "cuda", dtype)
+
+
+def test_a_rounded_cache_needs_both_scales():
+    facts, cache = make(*CASES[0])
+    one = [x[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in facts]
+    codes, scales = rounded(cache)
+    for wrong in ((scales[0], None), (scales[0], scales[1][:, :, :-1]), (None, None)):
+        with pytest.raises(InputError, match=r"a rounded cache|one type"):
+            attend_token(*one, *codes, torch.tensor(3), None, 0.3, *wrong)
+    with pytest.raises(InputError, match="a rounded cache"):
+        attend_token(*one, *cache, torch.tensor(3), None, 0.3, *scales)

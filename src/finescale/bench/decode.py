@@ -29,12 +29,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from finescale.bench.machine import machine_facts
-from finescale.bench.random_model import ARMS, kernel_of, random_model, weight_bytes
+from finescale.bench.random_model import ARMS, ROUNDED_CACHE, USUAL_ARMS, kernel_of, random_model, weight_bytes
 from finescale.bench.shapes import SHAPES
 from finescale.bench.timeline import shares
 from finescale.errors import InputError
 from finescale.kernels.jit import compile_source, source_text
 from finescale.report.speed import speed_figure
+from finescale.runtime.cache import rounded_cache, scales_of
 from finescale.runtime.products import PackedProduct
 
 BATCHES = (1, 4, 16, 64, 128)
@@ -63,18 +64,25 @@ class Generation:
         context: tokens that stand in the cache before the first step.
         tokens: tokens of a step and sequence.
         slots: of the cache.
+        rounded: whether the cache is int8.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, context: int, tokens: int, slots: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: int, context: int, tokens: int, slots: int, rounded: bool = False
+    ) -> None:
         self.model, self.context = model, context
         config, device = model.config, model.device
-        self.cache = StaticCache(config=config, max_cache_len=slots)
+        self.cache = rounded_cache(config, slots) if rounded else StaticCache(config=config, max_cache_len=slots)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         empty = torch.empty(batch, config.num_key_value_heads, 0, width, dtype=model.dtype, device=device)
         for layer in self.cache.layers:
             layer.lazy_initialization(empty, empty)
-            layer.keys.normal_()
-            layer.values.normal_()
+            for cache, scale in zip((layer.keys, layer.values), scales_of(layer), strict=True):
+                if scale is None:
+                    cache.normal_()
+                else:
+                    cache.random_(-127, 128)
+                    scale.fill_(1 / 73)  # codes deviate by 73
         self.first_BT = torch.randint(3, config.vocab_size, (batch, tokens), device=device)
         self.input_BT = self.first_BT.clone()
         self.next_B1 = self.first_BT[:, :1].clone()
@@ -152,7 +160,9 @@ def milliseconds(run: Callable[[], None], count: int, device: torch.device) -> f
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, batch: int, context: int, tokens: int, steps: int, profile: bool) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, batch: int, context: int, tokens: int, steps: int, profile: bool, rounded: bool = False
+) -> dict[str, Any]:
     """Milliseconds of a step, its spread over repeats, tokens a second, memory; and whether a graph gives eager tokens.
 
     Args:
@@ -162,12 +172,13 @@ def measure(model: PreTrainedModel, batch: int, context: int, tokens: int, steps
         tokens: new tokens of each sequence and step.
         steps: of one repeat.
         profile: also say which kernels take the time.
+        rounded: keys and values in the cache are int8.
     """
     device = model.device
     torch.manual_seed(SEED)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    generation = Generation(model, batch, context, tokens, context + (steps if tokens == 1 else tokens))
+    generation = Generation(model, batch, context, tokens, context + (steps if tokens == 1 else tokens), rounded)
     generation.capture()
     check = min(4, steps)
     same = torch.equal(generation.tokens(generation.step, check), generation.tokens(generation.eager_step, check))
@@ -237,7 +248,7 @@ def compile_ahead(model: PreTrainedModel, counts: Iterable[int]) -> None:
 def bench_decode(
     models: Iterable[str],
     batches: Iterable[int] = BATCHES,
-    arms: Iterable[str] = ARMS,
+    arms: Iterable[str] = USUAL_ARMS,
     device: str = "cuda",
     prefill: int = PREFILL,
     context: int = CONTEXT,
@@ -300,9 +311,10 @@ def _one_arm(
         model = random_model(name, arm, device, layers)
         row["weights_gb"] = weight_bytes(model) / 1e9
         compile_ahead(model, [*batches, prefill])
-        row["prefill"] = measure(model, 1, 0, prefill, 5 if device.type == "cuda" else 1, 0 in profiled)
+        rounded = arm in ROUNDED_CACHE
+        row["prefill"] = measure(model, 1, 0, prefill, 5 if device.type == "cuda" else 1, 0 in profiled, rounded)
         for batch in batches:
-            row["decode"][str(batch)] = measure(model, batch, context, 1, steps, batch in profiled)
+            row["decode"][str(batch)] = measure(model, batch, context, 1, steps, batch in profiled, rounded)
     except (torch.OutOfMemoryError, InputError) as error:
         row["stopped"] = str(error).splitlines()[0]
     row["seconds"] = time.perf_counter() - begin
@@ -348,7 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", choices=list(SHAPES), help="may be repeated")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=",".join(USUAL_ARMS), help=f"some of {', '.join(ARMS)}")
     parser.add_argument("--profiled", default="1,64", help="batches, 0 for the prefill")
     parser.add_argument("--layers", type=int, help="blocks, where a whole model does not fit in bfloat16")
     parser.add_argument("--device", default="cuda")

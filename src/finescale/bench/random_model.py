@@ -22,8 +22,11 @@ from finescale.runtime.experts import PackedMixture
 from finescale.runtime.fused import FusedBlock, install
 from finescale.runtime.products import DenseProduct, PackedProduct, Product
 
-ARMS = ("bf16", "w4a8", "w4a8-folded", "w4a8-float")
+ROUNDED_CACHE = {"w4a8-kv8": "w4a8", "w4a8-folded-kv8": "w4a8-folded"}
+"""Arms whose keys and values are int8 as well, and the one whose layers they have."""
+USUAL_ARMS = ("bf16", "w4a8", "w4a8-folded", "w4a8-float")
 """bfloat16; any integer scales; folded ones; float scales and sums on the same kernel."""
+ARMS = (*USUAL_ARMS, *ROUNDED_CACHE)
 GROUP = 128
 DEVIATION = 0.02
 """Of the weights, so that activations keep their size."""
@@ -133,7 +136,7 @@ def random_model(name: str, arm: str, device: torch.device, layers: int | None =
         raise InputError(f"no arm is called {arm}; use some of {', '.join(ARMS)}.")
     if arm == "w4a8-float" and device.type != "cuda":
         raise InputError("float scales on the kernel's skeleton need a Hopper GPU; leave out w4a8-float.")
-    config = shape_config(name, layers)
+    arm, config = ROUNDED_CACHE.get(arm, arm), shape_config(name, layers)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     model.eval().requires_grad_(False)

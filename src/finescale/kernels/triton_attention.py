@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finescale.kernels.launch import stream_of
+from finescale.kernels.workspace import Workspaces
+
 HEADS_OF_TILE = 8
 KEYS_OF_TILE = 64
 PROGRAMS = 528
@@ -51,11 +54,22 @@ def _rotated(x, partner, cos, sin, first_half):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _codes(x_RD):  # type: ignore[no-untyped-def]
+    """Rows as int8 codes, still float32, and their scales: what ``grid.quantize_tokens`` gives."""
+    x_RD = x_RD.to(tl.float32)
+    largest_R = tl.max(tl.abs(x_RD), 1)
+    scale_R = tl.where(largest_R == 0.0, 1.0, tl.maximum(tl.div_rn(largest_R, 127.0), 1.1754943508222875e-38))
+    shift: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest whole number
+    codes_RD = tl.div_rn(x_RD, scale_R[:, None]) + shift - shift
+    return tl.minimum(tl.maximum(codes_RD, -127.0), 127.0), scale_R
+
+
+@triton.jit
 def _rotate_kernel(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, q_gain, k_gain, keys, values, slot, query,
+    qkv, cos, sin, q_gain, k_gain, keys, values, key_scale, value_scale, slot, query,
     tokens, capacity, table_stride, epsilon,
     heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,
-    normed: tl.constexpr, overlap: tl.constexpr,
+    normed: tl.constexpr, rounded: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
@@ -86,19 +100,29 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_RD, x_RD, mask=live_RD & is_query_R[:, None])
     place = tl.load(slot) + t
     fits_RD = live_RD & (place < capacity)
-    key_head_R = head_R - heads
-    target = ((b * kv_heads + key_head_R[:, None]) * capacity + place) * width + d_D[None, :]
-    tl.store(keys + target, x_RD, mask=fits_RD & (~is_query_R & ~is_value_R)[:, None])
-    target = ((b * kv_heads + key_head_R[:, None] - kv_heads) * capacity + place) * width + d_D[None, :]
-    tl.store(values + target, plain_RD, mask=fits_RD & is_value_R[:, None])
+    key_head_R = b * kv_heads + head_R - heads
+    value_head_R = key_head_R - kv_heads
+    key_RD, value_RD = fits_RD & (~is_query_R & ~is_value_R)[:, None], fits_RD & is_value_R[:, None]
+    key_target = (key_head_R[:, None] * capacity + place) * width + d_D[None, :]
+    value_target = (value_head_R[:, None] * capacity + place) * width + d_D[None, :]
+    if rounded:
+        codes_RD, scale_R = _codes(tl.where(is_value_R[:, None], plain_RD, x_RD))
+        tl.store(keys + key_target, codes_RD.to(tl.int8), mask=key_RD)
+        tl.store(values + value_target, codes_RD.to(tl.int8), mask=value_RD)
+        fits_R = (head_R < heads + 2 * kv_heads) & (place < capacity)
+        tl.store(key_scale + key_head_R * capacity + place, scale_R, mask=fits_R & ~is_query_R & ~is_value_R)
+        tl.store(value_scale + value_head_R * capacity + place, scale_R, mask=fits_R & is_value_R)
+    else:
+        tl.store(keys + key_target, x_RD, mask=key_RD)
+        tl.store(values + value_target, plain_RD, mask=value_RD)
 
 
 @triton.jit
 def _attend_kernel(  # type: ignore[no-untyped-def]
-    qkv, cos, sin, q_gain, k_gain, keys, values, slot, valid, out, partial, counters,
+    qkv, cos, sin, q_gain, k_gain, keys, values, key_scale, value_scale, slot, valid, out, partial, counters,
     capacity, table_stride, scaling, epsilon,
     kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
-    splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, overlap: tl.constexpr,
+    splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, rounded: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
@@ -133,26 +157,40 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             )
         q_RD = _rotated(q_RD, partner_RD, cos_D, sin_D, first_half_D)
         k_1D = _rotated(k_1D, k_partner_1D, cos_D, sin_D, first_half_D)
-        v_D = tl.load(token + (kv_heads * (group + 1) + h) * width + d_D)
+        v_1D = tl.load(token + (kv_heads * (group + 1) + h + one_1)[:, None] * width + d_D[None, :])
 
         largest_R = tl.full((rows,), float("-inf"), dtype=tl.float32)
         sum_R = tl.zeros((rows,), dtype=tl.float32)
         acc_RD = tl.zeros((rows, width), dtype=tl.float32)
         cache = (b * kv_heads + h) * capacity
         if split == 0:
-            fits_1D = ((one_1 < 1) & (length < capacity))[:, None] & (d_D >= 0)[None, :]
-            tl.store(keys + (cache + length) * width + one_1[:, None] + d_D[None, :], k_1D, mask=fits_1D)
-            tl.store(values + (cache + length) * width + d_D, v_D, mask=(d_D >= 0) & (length < capacity))
-            largest_R = tl.sum(q_RD.to(tl.float32) * k_1D.to(tl.float32), 1) * scaling
+            fits_1 = (one_1 < 1) & (length < capacity)
+            fits_1D = fits_1[:, None] & (d_D >= 0)[None, :]
+            place_1D = (cache + length) * width + one_1[:, None] + d_D[None, :]
+            own_key_1D, own_value_1D = k_1D.to(tl.float32), v_1D.to(tl.float32)
+            if rounded:
+                own_key_1D, k_scale_1 = _codes(own_key_1D)
+                own_value_1D, v_scale_1 = _codes(own_value_1D)
+                tl.store(key_scale + cache + length + one_1, k_scale_1, mask=fits_1)
+                tl.store(value_scale + cache + length + one_1, v_scale_1, mask=fits_1)
+                tl.store(keys + place_1D, own_key_1D.to(tl.int8), mask=fits_1D)
+                tl.store(values + place_1D, own_value_1D.to(tl.int8), mask=fits_1D)
+                own_key_1D, own_value_1D = own_key_1D * k_scale_1[:, None], own_value_1D * v_scale_1[:, None]
+            else:
+                tl.store(keys + place_1D, k_1D, mask=fits_1D)
+                tl.store(values + place_1D, v_1D, mask=fits_1D)
+            largest_R = tl.sum(q_RD.to(tl.float32) * own_key_1D, 1) * scaling
             sum_R += 1.0
-            acc_RD += v_D.to(tl.float32)[None, :]
+            acc_RD += own_value_1D
             # A token without a place makes itself known instead of going missing.
             acc_RD += tl.where(length < capacity, 0.0, float("nan"))
         for first in range(start, end, block):
             key_N = first + n_N
             inside_N = key_N < end
             k_DN = tl.load(keys + (cache + key_N)[None, :] * width + d_D[:, None], mask=inside_N[None, :], other=0.0)
-            score_RN = tl.dot(q_RD, k_DN, input_precision="ieee") * scaling
+            score_RN = tl.dot(q_RD, k_DN.to(kind), input_precision="ieee") * scaling
+            if rounded:
+                score_RN *= tl.load(key_scale + cache + key_N, mask=inside_N, other=0.0)[None, :]
             if masked:
                 inside_N = inside_N & (tl.load(valid + b * capacity + key_N, mask=inside_N, other=0) != 0)
             score_RN = tl.where(inside_N[None, :], score_RN, float("-inf"))
@@ -164,7 +202,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             sum_R = sum_R * shrink_R + tl.sum(weight_RN, 1)
             v_ND = tl.load(values + (cache + key_N)[:, None] * width + d_D[None, :], mask=inside_N[:, None], other=0.0)
             acc_RD = acc_RD * shrink_R[:, None]
-            acc_RD += tl.dot(weight_RN.to(kind), v_ND, input_precision="ieee")
+            if rounded:
+                weight_RN *= tl.load(value_scale + cache + key_N, mask=inside_N, other=0.0)[None, :]
+            acc_RD += tl.dot(weight_RN.to(kind), v_ND.to(kind), input_precision="ieee")
             largest_R = higher_R
 
         target = out + (b * kv_heads + h) * group * width + r_R[:, None] * width + d_D[None, :]
@@ -222,6 +262,7 @@ def overlapping(device: torch.device) -> dict[str, bool]:
 def rotate(
     qkv_BTC: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor,
+    key_scale_BKS: Tensor | None = None, value_scale_BKS: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.attention.rotate_heads``."""
     batch, tokens, _ = qkv_BTC.shape
@@ -231,35 +272,40 @@ def rotate(
         return query_BTHD
     grid = (batch * tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_OF_TILE))
     _rotate_kernel[grid](
-        qkv_BTC, cos_BTD, sin_BTD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, query_BTHD,
+        qkv_BTC, cos_BTD, sin_BTD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, key_scale_BKS, value_scale_BKS, slot,
+        query_BTHD,
         tokens, keys_BKSD.shape[2], cos_BTD.stride(0) if cos_BTD.shape[0] > 1 else 0, epsilon,
         heads=heads, kv_heads=kv_heads, width=width, tile=HEADS_OF_TILE, normed=q_gain_D is not None,
+        rounded=key_scale_BKS is not None,
         num_warps=4, **overlapping(qkv_BTC.device),
     )  # fmt: skip
     return query_BTHD
 
 
-_workspaces: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
+Room = list[tuple[Tensor, Tensor]]
+"""Room for parts of sums, and counters that the kernel leaves at zero. One that has become too small is kept."""
+
+
+def _room(device: torch.device, parts: int = 2**21, pairs: int = 2**14) -> tuple[Tensor, Tensor]:
+    room = torch.empty(parts, dtype=torch.float32, device=device)
+    return room, torch.zeros(pairs, dtype=torch.int32, device=device)
+
+
+WORKSPACES: Workspaces[Room] = Workspaces(lambda device: [_room(device)])
 
 
 def _workspace(device: torch.device, parts: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """Room for parts of sums, and counters that the kernel leaves at zero; one for each stream.
-
-    One that has become too small is kept: CUDA graphs hold on to its address.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _workspaces.setdefault((device, stream), [])
-    if not found or found[-1][0].numel() < parts or found[-1][1].numel() < pairs:
-        parts, pairs = max(parts, 2**20), max(pairs, 2**14)
-        room = torch.empty(parts, dtype=torch.float32, device=device)
-        found.append((room, torch.zeros(pairs, dtype=torch.int32, device=device)))
+    """That of the current stream."""
+    found = WORKSPACES.of(device, stream_of(device.index) if device.type == "cuda" else 0)
+    if found[-1][0].numel() < parts or found[-1][1].numel() < pairs:
+        found.append(_room(device, max(parts, found[-1][0].numel()), max(pairs, found[-1][1].numel())))
     return found[-1]
 
 
 def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
-    scaling: float,
+    scaling: float, key_scale_BKS: Tensor | None = None, value_scale_BKS: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.attention.attend_token``."""
     batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
@@ -270,10 +316,12 @@ def attend(
     splits = max(1, min(triton.cdiv(PROGRAMS, pairs), triton.cdiv(capacity, KEYS_OF_TILE), 64))
     partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
-        qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, slot, valid_BS, out_BC, partial, counters,
+        qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, key_scale_BKS, value_scale_BKS, slot,
+        valid_BS, out_BC, partial, counters,
         capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
         kv_heads=kv_heads, group=group, rows=max(16, triton.next_power_of_2(group)), width=width, block=KEYS_OF_TILE,
         splits=splits, normed=q_gain_D is not None, masked=valid_BS is not None,
+        rounded=key_scale_BKS is not None,
         num_warps=4, num_stages=2, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC

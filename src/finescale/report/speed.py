@@ -8,11 +8,17 @@ from markupsafe import Markup
 
 from finescale.report import svg
 
-COLOURS = {"w4a8": "s1", "w4a8-folded": "s2", "w4a8-float": "s5"}
-NAMES = {"w4a8": "integer scales", "w4a8-folded": "folded scales", "w4a8-float": "float scales"}
+COLOURS = {"w4a8": "s1", "w4a8-folded": "s2", "w4a8-float": "s5", "w4a8-kv8": "s3", "w4a8-folded-kv8": "s4"}
+NAMES = {
+    "w4a8": "integer scales",
+    "w4a8-folded": "folded scales",
+    "w4a8-float": "float scales",
+    "w4a8-kv8": "integer, int8 cache",
+    "w4a8-folded-kv8": "folded, int8 cache",
+}
 STYLE = """
 svg { font-family: system-ui, sans-serif; background: #fff; --ink: #1d2730; --soft: #5b6874; --grid: #ecebe6; }
-.s1 { --c: #3b83bd; } .s2 { --c: #3aa39a; } .s5 { --c: #d9953a; }
+.s1 { --c: #3b83bd; } .s2 { --c: #3aa39a; } .s5 { --c: #d9953a; } .s3 { --c: #8f6bb8; } .s4 { --c: #c25f78; }
 @media (prefers-color-scheme: dark) {
   svg { background: #1b2126; --ink: #e6e9eb; --soft: #9aa6b0; --grid: #262d33; }
 }
@@ -32,9 +38,10 @@ def speed_figure(speedups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> M
     """
     found = {model: {arm: values for arm, values in arms.items() if values} for model, arms in speedups.items()}
     found = {model: arms for model, arms in found.items() if arms}
+    drawn = {arm for arms in found.values() for arm in arms}
     panels = [_panel(model, arms, index * PANEL) for index, (model, arms) in enumerate(found.items())]
     height = max(1, len(panels)) * PANEL + 30
-    legend = svg.legend(70, height - 12, [(COLOURS[arm], NAMES[arm]) for arm in COLOURS])
+    legend = svg.legend(70, height - 12, [(COLOURS[arm], NAMES[arm]) for arm in COLOURS if arm in drawn])
     picture = svg.document(
         height, "Speed-up of W4A8 over bfloat16", svg.join([svg.el("style", Markup(STYLE)), *panels, legend])
     )

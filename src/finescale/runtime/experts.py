@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_experts_kernel, layer_facts
 from finescale.kernels.experts import PackedExperts, pack_experts, w4a8_experts
+from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE
 from finescale.models.experts import Expert, UnfusedExperts
 
@@ -39,6 +40,7 @@ class PackedMixture(nn.Module):
         self.why = why
         self.gate_up_folded, self.down_folded = gate_up.folded, down.folded
         self.register_buffer("gate_up", gate_up.packed, persistent=False)
+        gemm.WORKSPACES.reserve(gate_up.packed.device)
         self.register_buffer("gate_up_factor_EO", gate_up.factor_EO, persistent=False)
         self.register_buffer("down", down.packed, persistent=False)
         self.register_buffer("down_factor_EO", down.factor_EO, persistent=False)

@@ -21,9 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from finescale.errors import InputError
-from finescale.kernels.attention import attend_token, rotate_heads
+from finescale.kernels.attention import attend_token, dequantized, reserve_workspaces, rotate_heads
 from finescale.kernels.norms import add_rms_norm, rotary_tables
 from finescale.models.skeleton import find_blocks
+from finescale.runtime.cache import RoundedLayer, scales_of
 from finescale.runtime.packed import PackedLinear
 from finescale.runtime.products import Product, check_fusable, fused
 
@@ -37,6 +38,8 @@ BLOCKS = (
     "Qwen3MoeDecoderLayer",
 )
 """Blocks of transformers whose computation is the one written down here."""
+STATIC = (StaticLayer, RoundedLayer)
+"""Layers of caches that the fused kernels fill themselves."""
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length."""
 
@@ -86,6 +89,7 @@ class FusedDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.gain_W, self.epsilon = norm.weight, float(norm.variance_epsilon)
         self.register_buffer("start", torch.zeros((), dtype=torch.int64, device=norm.weight.device), persistent=False)
+        reserve_workspaces(norm.weight.device)
 
     def forward(
         self,
@@ -121,7 +125,7 @@ class FusedDecoder(nn.Module):
             else:
                 both_TC = block.gate_up(change_TW, "rms", residual_TW, block.mlp_gain_W, block.mlp_epsilon)
                 change_TW = block.down(both_TC, "silu")
-        static = [] if past_key_values is None else [x for x in past_key_values.layers if type(x) is StaticLayer]
+        static = [] if past_key_values is None else [x for x in past_key_values.layers if type(x) in STATIC]
         if static:
             torch._foreach_add_([layer.cumulative_length for layer in static], tokens)
         assert change_TW is not None
@@ -143,18 +147,21 @@ class FusedDecoder(nn.Module):
         facts = block.rotary_facts()
         shape = (batch, block.kv_heads, tokens, block.head_dim)
         layer: Any = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        if type(layer) is StaticLayer:
+        if type(layer) in STATIC:
             if not layer.is_initialized:
                 empty = qkv_BTC.new_empty(shape)
                 layer.lazy_initialization(empty, empty)
-            place = (layer.keys, layer.values, layer.cumulative_length)
+            place, scales = (layer.keys, layer.values, layer.cumulative_length), scales_of(layer)
             if tokens == 1 and (mask is None or mask.dim() == 2):
-                given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling)
+                given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling, *scales)
                 return block.out(attend_token(*given))
-            query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place)
+            query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place, *scales)
             keys, values = layer.keys, layer.values
             if mask is None:  # these tokens are the first ones
                 keys, values = keys[:, :, :tokens], values[:, :, :tokens]
+            keys, values = (
+                dequantized(x, scale, qkv_BTC.dtype) for x, scale in zip((keys, values), scales, strict=True)
+            )
         else:
             keys, values = qkv_BTC.new_empty(shape), qkv_BTC.new_empty(shape)
             query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, keys, values, self.start)

@@ -12,6 +12,7 @@ from finescale.errors import InputError
 from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.kernels.gather import gather_table
+from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, SLAB, pack_weight
 from finescale.kernels.linear import w4a8_linear
 
@@ -56,6 +57,7 @@ class PackedLinear(nn.Module):
         size = self.scheme.group_size
         packed = torch.cat([pack_weight(codes.to(device), scale.to(device), size) for codes, scale in parts])
         self.register_buffer("packed", packed, persistent=False)
+        gemm.WORKSPACES.reserve(packed.device)
         own_O = weight.grid.channel_scale_O
         own_O = None if own_O is None else own_O.to(device, torch.float32)
         self.register_buffer("channel_scale_O", own_O, persistent=False)

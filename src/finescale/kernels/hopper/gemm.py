@@ -16,6 +16,7 @@ from torch import Tensor
 from finescale.kernels.hopper.wgmma import wgmma_header
 from finescale.kernels.jit import load_kernel
 from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of, stream_of
+from finescale.kernels.workspace import Workspaces
 
 SHARED_BYTES = 227 * 1024
 CLUSTERS = (1, 2, 4)
@@ -176,20 +177,18 @@ def capacity(device: int) -> Capacity:
     return tuple((cluster, blocks_at_once(device, cluster)) for cluster in CLUSTERS)
 
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+def _zeros(device: torch.device) -> Tensor:
+    size = COUNTERS + workspace_sums(multiprocessors_of(device.index))
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+WORKSPACES = Workspaces(_zeros)
+"""Zeros that the kernel leaves as zeros, large enough for any product."""
 
 
 def zeros_of(device: torch.device) -> Tensor:
-    """Zeros that the kernel leaves as zeros; one for each stream, since two streams may run at once.
-
-    Large enough for any product, so that it never moves: CUDA graphs hold on to its address.
-    """
-    key = (device.index, stream_of(device.index))
-    found = _workspaces.get(key)
-    if found is None:
-        size = COUNTERS + workspace_sums(multiprocessors_of(device.index))
-        found = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return found
+    """Those of the current stream."""
+    return WORKSPACES.of(device, stream_of(device.index))
 
 
 def workspace_sums(multiprocessors: int) -> int:
