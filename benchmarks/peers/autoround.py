@@ -51,8 +51,8 @@ def dequantized(layer: Any, group: int) -> Tensor:
     """scale * code in float32, with the code that is nearest to the weight AutoRound left in the layer."""
     rows, columns = layer.weight.shape
     size = columns if group == -1 else group
-    scale = layer.scale.detach().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
-    return ((layer.weight.detach().float() / scale).round() * scale).contiguous()
+    scale = layer.scale.detach().cpu().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
+    return ((layer.weight.detach().cpu().float() / scale).round() * scale).contiguous()
 
 
 def main() -> None:
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -85,13 +86,13 @@ def main() -> None:
         seqlen=windows.shape[1],
         batch_size=arguments.batch,
         seed=arguments.seed,
-        device_map="cpu",
+        device_map=arguments.device,
     )
     tuned, _ = tuner.quantize()
     facts = {
         "tool": f"AutoRound, {arguments.iterations} iterations",
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
-        "settings": {key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed")},
+        "settings": {key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed", "device")},
         "cpu_seconds": time.process_time() - processor,
         "seconds": time.perf_counter() - wall,
     }
