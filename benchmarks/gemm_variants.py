@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +26,7 @@ from finescale.kernels.hopper.gemm import Variant, capacity, run, variants
 from finescale.kernels.jit import compile_source, source_text
 from finescale.kernels.reference import grouped_int32_product
 
-COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster, multicast, lag, spare], exact, stages]"
-
-
-def family(variant: Variant) -> str:
-    """What is particular about a variant."""
-    if variant.spare or variant.lag or variant.stages:
-        return "trial"
-    return "multicast" if variant.multicast else "cluster" if variant.cluster > 1 else "base"
-
-
-FAMILIES = ("base", "cluster", "multicast", "trial")
-
-
-def candidates(tokens: int, folded: bool) -> list[Variant]:
-    """What the kernel chooses from, and what was tried beside it with wide tiles."""
-    found = variants(tokens, 1, folded, 0)
-    if not folded or tokens <= 64:
-        return found
-    wide = [v for v in found if v.tokens >= 128 and v.warpgroups > 1 and v.split and v.cluster < 4]
-    shared = [replace(v, multicast=True) for v in wide if v.cluster == 2]
-    wide += shared
-    trials = [replace(v, spare=True) for v in wide]
-    if tokens > 128:
-        wide = [v for v in wide if v.tokens == 256]
-        trials += [replace(v, spare=True, stages=4) for v in wide]
-        trials += [replace(v, lag=2) for v in wide]
-        trials += [replace(v, spare=True, stages=4, lag=2) for v in wide if v.cluster == 1 or v.multicast]
-    return found + shared + trials
+COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster], exact, stages]"
 
 
 def compile_all(
@@ -70,15 +42,13 @@ def compile_all(
         for folded in forms
         for out in outs
         for group in groups
-        for v in (candidates(count, folded) if out == 0 and group == 1 else variants(count, group, folded, out))
+        for v in variants(count, group, folded, out)
     }
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), found))
 
 
-def time_size(
-    layer: Layer, count: int, families: tuple[str, ...] = FAMILIES, forms: tuple[bool, ...] = (False, True)
-) -> dict[str, Any]:
+def time_size(layer: Layer, count: int, forms: tuple[bool, ...] = (False, True)) -> dict[str, Any]:
     """Microseconds of cuBLAS and of all variants for one layer and number of tokens, fastest first."""
     x_bf16 = torch.randn(count, layer.inputs, device=layer.device, dtype=torch.bfloat16)
     dense = layer.copies(torch.randn(layer.outputs, layer.inputs, device=layer.device, dtype=torch.bfloat16))
@@ -100,7 +70,7 @@ def time_size(
         )  # fmt: skip
 
     timings = []
-    for variant in (v for folded in forms for v in candidates(count, folded) if family(v) in families):
+    for variant in (v for folded in forms for v in variants(count, 1, folded, 0)):
         equal = torch.equal(call(weights[0], variant), expected_TO)
         time = median_microseconds([lambda w=w, v=variant: call(w, v) for w in weights])  # type: ignore[misc]
         settings = [
@@ -111,17 +81,15 @@ def time_size(
             0,
             variant.split,
             variant.cluster,
-            variant.multicast,
         ]
         timings.append([time, settings, equal, variant.depth])
     return {**row, "ours": sorted(timings)}
 
 
 def label(timing: list[Any]) -> str:
-    """A variant in few letters: tokens x warpgroups, s(plit), cluster, m(ulticast), l(ag), w(ritten by spare warps)."""
-    tokens, warpgroups, _, _, _, split, cluster, multicast, lag, spare = timing[1]
-    marks = f"{'s' if split else ''}{cluster}{'m' if multicast else ''}{f'l{lag}' if lag else ''}{'w' if spare else ''}"
-    return f"{tokens}x{warpgroups}{marks}/{timing[3]}{'' if timing[2] else ' WRONG'}"
+    """A variant in few letters: tokens x warpgroups, s(plit), cluster / stages."""
+    tokens, warpgroups, _, _, _, split, cluster = timing[1]
+    return f"{tokens}x{warpgroups}{'s' if split else ''}{cluster}/{timing[3]}{'' if timing[2] else ' WRONG'}"
 
 
 def text_row(row: dict[str, Any], best: int = 3) -> str:
@@ -141,11 +109,9 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="INPUTSxOUTPUTS, may be repeated")
     parser.add_argument("--tokens", help="numbers with commas")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no size is begun")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="with commas: %(default)s")
     parser.add_argument("--folded", action="store_true", help="only the folded form")
     options = parser.parse_args()
     forms = (True,) if options.folded else (False, True)
-    families = tuple(options.families.split(","))
     shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     start = time.monotonic()
@@ -165,7 +131,7 @@ def main() -> None:
         for count in tokens:
             if time.monotonic() - start > options.budget:
                 break
-            rows.append(time_size(layer, count, families, forms))
+            rows.append(time_size(layer, count, forms))
             print(text_row(rows[-1]), flush=True)
             lines = ",\n  ".join(json.dumps(row) for row in rows)
             text = json.dumps({**result, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {lines}\n ]')

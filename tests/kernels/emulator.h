@@ -186,13 +186,11 @@ template <class F> inline u32 pairs(u32 a, u32 b, bool half, F function) {
 }
 inline float sum_of(float a, float b) { return a + b; }
 inline float product_of(float a, float b) { return a * b; }
-inline float larger_of(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(std::fabs(a), std::fabs(b)); }
 inline u32 add_bf16s(u32 a, u32 b) { return pairs(a, b, false, sum_of); }
 inline u32 add_fp16s(u32 a, u32 b) { return pairs(a, b, true, sum_of); }
 inline u32 multiply_bf16s(u32 a, u32 b) { return pairs(a, b, false, product_of); }
 inline u32 multiply_fp16s(u32 a, u32 b) { return pairs(a, b, true, product_of); }
-inline u32 larger_bf16s(u32 a, u32 b) { return pairs(a, b, false, larger_of); }
-inline u32 larger_fp16s(u32 a, u32 b) { return pairs(a, b, true, larger_of); }
+inline u32 max_pairs(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }
 
 // ---------------------------------------------------------------- shared memory: an address is block of the cluster, offset
 
@@ -214,7 +212,6 @@ inline u8* static_shared(const char* name, size_t bytes) {
 }
 inline uint4 load_shared16(u32 address) { uint4 v; std::memcpy(&v, shared_pointer(address), 16); return v; }
 inline u32 load_shared4(u32 address) { u32 v; std::memcpy(&v, shared_pointer(address), 4); return v; }
-inline unsigned short load_shared2(u32 address) { unsigned short v; std::memcpy(&v, shared_pointer(address), 2); return v; }
 inline void store_shared4(u32 address, u32 value) { std::memcpy(shared_pointer(address), &value, 4); }
 inline void store_shared16(u32 address, uint4 value) { std::memcpy(shared_pointer(address), &value, 16); }
 inline u32 cluster_address(u32 address, int rank) { return (address & 0xFFFFFF) | static_cast<u32>(rank) << 24; }
@@ -273,49 +270,9 @@ inline void copy_to(u32 destination, const void* source, u32 bytes, u32 barrier)
     });
 }
 inline void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier, u64) { copy_to(destination, source, bytes, barrier); }
-inline void copy_bulk_both(u32 destination, const void* source, u32 bytes, u32 barrier, u64) {
-    for (int rank = 0; rank < 2; rank++)
-        copy_to(cluster_address(destination, rank), source, bytes, cluster_address(barrier, rank));
-}
-struct Outgoing {
-    std::vector<bool*> group, committed;
-};
-static std::map<Thread*, std::vector<std::vector<bool*>>> outgoing;
-inline void copy_bulk_out(void* destination, u32 source, u32 bytes) {
-    if (bytes % 16 || reinterpret_cast<u64>(destination) % 16 || source % 16)
-        std::fprintf(stderr, "a bulk copy of %u bytes is not aligned\n", bytes), std::abort();
-    u8* from = shared_pointer(source);
-    bool* done = new bool(false);
-    auto& groups = outgoing[self];
-    if (groups.empty()) groups.emplace_back();
-    groups.back().push_back(done);
-    later([=] { std::memcpy(destination, from, bytes), *done = true; });
-}
-inline void commit_bulk_out() {
-    auto& groups = outgoing[self];
-    if (groups.empty()) groups.emplace_back();
-    groups.emplace_back();
-}
-inline void wait_bulk(size_t most) {
-    Thread* thread = self;
-    wait_until([thread, most] {
-        auto& groups = outgoing[thread];
-        size_t closed = groups.empty() ? 0 : groups.size() - 1;
-        for (size_t i = 0; i + most < closed; i++)
-            for (bool* done : groups[i])
-                if (!*done) return false;
-        return true;
-    });
-}
-template <int COUNT> inline void wait_bulk_read() { wait_bulk(COUNT); }
-inline void wait_bulk_out() { wait_bulk(0); }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void named_barrier(int id, int threads) { meet(id, threads); }
-inline void named_barrier_arrive(int id, int threads) {
-    Meeting& meeting = self->block->meetings[id];
-    if (++meeting.present == threads) meeting.present = 0, meeting.times++;
-}
 template <int COUNT> inline void claim_registers() {}
 template <int COUNT> inline void release_registers() {}
 static std::map<Thread*, int> cluster_time;
@@ -378,7 +335,7 @@ static void enter() {
 static int run_grid(int grid, int threads, int shared_bytes, int cluster, u64 seed) {
     random_state = seed;
     cluster_size = cluster, threads_of_block = threads;
-    copies.clear(), outgoing.clear(), cluster_time.clear();
+    copies.clear(), cluster_time.clear();
     all_blocks = std::vector<Block>(grid);
     all_threads = std::vector<Thread>(static_cast<size_t>(grid) * threads);
     for (int b = 0; b < grid; b++) {

@@ -25,11 +25,8 @@ PRODUCTS = [
     (Variant(8, 1, 2, False, 0), 5, 100, 256, 4),
 ]
 MORE_PRODUCTS = [
-    (Variant(16, 1, 1, True, 0, spare=True), 21, 136, 384, 3),
-    (Variant(16, 2, 1, True, 0, lag=1, spare=True), 30, 300, 384, 2),
+    (Variant(16, 2, 1, True, 0), 30, 300, 384, 2),
     (Variant(16, 2, 1, False, 0, cluster=2), 40, 136, 256, 4),
-    (Variant(16, 1, 1, True, 0, cluster=2, multicast=True), 40, 200, 384, 2),
-    (Variant(16, 1, 1, True, 0, cluster=2, multicast=True, spare=True), 21, 130, 640, 8),
     (Variant(32, 1, 1, True, 0, cluster=4), 27, 70, 640, 8),
     (Variant(16, 1, 1, False, 0, float_scales=True), 21, 136, 384, 3),
 ]

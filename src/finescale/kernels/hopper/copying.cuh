@@ -43,14 +43,6 @@ struct Copier {
     }
 
     __device__ void copy_x(u32 target, u32 barrier, u64 policy) {
-#if MULTICAST
-        // Each block of the cluster fetches half of the tokens for both, unless they share one tile's inputs.
-        if (work.tile < schedule.whole_tiles) {
-            u32 half = (x_bytes / 1024 + 1) / 2 * 1024, begin = blockIdx.x % 2 * half, bytes = begin ? x_bytes - half : half;
-            if (bytes > 0) copy_bulk_both(target + begin, x + begin, bytes, barrier, policy);
-            return;
-        }
-#endif
         copy_bulk(target, x, x_bytes, barrier, policy);
     }
 };
@@ -68,7 +60,6 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
         copier.advance();
     }
     wait_for_previous_kernel();
-    if (MULTICAST) cluster_wait();
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
         tokens.copy_x(x_base + i * X_BYTES, full + 8 * i, keep);

@@ -11,8 +11,7 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), SPARE (a spare warp brings finished tiles to memory), LAG (units by which warpgroups follow one another, FOLDED only), MULTICAST (the two blocks of a cluster have the same tokens, and each copies half of them
-// to both), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
+// (blocks that share split tiles), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -51,10 +50,9 @@ struct Computer {
     int left, remaining;
     Ring ring, ahead;
     TokenFacts facts;
-    int sent;  // chunks of finished tiles
 
     __device__ Computer(const Arguments& arguments, const Part& own_part)
-        : a(arguments), part(own_part), schedule(arguments), remaining(schedule.units()), ring{0, 0}, ahead{0, 0}, sent(0) {}
+        : a(arguments), part(own_part), schedule(arguments), remaining(schedule.units()), ring{0, 0}, ahead{0, 0} {}
 
     // Unpacks the next unit's weights; after the last one, the last one's again.
     __device__ __forceinline__ void fetch(u32 (&operand)[16], u32 (&scale)[GROUPS]) {
@@ -71,17 +69,13 @@ struct Computer {
     }
 
     __device__ __forceinline__ void release() {
-#if MULTICAST  // both blocks copy into each other's stages
-        if (thread % 32 < 2) barrier_arrive_there(empty + 8 * ring.stage, thread % 32);
-#else
         if (thread % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
-#endif
         ring.advance();
         remaining--;
     }
 
     __device__ __forceinline__ void write(const Sum (&total)[TOKENS / 2], int first = 0, int last = TOKENS) {
-        write_tile(a, total, facts, place(), part.group, thread, buffer, sent, first, last);
+        write_tile(a, total, facts, place(), part.group, thread, buffer, first, last);
     }
 
     // Where the tile lies: noted if it takes a search, otherwise found again, which keeps registers free.
@@ -147,17 +141,6 @@ struct Computer {
         wgmma_commit();
     }
 
-    // With LAG, a warpgroup begins a tile when the one before it has queued that tile's unit number LAG (or its last), so
-    // that one writes while the others multiply.
-    __device__ __forceinline__ void wait_for_leader() {
-        if (LAG > 0 && part.group > 0) named_barrier(8 + part.group, 256);
-    }
-    __device__ __forceinline__ void lead() {
-        int units = work.end - work.begin;
-        if (LAG > 0 && part.group + 1 < WARPGROUPS && units - left == min(LAG, units - 1))
-            named_barrier_arrive(9 + part.group, 256);
-    }
-
     // This unit's products are running; prepares and queues those of the next.
     __device__ __forceinline__ void step(Sum (&total)[TOKENS / 2], u32 (&next)[16]) {
         u32 scale[GROUPS];
@@ -165,7 +148,6 @@ struct Computer {
         fetch(next, scale);
         if (--left > 0) {
             issue(total, next, ahead.stage, false);
-            lead();
             wgmma_wait<1>();
             release();
         } else {
@@ -174,9 +156,7 @@ struct Computer {
             finish_tile(total);
             if (remaining == 0) return;
             next_tile();
-            wait_for_leader();
             issue(total, next, ahead.stage, true);
-            lead();
         }
     }
 
@@ -187,9 +167,7 @@ struct Computer {
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
         fetch(operand[0], scale);
         next_tile();
-        wait_for_leader();
         issue(total, operand[0], 0, true);
-        lead();
         while (true) {
             step(total, operand[1]);
             if (remaining == 0) break;
@@ -264,12 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, WARPGROUPS * (MULTICAST ? 8 : 4));
+            barrier_init(empty + 8 * i, WARPGROUPS * 4);
         }
-        for (int g = 0; g < WARPGROUPS; g++) {
-            Part(a, parts, g).init();
-            if (SPARE) Outbox(buffer, g).init();
-        }
+        for (int g = 0; g < WARPGROUPS; g++) Part(a, parts, g).init();
 #if CLUSTER > 1
         ClusterBarriers{parts + WARPGROUPS * PART_BYTES}.init();
 #endif
@@ -282,11 +257,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     if (group == WARPGROUPS) {
         release_registers<COPY_REGISTERS>();
-        // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup, and bring its finished tiles to memory.
-        if (thread == 0) {
-            copy_units(a, x_base, w_base, full, empty);
-            if (MULTICAST) cluster_arrive();
-        }
+        // Warp 0 copies; warps 1 to 3 each count the part of one warpgroup.
+        if (thread == 0) copy_units(a, x_base, w_base, full, empty);
         int served = thread / 32 - 1;
         Schedule schedule(a);
         Work work;
@@ -295,8 +267,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
             wait_for_previous_kernel();
             Part(a, parts, served).count();
         }
-        __syncwarp();
-        if (SPARE && OUT < 2 && served >= 0 && served < WARPGROUPS) Outbox(buffer, served).deliver(a, thread % 32);
     } else {
         claim_registers<COMPUTE_REGISTERS>();
         wait_for_previous_kernel();
@@ -309,14 +279,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         computer.thread = thread;
         computer.buffer = buffer;
         if (computer.remaining > 0) computer.run();
-        if (SPARE && OUT < 2) {
-            Outbox outbox(buffer, group);
-            outbox.open(computer.sent);
-            outbox.close(computer.sent, 0, 0, 0, thread);
-        }
-        if (MULTICAST) {  // the block stays until the other one needs its memory no more
-            cluster_arrive();
-            cluster_wait();
-        }
     }
 }

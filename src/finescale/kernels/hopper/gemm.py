@@ -39,10 +39,6 @@ class Variant:
         experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
         cluster: blocks that share a split tile and add up its sums through their shared memory; with 1, a tile is
             split as often as it takes, and sums are added up in device memory.
-        lag: units by which one computing warpgroup follows the other, so that one writes while the other multiplies;
-            folded only.
-        spare: a spare warp brings finished tiles to memory, instead of the computing warps themselves.
-        multicast: the two blocks of a cluster have the same tokens, of which each copies half to both.
     """
 
     tokens: int
@@ -55,31 +51,17 @@ class Variant:
     float_scales: bool = False
     experts: int = 0
     cluster: int = 1
-    multicast: bool = False
-    lag: int = 0
-    spare: bool = False
 
     @property
     def unit_bytes(self) -> int:
         return self.tokens * 128 + self.warpgroups * (4096 + 128 * self.groups)
 
     @property
-    def slot_bytes(self) -> int:
-        return 32 + 144 * min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
-
-    @property
     def fixed_bytes(self) -> int:
         """Shared memory beside the stages, with two chunks of finished tiles for each warpgroup."""
         table = 8 * self.experts + 32 if self.experts else 0
-        return self.warpgroups * (2 * self.slot_bytes + self.tokens * 8 + 32) + 8 + table
-
-    @property
-    def slots(self) -> int:
-        """Chunks of finished tiles in shared memory, for each warpgroup."""
-        if not self.spare:
-            return 2
-        left = SHARED_BYTES - 1024 - self.fixed_bytes - self.depth * self.stage_bytes
-        return 2 + max(0, min(6, left // (self.warpgroups * self.slot_bytes)))
+        chunk = 144 * min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
+        return self.warpgroups * (2 * chunk + self.tokens * 8 + 32) + 8 + table
 
     @property
     def stage_bytes(self) -> int:
@@ -91,8 +73,7 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        more = self.warpgroups * (self.slots - 2) * self.slot_bytes
-        return self.fixed_bytes + more + self.depth * self.stage_bytes + 1024
+        return self.fixed_bytes + self.depth * self.stage_bytes + 1024
 
     def settings(self) -> tuple[tuple[str, int], ...]:
         """The macros that make this variant."""
@@ -107,10 +88,6 @@ class Variant:
             ("GROUPED", int(self.experts > 0)),
             ("EXPERTS", self.experts),
             ("CLUSTER", self.cluster),
-            ("MULTICAST", int(self.multicast)),
-            ("LAG", self.lag),
-            ("SPARE", int(self.spare)),
-            ("SLOTS", self.slots),
         )
 
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -148,7 +125,7 @@ def schedule(variant: Variant, tokens: int, outputs: int, blocks: int, at_once: 
     """
     token_tiles = -(-tokens // variant.tokens)
     channel_tiles = -(-outputs // (64 * variant.warpgroups))
-    tiles = (channel_tiles + (channel_tiles % 2 if variant.multicast else 0)) * token_tiles
+    tiles = channel_tiles * token_tiles
     left = tiles % at_once
     splits = min(blocks, at_once // left) if left and variant.split else 1
     if variant.cluster > 1:

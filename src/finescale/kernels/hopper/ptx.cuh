@@ -73,28 +73,6 @@ __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u
         ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-// The same, to the same address in both blocks of a cluster of two, each of whose barriers counts them.
-__device__ __forceinline__ void copy_bulk_both(u32 destination, const void* source, u32 bytes, u32 barrier, u64 policy) {
-    unsigned short both = 3;
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1], %2, [%3], %4, %5;"
-        ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "h"(both), "l"(policy) : "memory");
-}
-
-// Contiguous bytes (a multiple of 16) from shared to device memory.
-__device__ __forceinline__ void copy_bulk_out(void* destination, u32 source, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_bulk_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Until shared memory of all but the last COUNT commits has been read; until all of them have arrived.
-template <int COUNT>
-__device__ __forceinline__ void wait_bulk_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
-}
-__device__ __forceinline__ void wait_bulk_out() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // Lets the next kernel of the stream start, and waits for the one before: everything before the wait may run while that
 // one still does, so it reads only what no kernel writes.
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -123,10 +101,6 @@ __device__ __forceinline__ void barrier_arrive_there(u32 barrier, int rank) {
 __device__ __forceinline__ void store_cluster16(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int COUNT>
@@ -166,12 +140,6 @@ __device__ __forceinline__ u32 load_shared4(u32 address) {
     return value;
 }
 
-__device__ __forceinline__ unsigned short load_shared2(u32 address) {
-    unsigned short value;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ void store_shared16(u32 address, uint4 value) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
@@ -192,7 +160,7 @@ __device__ __forceinline__ void store_transposed2(u32 address, u32 a, u32 b) {
                  ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
-// Two 16-bit numbers at once, each rounded once: sum, product, and the larger magnitude (with any sign; NaN if one is).
+// Two 16-bit numbers at once, each rounded once: sum and product; and the larger of two unsigned integers.
 #define PAIRS(NAME, INSTRUCTION)                                      \
     __device__ __forceinline__ u32 NAME(u32 a, u32 b) {               \
         u32 d;                                                        \
@@ -203,8 +171,7 @@ PAIRS(add_bf16s, "add.rn.bf16x2")
 PAIRS(add_fp16s, "add.rn.f16x2")
 PAIRS(multiply_bf16s, "mul.rn.bf16x2")
 PAIRS(multiply_fp16s, "mul.rn.f16x2")
-PAIRS(larger_bf16s, "max.NaN.xorsign.abs.bf16x2")
-PAIRS(larger_fp16s, "max.NaN.xorsign.abs.f16x2")
+PAIRS(max_pairs, "max.u16x2")
 
 // About 2^x and 1 / x, to the last bit or two; what is subnormal is 0.
 __device__ __forceinline__ float power_of_two(float x) {

@@ -366,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
 #pragma unroll
             for (int k = 0; k < PIECES; k++) largest = larger_magnitude(largest, token[k]);
 #if IN != 2
-            largest = max(largest & 0x7FFF, largest >> 16 & 0x7FFF);
+            largest = max(largest & 0xFFFF, largest >> 16);
 #endif
             largest = largest_of_block(largest, scratch[parity][LARGEST]);
             if (WARPS == 1) __syncwarp();

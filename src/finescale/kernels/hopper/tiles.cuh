@@ -11,8 +11,8 @@ constexpr int CHUNK = SHARE < LARGEST_CHUNK ? SHARE : LARGEST_CHUNK;  // tokens 
 constexpr int PITCH = 144;                             // bytes between tokens in the writing buffers, free of conflicts
 constexpr int PART_BYTES = 24;
 constexpr int META = (TOKENS + 127) / 128;             // token scales a thread fetches
-constexpr int SLOT_BYTES = CHUNK * PITCH;               // a chunk on its way out, one of SLOTS of each warpgroup
-constexpr int BUFFER_BYTES = WARPGROUPS * (SLOTS * (SLOT_BYTES + 32) + TOKENS * 8);
+constexpr int CHUNK_BYTES = CHUNK * PITCH;              // on their way out; there are two of each warpgroup
+constexpr int BUFFER_BYTES = WARPGROUPS * (2 * CHUNK_BYTES + TOKENS * 8);
 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;
@@ -68,10 +68,6 @@ __device__ __forceinline__ Shares shares(const Arguments& a) { return Shares{a.w
 
 __device__ __forceinline__ Place find_place(const Arguments& a, int tile) {
     if (a.token_tiles == 1) return Place{tile * WARPGROUPS, 0, a.tokens, 0};
-#if MULTICAST  // the two blocks of a cluster have the same tokens
-    int pair = tile / 2;
-    return Place{(pair / a.token_tiles * 2 + tile % 2) * WARPGROUPS, pair % a.token_tiles * TOKENS, a.tokens, 0};
-#endif
     return Place{tile / a.token_tiles * WARPGROUPS, tile % a.token_tiles * TOKENS, a.tokens, 0};
 }
 #endif

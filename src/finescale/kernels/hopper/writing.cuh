@@ -32,80 +32,13 @@ __device__ __forceinline__ u32 pack_out(float low, float high) {
     return OUT == 0 ? pack_bf16(low, high) : pack_fp16(low, high);
 }
 
-// Chunks of rows of one warpgroup on their way out: written by its warps, and brought to device memory by a spare warp, so
-// that the tensor cores need not wait for memory. Slots are used in turn; each has a note of what it holds, a barrier that
-// says that it is full, and one that says that it is free again.
-struct Outbox {
-    u32 rows, notes, barriers;
-
-    __device__ Outbox(u8* buffer, int group) {
-        rows = shared_address(buffer) + group * SLOTS * SLOT_BYTES;
-        notes = shared_address(buffer) + WARPGROUPS * (SLOTS * SLOT_BYTES + TOKENS * 8) + group * SLOTS * 32;
-        barriers = notes + SLOTS * 16;
-    }
-
-    __device__ u32 full(int slot) const { return barriers + slot * 16; }
-    __device__ u32 free(int slot) const { return barriers + slot * 16 + 8; }
-
-    __device__ void init() const {
-        for (int i = 0; i < SLOTS; i++) {
-            barrier_init(full(i), 4);
-            barrier_init(free(i), 1);
-        }
-    }
-
-    // Chunk number `n`: waits for its slot, says where its rows are to be written.
-    __device__ __forceinline__ u32 open(int n) const {
-        barrier_wait(free(n % SLOTS), (n / SLOTS + 1) % 2);
-        return rows + n % SLOTS * SLOT_BYTES;
-    }
-
-    // By each warp when it has written its part; `tokens` is 0 at the end of all.
-    __device__ __forceinline__ void close(int n, int token0, int channel0, int tokens, int thread) const {
-        fence_proxy_async();
-        __syncwarp();
-        if (thread % 32 != 0) return;
-        if (thread == 0) store_shared16(notes + n % SLOTS * 16, make_uint4(token0, channel0, tokens, 0));
-        barrier_arrive(full(n % SLOTS));
-    }
-
-    // By the spare warp, until the end of all.
-    __device__ void deliver(const Arguments& a, int lane) const {
-        u16* out = static_cast<u16*>(a.out);
-        bool bulk = a.channels % 8 == 0;
-        for (int n = 0;; n++) {
-            int slot = n % SLOTS;
-            barrier_wait(full(slot), n / SLOTS % 2);
-            uint4 note = load_shared16(notes + slot * 16);
-            int token0 = note.x, channel0 = note.y, tokens = note.z, width = min(64, a.channels - channel0);
-            if (tokens == 0) break;
-            u16* target = out + static_cast<long long>(token0) * a.channels + channel0;
-            u32 from = rows + slot * SLOT_BYTES;
-            if (bulk) {
-                if (lane < tokens) copy_bulk_out(target + static_cast<long long>(lane) * a.channels, from + lane * PITCH, width * 2);
-                commit_bulk_out();
-                wait_bulk_read<SLOTS - 1>();
-                __syncwarp();
-                if (lane == 0 && n >= SLOTS - 1) barrier_arrive(free((n + 1) % SLOTS));
-            } else {
-                for (int i = 0; i < tokens; i++)
-                    for (int c = lane; c < width; c += 32)
-                        target[static_cast<long long>(i) * a.channels + c] = load_shared2(from + i * PITCH + c * 2);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(free(slot));
-            }
-        }
-        wait_bulk_out();
-    }
-};
-
-// Writes the tokens of a tile from `first` to `last`, multiples of CHUNK; `sent` counts the chunks of the warpgroup.
+// Writes the tokens of a tile from `first` to `last`, multiples of CHUNK.
 __device__ __forceinline__ void write_tile(
     const Arguments& a, const Sum (&total)[TOKENS / 2], const TokenFacts& facts, const Place& place, int group,
-    int thread, u8* buffer, int& sent, int first = 0, int last = TOKENS) {
+    int thread, u8* buffer, int first = 0, int last = TOKENS) {
     int token0 = place.token0, channel0 = (place.channel_slab + group) * 64;
     int warp = thread / 32, lane = thread % 32;
-    float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * SLOTS * SLOT_BYTES) + group * TOKENS * 2;
+    float* scales = reinterpret_cast<float*>(buffer + WARPGROUPS * 2 * CHUNK_BYTES) + group * TOKENS * 2;
     int* sums = reinterpret_cast<int*>(scales + TOKENS);
     named_barrier(1 + group, 128);
 #pragma unroll
@@ -129,7 +62,7 @@ __device__ __forceinline__ void write_tile(
         if (a.channel_scale) own1 = a.channel_scale[channel + 8];
     }
 #endif
-    Outbox outbox(buffer, group);
+    u32 chunks = shared_address(buffer) + group * 2 * CHUNK_BYTES;
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
         if (token0 + chunk * CHUNK >= place.token_end) break;
@@ -162,13 +95,9 @@ __device__ __forceinline__ void write_tile(
         }
 #if OUT < 2
         // Rows of 64 channels, 128 bytes of each token together.
-#if SPARE
-        u32 rows = outbox.open(sent);
-#else
         // There are two buffers: when one is written again, all have passed the barrier of the other, and so have read
         // this one.
-        u32 rows = outbox.rows + chunk % 2 * SLOT_BYTES;
-#endif
+        u32 rows = chunks + chunk % 2 * CHUNK_BYTES;
         u32 row = rows + (lane / 16 * 8 + lane % 8) * PITCH + warp * 32 + lane / 8 % 2 * 16;
         if (CHUNK == 8) {
             store_transposed2(row, packed[0], packed[1]);
@@ -178,9 +107,6 @@ __device__ __forceinline__ void write_tile(
                 store_transposed4(row + j * 8 * PITCH, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2], packed[2 * j + 3]);
         }
         int chunk0 = token0 + chunk * CHUNK;
-#if SPARE
-        outbox.close(sent++, chunk0, channel0, min(CHUNK, place.token_end - chunk0), thread);
-#else
         named_barrier(1 + group, 128);
 #pragma unroll
         for (int i = 0; i < (CHUNK + 15) / 16; i++) {
@@ -198,7 +124,6 @@ __device__ __forceinline__ void write_tile(
                 }
             }
         }
-#endif
 #endif
     }
 }
