@@ -3,15 +3,16 @@
     python benchmarks/serving.py --json benchmarks/results/serving-h100.json --shape llama-2-7b
 
 Needs vLLM (0.20 or later) and finescale in one environment, and a Hopper GPU. Weights are random; the shape is that of
-the named model. Every arm runs in a process of its own, with the same settings: CUDA graphs of all decode batches, no
-prefix cache, greedy sampling. A decode step is the time of 128 more tokens over 128; medians and spreads are of
-``--repeat`` runs. Before anything is timed, a small model is generated from by the plugin and by `finescale.load`.
+the named model. Every arm runs in a process of its own, engine included, with the same settings: CUDA graphs of all
+decode batches, no prefix cache, greedy sampling. A decode step is the time of 128 more tokens over 128; medians and
+spreads are of ``--repeat`` runs. Checks generate from a small model by the plugin and by `finescale.load`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -45,7 +46,8 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "finescale-folded": {"weights": "folded"},
     "finescale-integer": {"weights": "integer"},
-    "finescale-folded-one-process": {"weights": "folded", "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
+    "bf16-two-processes": {"weights": None, "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
+    "finescale-folded-two-processes": {"weights": "folded", "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
     "bf16-compile": {"weights": None, "compile": True},
     "finescale-folded-compile": {"weights": "folded", "compile": True},
 }
@@ -85,13 +87,20 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
     return [[chosen.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
 
 
-def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: float, answer: Path) -> None:
+def run_arm(
+    folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: float, profiled: bool, answer: Path
+) -> None:
     """Milliseconds of a prefill, and of a decode step by batch, written to ``answer`` one by one."""
     if arm["weights"] == "w4a16":
         _random_bits_in_dummy_weights()
-    started = time.time()
+    started, before = time.time(), _compiled()
     llm = engine(folder, arm, memory)
-    result: dict[str, Any] = {"ready_seconds": round(time.time() - started, 1), "machine": _machine()}
+    compiled = _compiled() - before
+    gc.collect()
+    gc.freeze()  # what vLLM does in an engine's own process: collections need not walk through it again and again
+    result: dict[str, Any] = {
+        "ready_seconds": round(time.time() - started, 1), "compiled_kernels": compiled, "machine": _machine()
+    }  # fmt: skip
     print(f"ready in {result['ready_seconds']} s", flush=True)
     vocabulary = SHAPES[shape]["vocab_size"]
 
@@ -113,6 +122,8 @@ def run_arm(folder: Path, arm: dict[str, Any], shape: str, repeat: int, memory: 
         steps = [(seconds(batch, PROMPT, TOKENS + 1) - first) / TOKENS * 1e3 for _ in range(repeat)]
         result["decode_ms"][str(batch)] = _summary(steps)
         answer.write_text(json.dumps(result))
+    if not profiled:
+        return
     result["profile"] = {"prefill": _profile(llm, lambda: seconds(1, PREFILL, 1), 0)}
     for batch in BATCHES:
         # The first step is that of the prompts.
@@ -126,6 +137,13 @@ def _machine() -> dict[str, Any]:
     from finescale.bench.machine import machine_facts
 
     return machine_facts() | {"vllm": vllm.__version__}
+
+
+def _compiled() -> int:
+    """Kernels of finescale that were compiled so far."""
+    from finescale.environment import cache_folder
+
+    return len(list(cache_folder().glob("*.cubin")))
 
 
 def _summary(values: list[float]) -> dict[str, float]:
@@ -259,6 +277,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(DEFAULT), choices=[*CHECKS, *ARMS])
+    parser.add_argument(
+        "--profiled", nargs="*", default=["bf16", "finescale-folded"], help="arms whose kernels are timed"
+    )
     parser.add_argument("--shape", default="llama-2-7b", choices=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
@@ -323,15 +344,17 @@ def summary_table(arms: dict[str, Any]) -> str:
 
 def _start(name: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
     arm = ARMS.get(name, {})
-    # Checks compare within one process; for all others the engine is a process of its own, as vLLM has it by default.
+    # The engine in the process that asks it: with few sequences a step is shorter than what two processes say to each
+    # other about it.
     environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(name not in CHECKS)), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1",
         "VLLM_USE_DEEP_GEMM": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false",
     } | arm.get("environment", {})  # fmt: skip
     log = (options.json.parent / f"{options.json.stem}-{name}.log").open("w")
     options_of_child = ["--json", str(options.json), "--shape", options.shape, "--repeat", str(options.repeat)]
     options_of_child += ["--memory", str(options.memory), "--arms", *options.arms]
+    options_of_child += ["--profiled", *options.profiled]
     command = [sys.executable, __file__, "--one", name, "--folder", str(folder), *options_of_child]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
@@ -384,7 +407,7 @@ def _child(options: argparse.Namespace) -> None:
     if name in CHECKS:
         answer.write_text(json.dumps(compare_with_finescale(model, arm, options.memory)))
     else:
-        run_arm(model, arm, shape, options.repeat, options.memory, answer)
+        run_arm(model, arm, shape, options.repeat, options.memory, name in options.profiled, answer)
     sys.stdout.flush()
     os._exit(0)
 

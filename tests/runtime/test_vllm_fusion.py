@@ -50,7 +50,7 @@ def test_the_table_is_converted_once():
     keep_table_wide(rotary)
     SEEN.clear()
     got = rotary(torch.tensor([3, 9, 15]), *[x.clone() for x in tokens])
-    assert SEEN == [torch.float32]
+    assert [torch.float32] == SEEN
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     kept = rotary._forward_method
     keep_table_wide(rotary)  # layers share it

@@ -13,6 +13,8 @@ of a head, S slots of a cache, R rows of a tile (heads), N keys of a tile.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +24,25 @@ from finescale.kernels.launch import stream_of
 from finescale.kernels.workspace import Workspaces
 
 HEADS_OF_TILE = 8
-KEYS_OF_TILE = 64
-PROGRAMS = 528
-"""Programs wanted of one launch: four for each multiprocessor of an H100."""
+
+
+class Tiles(NamedTuple):
+    """How attention of one token is shared out.
+
+    Attributes:
+        keys: of a tile.
+        programs: wanted of one launch; keys of a sequence and head are shared out until there are so many.
+        warps, stages: of a program.
+    """
+
+    keys: int
+    programs: int
+    warps: int
+    stages: int
+
+
+TILES = Tiles(64, 528, 4, 2)
+"""Four programs for each multiprocessor of an H100."""
 
 # Triton reads the signatures below: annotations other than its own are errors there.
 
@@ -306,6 +324,7 @@ def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
     scaling: float, key_scale_BKS: Tensor | None = None, value_scale_BKS: Tensor | None = None,
+    tiles: Tiles = TILES,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.attention.attend_token``."""
     batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
@@ -313,15 +332,15 @@ def attend(
     if batch == 0:
         return out_BC
     pairs, group = batch * kv_heads, heads // kv_heads
-    splits = max(1, min(triton.cdiv(PROGRAMS, pairs), triton.cdiv(capacity, KEYS_OF_TILE), 64))
+    splits = max(1, min(triton.cdiv(tiles.programs, pairs), triton.cdiv(capacity, tiles.keys), 64))
     partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, key_scale_BKS, value_scale_BKS, slot,
         valid_BS, out_BC, partial, counters,
         capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
-        kv_heads=kv_heads, group=group, rows=max(16, triton.next_power_of_2(group)), width=width, block=KEYS_OF_TILE,
+        kv_heads=kv_heads, group=group, rows=max(16, triton.next_power_of_2(group)), width=width, block=tiles.keys,
         splits=splits, normed=q_gain_D is not None, masked=valid_BS is not None,
         rounded=key_scale_BKS is not None,
-        num_warps=4, num_stages=2, **overlapping(qkv_BC.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC
