@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-SPARE = 4
-"""Pieces made ahead for a device: for the usual stream, and those of two kinds of graphs, and one more."""
+SPARE = 6
+"""Pieces made ahead for a device: for the usual stream, for those of graphs and their warming up, and some more."""
 Piece = TypeVar("Piece")
 
 

@@ -21,6 +21,7 @@ from finescale.grid import Grid, InputRule, QuantizedWeight, contiguous_groups, 
 from finescale.grid.inputs import SUFFIXES
 from finescale.grid.packing import packed_words, to_signed, unpack_rows
 from finescale.kernels.dispatch import choose_kernel
+from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
 from finescale.kernels.linear import w4a8_linear, w4a8_product
 from finescale.kernels.portable import PORTABLE, PortableProduct
@@ -129,6 +130,7 @@ class FinescaleLinearMethod(LinearMethodBase):
         else:
             packed = pack_weight(weight.codes_OI, scale_OG, scheme.group_size)
             layer.register_buffer("finescale_packed", packed, persistent=False)
+            gemm.WORKSPACES.reserve(packed.device)
             layer.finescale_folded = largest <= LARGEST_FOLDED_SCALE
             if self.ancestry is not None and inputs.is_plain:
                 quantize_on_the_way(layer, self.ancestry)
