@@ -9,6 +9,7 @@ from torch import nn
 from finescale.errors import NumericsError
 from finescale.grid import ActivationScheme, InputRule, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.tuning import RoundingOptions, TuningLayer, Windows, tune_rounding
+from finescale.tuning.reconstruction import block_loss
 
 CPU = torch.device("cpu")
 
@@ -145,6 +146,23 @@ def test_relative_errors_do_not_let_one_token_rule():
         usual = Windows(windows.inputs[1:], windows.targets[1:])
         errors[loss] = error_of(block, layers, weights, usual)
     assert errors["relative"] < errors["mse"]
+
+
+@pytest.mark.parametrize("loss", ["mse", "relative", "balanced"])
+def test_losses_are_those_of_their_definitions(loss):
+    output_BTC, target_BTC = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    target_BTC[0, 0] *= 100
+    each, whole, size = [], 0.0, 0.0
+    for y_C, t_C in zip(output_BTC.reshape(-1, 4), target_BTC.reshape(-1, 4), strict=True):
+        error = sum((float(y) - float(t)) ** 2 for y, t in zip(y_C, t_C, strict=True))
+        of_token = sum(float(t) ** 2 for t in t_C)
+        each.append(error / of_token)
+        whole, size = whole + error, size + of_token
+    relative = sum(each) / len(each)
+    expected = {"mse": whole / output_BTC.numel(), "relative": relative, "balanced": (relative + whole / size) / 2}
+    options = RoundingOptions(loss=loss, precision="float32")
+    found = block_loss(lambda x_BTC: x_BTC, output_BTC, target_BTC, {}, options)
+    assert float(found) == pytest.approx(expected[loss], rel=1e-5)
 
 
 def test_nan_is_named():

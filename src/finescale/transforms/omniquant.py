@@ -40,6 +40,7 @@ from finescale.transforms.view import BlockView, Changes, Limits, TransformOptio
 from finescale.tuning.moving import grouped
 from finescale.tuning.nearest import ranges, rounded
 from finescale.tuning.reconstruction import (
+    Loss,
     ReconstructionOptions,
     block_error,
     block_loss,
@@ -67,7 +68,7 @@ class OmniQuantOptions(ReconstructionOptions, TransformOptions):
         iterations: steps per block (20 passes over 128 windows).
     """
 
-    loss: Literal["relative", "mse"] = "mse"
+    loss: Loss = "mse"
     clip: bool = True
     equivalence: bool = True
     links: Literal["none", "attention", "all"] = "attention"

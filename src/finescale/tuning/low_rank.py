@@ -25,6 +25,7 @@ from finescale.grid import InputRule, WeightScheme
 from finescale.models.edges import is_norm
 from finescale.tuning.nearest import rounded
 from finescale.tuning.reconstruction import (
+    Loss,
     ReconstructionOptions,
     Windows,
     block_error,
@@ -53,7 +54,7 @@ class LowRankOptions(ReconstructionOptions):
         blocks: consecutive blocks that are corrected together, by the output of the last.
     """
 
-    loss: Literal["relative", "mse"] = "mse"
+    loss: Loss = "mse"
     rank: int = Field(default=4, ge=1)
     rate: float = Field(default=5e-4, gt=0.0)
     iterations: int = Field(default=1280, ge=1)

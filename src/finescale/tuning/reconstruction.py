@@ -19,13 +19,16 @@ from finescale.grid import InputRule
 from finescale.tuning.options import TunerOptions
 
 _SMALL_PART = 0.1
+Loss = Literal["relative", "mse", "balanced"]
 
 
 class ReconstructionOptions(TunerOptions):
     """What all tuners of a block's output have in common.
 
     Attributes:
-        loss: ``relative`` divides each token's squared error by the mean square of its output, ``mse`` does not.
+        loss: ``relative`` divides each token's squared error by the mean square of its output, ``mse`` does not;
+            ``balanced`` is the mean of ``relative`` and of the squared error of all tokens over their squared size, in
+            which a few huge tokens (attention sinks) weigh as much as all others together.
         inputs: the block is fed the outputs of the ``quantized`` blocks before it, or of the ``float`` ones.
         target: the outputs to come close to are those of the float block on the ``float`` prefix's outputs or on the
             ``quantized`` prefix's.
@@ -35,7 +38,7 @@ class ReconstructionOptions(TunerOptions):
         held: the number of these windows.
     """
 
-    loss: Literal["relative", "mse"] = "relative"
+    loss: Loss = "relative"
     inputs: Literal["quantized", "float"] = "quantized"
     target: Literal["quantized", "float"] = "float"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -205,10 +208,14 @@ def block_loss(
         output = block(input_BTC, **arguments)
     output_BTC = output[0] if isinstance(output, tuple) else output
     error_BT = (output_BTC - target_BTC).square().mean(-1)
+    if options.loss == "mse":
+        return error_BT.mean()
+    size_BT = target_BTC.square().mean(-1)
+    least = torch.finfo(torch.float32).tiny
+    relative = (error_BT / size_BT.clamp(min=least)).mean()
     if options.loss == "relative":
-        size_BT = target_BTC.square().mean(-1)
-        error_BT = error_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny)
-    return error_BT.mean()
+        return relative
+    return (relative + error_BT.sum() / size_BT.sum().clamp(min=least)) / 2
 
 
 def fixed_windows(count: int, held: int, size: int) -> list[list[int]]:
