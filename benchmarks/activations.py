@@ -57,7 +57,9 @@ LEARNED = {"batch_size": 4, "iterations": 320}
 OMNIQUANT = part("omniquant", alpha=0.75, **LEARNED)
 CORRECTION = part("low_rank", batch_size=4, iterations=160)
 RELATIVE = part("low_rank", batch_size=4, iterations=160, loss="relative")
+BALANCED = part("low_rank", batch_size=4, iterations=160, loss="balanced")
 ROUNDING = part("rounding")
+BALANCED_ROUNDING = part("rounding", loss="balanced", iterations=256)
 
 
 def method(
@@ -84,6 +86,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLLM, correction": method(tuning=[CORRECTION]),
     "QLLM": method(transforms=[part("qllm")], tuning=[CORRECTION]),
     "QLLM, relative loss": method(transforms=[part("qllm")], tuning=[RELATIVE]),
+    "QLLM, balanced loss": method(transforms=[part("qllm")], tuning=[BALANCED]),
     "OmniQuant, relative loss": method(transforms=[part("omniquant", alpha=0.75, loss="relative", **LEARNED)]),
     "GPTQ": method(GPTQ),
     "QuantEase": method(QUANTEASE),
@@ -103,6 +106,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [part("qllm")], [RELATIVE, ROUNDING]),
     "QuaRot, fused + QuantEase + rounding": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
+    "QuaRot, online too + QuantEase + balanced rounding": method(QUANTEASE, [ROTATION], [BALANCED_ROUNDING]),
     "QuaRot, online too + QLLM + QuantEase + rounding": method(QUANTEASE, [ROTATION, part("qllm")], [ROUNDING]),
 }  # fmt: skip
 OURS = {"W4A4": "w4a4-best", "W4A8": "w4a8-best"}

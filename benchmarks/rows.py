@@ -172,11 +172,13 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
 
 
 def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:
-    """Channels that splitting added, how much of int32 is used, seconds by phase."""
+    """Channels that splitting added, how much of int32 is used, the block that tuning left with the largest error."""
     transforms = [part for block in report.get("transforms", []) for part in block]
     added = [layer["extra"] for part in transforms for layer in part["layers"].values() if "extra" in layer]
     used = [layer["overflow_use"] for layer in report["layers"] if layer["overflow_use"]]
-    return ({"extra_channels": sum(added)} if added else {}) | ({"overflow_use": max(used)} if used else {})
+    learned = [block[-1]["error_after"] for block in report.get("tuning", []) if block]
+    worst = {"largest_error": max(learned), "block": learned.index(max(learned))} if learned else {}
+    return ({"extra_channels": sum(added)} if added else {}) | ({"overflow_use": max(used)} if used else {}) | worst
 
 
 def _phases(out: Path) -> dict[str, float]:

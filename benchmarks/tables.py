@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import activations
 import tuning
+from pages import write_pages
 from rich.console import Console
 from rows import Row, Setting, Task, measure, spread
 
@@ -26,30 +28,28 @@ ONE_SHOT = (
     "RTN", "SmoothQuant 0.5", "QLLM, reassembly", "QuaRot, online too", "FPTQ", "AWQ", "QuaRot, online too + GPTQ",
     "GPTQ", "QuantEase",
 )  # fmt: skip
+BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
-    "activations:W4A4/RTN", "tuning:3/rounding from quantease", "activations:W4A4/QLLM", "activations:W4A4/OmniQuant",
-    "activations:correction/adaptive, 40 passes", "activations:W4A4/SmoothQuant 0.5",
-    "activations:W4A4/QLLM, reassembly", "activations:expansion/adaptive, at most*", f"activations:W6A6/{ROTATED}",
-    *(f"activations:W4A4/{name}" for name in ONE_SHOT),
-    "tuning:2/rounding from quantease", "tuning:4/rounding from quantease",
-    *(f"activations:W4A8/{name}" for name in ONE_SHOT),
-    "activations:W4A16/GPTQ", "activations:W4A16/QuantEase", "activations:W4A16/QuaRot, online too + GPTQ",
+    "tuning:2/rounding from quantease, balanced", "tuning:3/rounding from quantease, 512 steps",
+    "tuning:4/rounding from quantease, 512 steps", "tuning:2/rounding from quantease, mse",
+    "tuning:[342]/rounding from quantease", "tuning:[34]/rounding from quantease, balanced",
+    *(f"activations:W4A4/{name}" for name in ONE_SHOT), "activations:W4A4/QLLM", "activations:W4A4/OmniQuant",
+    "activations:W4A16/GPTQ", "activations:W4A16/QuantEase", f"activations:W4A16/{ROTATED}",
+    f"activations:W4A8/{ROTATED}", f"activations:W4A4/{ROTATED}", f"activations:W6A6/{ROTATED}",
+    f"activations:W4A4/{BALANCED}", *(f"activations:W4A8/{name}" for name in ONE_SHOT),
+    *(f"tuning:[432]/{name}" for name in ("rtn", "gptq", "quantease", "rounding from rtn")),
     *(f"activations:W6A6/{name}" for name in ONE_SHOT),
-    *(f"tuning:[234]/{name}" for name in ("rtn", "gptq", "quantease")),
-    f"activations:W4A4/{ROTATED}", f"activations:W4A8/{ROTATED}", f"activations:W4A16/{ROTATED}",
-    *(f"activations:{bits}/{name}" for name in ("QLLM", "OmniQuant") for bits in ("W4A8", "W6A6")),
-    "tuning:[234]/rounding from rtn", "activations:W4A4/recipe*", "activations:W4A8/recipe*",
-    "activations:W4A4/QLLM, relative loss", "activations:W4A4/OmniQuant, relative loss",
-    "activations:W4A4/QLLM, correction", "activations:W4A4/QLLM + QuantEase + rounding", "tuning:w4a8/*",
-    "activations:W4A4/QuaRot, online too + QLLM*", "activations:W4A8/QuantEase + rounding",
-    "activations:W4A16/QuantEase + rounding",
-    "activations:integer scales/w4a8-*", "activations:integer scales/llama3*", "activations:integer scales/quarot*",
-    "activations:integer scales/fptq*", "activations:integer scales/mixtral*", "activations:integer scales/qllm*",
-    "activations:integer scales/omni*",
-    "activations:expansion/*", "activations:blocks together/*", "activations:rank/*", "activations:samples/*",
-    "activations:correction/*", "activations:expansion, corrected/*",
+    *(f"activations:integer scales/{name}*" for name in ("w4a8-", "llama3", "quarot", "fptq", "mixtral")),
+    *(f"activations:{bits}/{name}" for bits in ("W6A6", "W4A8") for name in ("QLLM", "OmniQuant")),
+    "activations:expansion/*", "activations:W4A4/QLLM, correction", "activations:W4A4/QLLM, balanced loss",
+    "activations:blocks together/*", "activations:rank/*", "activations:samples/*",
+    "activations:W4A4/QLLM, relative loss", "activations:W4A4/recipe*", "activations:W4A8/recipe*",
+    "activations:integer scales/qllm*", "activations:integer scales/omni*", "tuning:w4a8/*",
+    "activations:W4A4/QLLM + QuantEase + rounding", "activations:W4A4/QuaRot, online too + QLLM + QuantEase*",
+    "activations:W4A8/QuantEase + rounding", "activations:W4A16/QuantEase + rounding",
+    "activations:W4A16/QuaRot, online too + GPTQ", "activations:correction/*", "activations:expansion, corrected/*",
     "tuning:2/rounding from quantease, *", "tuning:3/rounding from quantease, *", "tuning:*", "activations:W4A4/*",
-    "activations:W4A8/*", "activations:W4A16/*", "activations:W6A6/*",
+    "activations:W4A8/*", "activations:W4A16/*", "activations:W6A6/*", "activations:*",
 )  # fmt: skip
 Named = dict[str, tuple[Row, Setting]]
 
@@ -87,10 +87,13 @@ def main() -> None:
             (measure, *named[name], work, arguments.results / table_of(name), arguments.proof, arguments.threads)
             for name in names
         ]
-        for line in spread(tasks, arguments.jobs):
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        for line in chain(spread(tasks, arguments.jobs), [""]):  # once more when all is there already
             console.print(line, soft_wrap=True)
             for table, pairs in tables.items():
                 activations.write(arguments.results / f"{table}.json", table, pairs, arguments.results / table)
+        for page in write_pages(arguments.results):
+            console.print(f"written to {page}")
 
 
 def table_of(name: str) -> str:

@@ -49,6 +49,11 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, 512 steps": method(QUANTEASE, [], [part("rounding", iterations=512)]),
+    "rounding from quantease, balanced": method(QUANTEASE, [], [part("rounding", loss="balanced")]),
+    "rounding from quantease, balanced, 512 steps": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", iterations=512)]
+    ),
+    "rounding from quantease, mse": method(QUANTEASE, [], [part("rounding", loss="mse")]),
     "rounding from quantease, learned clipping": method(QUANTEASE, [CLIPPING], [ROUNDING]),
     "rounding from quantease, coarser steps": method(
         QUANTEASE, [], [part("rounding", iterations=512, rate=0.01, scale_rate=0.003, bound=1.0)]
