@@ -194,6 +194,26 @@ def test_too_full_a_disk_or_too_little_memory_is_refused_before_the_work(tiny, t
     assert_sentence(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("limit", "used"), [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
+)
+def test_the_limit_of_a_container_counts(tmp_path, limit, used):
+    import psutil
+
+    from finescale.pipeline.plan import available_memory
+
+    folder = tmp_path / "memory" if "bytes" in limit else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / used).write_text("700000\n")
+    (folder / "memory.stat").write_text("anon 500000\nactive_file 50000\ninactive_file 100000\nworkingset_nodes 7\n")
+    (folder / limit).write_text("1000000\n")
+    assert available_memory(tmp_path) == 1_000_000 - 700_000 + 150_000
+    for value in ("max\n", "9223372036854771712\n"):  # no limit, as version 2 and version 1 say it
+        (folder / limit).write_text(value)
+        assert 0.5 < available_memory(tmp_path) / psutil.virtual_memory().available < 2
+    assert available_memory(tmp_path / "nowhere") > 1_000_000
+
+
 def test_blocks_beyond_the_config_are_noted(tiny, text, tmp_path):
     """The file of a larger model with the config of a smaller one: transformers too would leave a block out."""
     path = shutil.copytree(tiny("llama"), tmp_path / "model")

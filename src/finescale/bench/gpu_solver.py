@@ -193,7 +193,8 @@ def compare_products(columns: int, sweeps: int, device: str) -> dict[str, dict[s
 
     def solved(kind: str) -> Tensor:
         entry = find_solver("quantease")
-        solution = entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=sweeps, products=kind))
+        options = entry.options.model_validate({"sweeps": sweeps, "products": kind})
+        solution = entry.solve(weight_OI, hessian_II, grid, options)
         return row_objectives(weight_OI, solution.weight, hessian_II)
 
     exact_O = solved("float32")

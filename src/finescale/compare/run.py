@@ -8,6 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -244,8 +245,9 @@ def _run_all(shared: Shared, cells: Sequence[Cell], options: Options) -> Iterato
                     raise result
                 yield result
         finally:  # after an interrupt too: lanes end when nothing is waiting
-            while not waiting.empty():
-                waiting.get()
+            with suppress(Empty):
+                while True:
+                    waiting.get_nowait()
 
 
 def _lane(

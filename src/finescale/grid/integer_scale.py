@@ -21,7 +21,6 @@ from torch import Tensor
 from finescale.errors import InputError, NumericsError
 
 INT32_LIMIT = 2**31
-PAPER_AMPLIFIER = 1024
 LARGEST_AMPLIFIER = 2**24
 LARGEST_INTEGER_SCALE = 2**15 - 1
 """Kernels hold S in 16 bits."""

@@ -246,9 +246,32 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     return int(weights + max(solving, rest * dtype.itemsize) + hidden * 1.2 + 7e8)
 
 
+def available_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: what the machine has free, and at most what its container is allowed.
+
+    Without a look at the container's limit (version 2 of control groups, or 1) a run would be killed in its middle.
+    Pages of files that were read count as free: they are dropped when memory is short.
+    """
+    available = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            allowed, taken = (int((cgroups / name).read_text()) for name in (limit, used))
+            lines = (cgroups / used).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no such version, or the word max: no limit
+            continue
+        facts = dict(line.split(maxsplit=1) for line in lines)
+        # Version 1 has the numbers of the groups below in lines of their own.
+        files = sum(int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("active_file", "inactive_file"))
+        available = min(available, allowed - taken + files)
+    return available
+
+
 def check_memory(needed: int) -> None:
-    """Raises InputError when the machine has less memory than the run needs."""
-    available = psutil.virtual_memory().available
+    """Raises InputError when the machine, or its container, has less memory than the run needs."""
+    available = available_memory()
     if needed > available:
         raise InputError(
             f"about {needed / 1e9:.1f} GB of memory are needed and {available / 1e9:.1f} GB are free; "
