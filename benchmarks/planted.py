@@ -36,7 +36,12 @@ def part(name: str, **options: Any) -> dict[str, Any]:
     return {"name": name, "options": options}
 
 
-CORRECTION = part("low_rank", iterations=80, batch_size=1, loss="relative")
+def corrected(loss: str) -> dict[str, Any]:
+    """QLLM with its correction of four blocks at a time."""
+    correction = part("low_rank", iterations=160, batch_size=4, loss=loss)
+    return {"transforms": [part("qllm")], "tuning": [correction]}
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "SmoothQuant": {"transforms": [part("smoothquant")]},
     "FPTQ": {"transforms": [part("fptq")]},
@@ -44,10 +49,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "AWQ": {"transforms": [part("awq")]},
     "QuaRot, fused": {"transforms": [part("quarot")]},
     "OmniQuant": {"transforms": [part("omniquant", iterations=80)]},
-    "QLLM, a fifth more channels": {"transforms": [part("qllm")]},
+    "QLLM, a fifth more channels": {"transforms": [part("qllm", max_expansion=0.2)]},
     "QLLM, 0.3 more channels": {"transforms": [part("qllm", max_expansion=0.3)]},
     "QLLM, 0.5 more channels": {"transforms": [part("qllm", max_expansion=0.5)]},
-    "QLLM with correction": {"transforms": [part("qllm")], "tuning": [CORRECTION]},
+    "QLLM with correction": corrected("mse"),
+    "QLLM with correction, relative loss": corrected("relative"),
+    "QLLM with correction, balanced loss": corrected("balanced"),
 }
 
 
@@ -65,8 +72,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with models/ and data/")
     parser.add_argument("--size", type=float, default=50.0)
     parser.add_argument("--channels", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", default="*", help="shell pattern of the methods")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/planted-zoo-llama.json"))

@@ -92,7 +92,9 @@ def main() -> None:
     facts = {
         "tool": f"AutoRound, {arguments.iterations} iterations",
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
-        "settings": {key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed", "device")},
+        "settings": {
+            key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed", "device")
+        },
         "cpu_seconds": time.process_time() - processor,
         "seconds": time.perf_counter() - wall,
     }
