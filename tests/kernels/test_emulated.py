@@ -69,9 +69,9 @@ def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocess
         ),
     ],
 )
-@pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (7, 77)])
+@pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (9, 1032), (7, 77)])
 def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
-    """Two multiprocessors: nine tokens come by bulk copies, seven of an odd width and two by loads."""
+    """Two multiprocessors: nine tokens come by bulk copies, to one warp or two, seven of an odd width and two by loads."""
     emulator.emulate(monkeypatch, 2)
     torch.manual_seed(0)
     norm = kind in ("rms", "layer")
@@ -94,6 +94,26 @@ def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
     else:  # sums in another order, or another exponential
         torch.testing.assert_close(scale_T, scale_T1[:, 0], rtol=0.01, atol=0)
         assert int((got_TI.int() - codes_TI.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 7), pytest.param(torch.float16, 10, marks=pytest.mark.slow)])
+def test_every_quotient_is_rounded_as_by_a_division(dtype, bits, monkeypatch):
+    """Tokens of each significand of the largest value (of float16 those whose scale is exact, and some others), values of
+    every significand (some), among them half of the largest."""
+    emulator.emulate(monkeypatch, 2)
+    of_largest_T = torch.arange(2**bits) / 2**bits + 1
+    if bits == 10:
+        of_largest_T = torch.cat([of_largest_T[::97], torch.arange(9, 16) * 127 / 1024])
+    powers = 2.0 ** torch.arange(0, -10, -1)
+    value_I = ((torch.arange(2**bits) / 2**bits + 1)[:: 1 if bits == 7 else 13] * powers[:, None]).flatten()
+    x_TI = torch.where(value_I <= of_largest_T[:, None], value_I, of_largest_T[:, None] / 2)
+    x_TI = torch.cat([of_largest_T[:, None], of_largest_T[:, None] / 2, x_TI], 1)
+    x_TI = torch.nn.functional.pad(x_TI, (0, -x_TI.shape[1] % 8)).to(dtype)
+    assert torch.equal(x_TI[:, 0].float(), of_largest_T)
+    codes_TI, scale_T1 = to_codes(x_TI, ActivationScheme(8))
+    packed, scale_T, _ = quantize.run(x_TI)
+    assert torch.equal(scale_T, scale_T1[:, 0])
+    assert torch.equal(layout.unpack_tokens(packed, *x_TI.shape), codes_TI)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from finescale.kernels.hopper import grouped
+from finescale.kernels.hopper import grouped, quantize
 from finescale.kernels.hopper.gemm import Variant, variants
 from finescale.kernels.jit import source_text
 
@@ -17,10 +17,11 @@ def text_of(variant):
     return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
 
 
-def quantizer(kind, add, dtype, routed=0, gather=0, stages=2):
-    settings = {"KIND": kind, "ADD": add, "IN": dtype, "THREADS": 256, "PIECES": 2, "BLOCKS": 3, "STAGES": stages}
-    settings |= {"ROUTED": routed, "GATHER": gather}
-    return source_text("quantize.cu", settings, {})
+def quantizer(kind, add, dtype, routed=0, gather=0):
+    facts = quantize.Facts(
+        list(quantize.KINDS)[kind], bool(add), list(quantize.IN_TYPES)[dtype], 4096, 4200 if gather else None, routed
+    )
+    return source_text("quantize.cu", dict(quantize.settings_of(facts, quantize.block_shape(facts, 4096, 132))), {})
 
 
 def test_the_text_includes_nothing():

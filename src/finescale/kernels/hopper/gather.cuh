@@ -14,48 +14,55 @@ typedef u32 Offset;
 #else
 typedef u16 Offset;
 #endif
-struct __align__(16) Offsets {
-    Offset of[8];
+struct __align__(8) Terms {
+    Offset offset[8];        // of first terms
+    int more_begin, more_end;
 };
 
 __device__ __forceinline__ int turn() { return threadIdx.x % 32 / 8 * 2; }
 
-// Behind the stages.
-__device__ __forceinline__ Offsets* table(const Arguments& a) {
-    return reinterpret_cast<Offsets*>(memory + SLOTS * slot_bytes(a.inputs));
+// Behind the slots, and gains and shifts where they are there.
+__device__ __forceinline__ Terms* table(const Arguments& a) {
+    int rows = KEPT == 1 ? KIND : 0;  // a gain, and a shift if LAYER
+    return reinterpret_cast<Terms*>(memory + SLOTS * slot_bytes(a.inputs) + rows * row_bytes(a.inputs));
 }
 
-// Where the first terms of a piece lie in their slot, which begins with zeros; gives their gains.
+// Notes where the first terms of a piece lie in their slot, which begins with zeros, and further terms in their list; gives
+// the gains of the first ones.
 __device__ __forceinline__ Piece load_terms(const Arguments& a, int piece) {
     float gain[8];
-    Offsets offsets;
+    Terms terms;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int channel = piece * 8 + (i + turn()) % 8;
         bool some = channel < a.gathered;
         gain[i] = some ? a.index_gain[channel] : 1.0f;
-        offsets.of[i] = static_cast<Offset>(some ? 16 + a.index[channel] * static_cast<int>(sizeof(Element)) : 0);
+        terms.offset[i] = static_cast<Offset>(some ? 16 + a.index[channel] * static_cast<int>(sizeof(Element)) : 0);
     }
-    if (piece * 8 < a.gathered) table(a)[piece] = offsets;
+    if (piece * 8 < a.gathered) {
+        terms.more_begin = a.more_start[piece], terms.more_end = a.more_start[piece + 1];
+        table(a)[piece] = terms;
+    }
     return pack(gain);
 }
 
 __device__ __forceinline__ Piece gather(const Arguments& a, const u8* slot, int piece, const Piece& gain) {
-    Offsets offsets = table(a)[piece];
+    Terms terms = table(a)[piece];
 #if IN == 2
     float y[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) y[i] = *reinterpret_cast<const float*>(slot + offsets.of[i]);
+    for (int i = 0; i < 8; i++) y[i] = *reinterpret_cast<const float*>(slot + terms.offset[i]);
     Piece out = multiply(pack(y), gain);
 #else
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        words[i] = static_cast<u32>(*reinterpret_cast<const u16*>(slot + offsets.of[2 * i])) |
-                   static_cast<u32>(*reinterpret_cast<const u16*>(slot + offsets.of[2 * i + 1])) << 16;
+        words[i] = static_cast<u32>(*reinterpret_cast<const u16*>(slot + terms.offset[2 * i])) |
+                   static_cast<u32>(*reinterpret_cast<const u16*>(slot + terms.offset[2 * i + 1])) << 16;
     Piece out = multiply(make_uint4(words[0], words[1], words[2], words[3]), gain);
 #endif
-    for (int t = a.more_start[piece]; t < a.more_start[piece + 1]; t++) {
+#pragma unroll 1
+    for (int t = terms.more_begin; t < terms.more_end; t++) {
         int place = a.more_index[t], step = (place - turn()) & 7;
         const u8* from = slot + 16 + place / 8 * static_cast<int>(sizeof(Element));
 #if IN == 2

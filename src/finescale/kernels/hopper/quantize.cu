@@ -12,10 +12,12 @@
 // token is still worked on. Instructions are what bounds this kernel beside the memory (3 bytes a value at 3 TB/s leave a
 // multiprocessor 31 of them), so 16-bit numbers are added and multiplied in pairs.
 //
-// Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32), THREADS,
-// PIECES (of a thread), BLOCKS (that are to fit on a multiprocessor), STAGES (slots; 0 if threads load tokens themselves),
-// GATHER, ROUTED (rows sorted by expert, of which `position` says where each choice of a token has its row: 1 reads tokens
-// and writes each to all its rows; 2 reads and writes rows, one a choice).
+// Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32), ALIGNED (all
+// rows are whole pieces and begin at multiples of 16 bytes), THREADS, PIECES (of a thread), WHOLE (of these, how many every
+// thread has), BLOCKS (that are to fit on a multiprocessor), STAGES (slots; 0 if threads load tokens themselves), KEPT
+// (gains and shifts stay in 0 nothing, 1 shared memory, 2 registers), GATHER, ROUTED (rows sorted by expert, of which
+// `position` says where each choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and
+// writes rows, one a choice).
 
 #include "ptx.cuh"
 #include "rows.cuh"
@@ -48,6 +50,10 @@ constexpr int PARTS = KIND == 3 || ADD ? 2 : 1;  // rows that a token is made of
 constexpr bool NORM = KIND == 1 || KIND == 2;
 constexpr int FRONT = GATHER ? 16 : 0;           // zeros before the token, for channels beyond the last
 enum { TOTAL, SQUARES, LARGEST, SUM, REDUCTIONS };
+
+// Where a thread's piece number `k` lies, and whether any of it is inside of so many values.
+__device__ __forceinline__ int piece_of(int k) { return static_cast<int>(threadIdx.x) + k * THREADS; }
+__device__ __forceinline__ bool inside(int k, int values) { return k < WHOLE || piece_of(k) * 8 < values; }
 
 __device__ __forceinline__ int row_bytes(int inputs) { return (inputs + 7) / 8 * static_cast<int>(sizeof(Piece)); }
 __device__ __forceinline__ int slot_bytes(int inputs) { return FRONT + PARTS * row_bytes(inputs); }
@@ -91,22 +97,24 @@ __device__ __forceinline__ Rounding rounding_of(u32 bits) {
     Rounding r;
 #if IN == 2
     float largest = __uint_as_float(bits);
+    r.sure = false;
 #else
     float largest = to_float(static_cast<u16>(bits));
-#endif
-    r.scale = largest != 0 ? __fdiv_rn(largest, 127.0f) : 1.0f;
-    if (r.scale < 1.17549435e-38f) r.scale = 1.17549435e-38f;
-#if IN == 2
-    r.factor = __fdiv_rn(1.0f, r.scale);
-    r.sure = true;
-#else
+    // A quotient by a constant that is corrected once is that of a division; neither NaN nor infinite nor subnormal anywhere.
+    float about = largest * (1.0f / 127.0f);
+    r.scale = __fmaf_rn(__fmaf_rn(about, -127.0f, largest), 1.0f / 127.0f, about);
     bool power = (__float_as_uint(r.scale) & 0x7FFFFF) == 0;
-    bool middle_down = __fdiv_rn(0.5f * largest, r.scale) < 63.5f;
+    r.sure = largest > 1e-30f && largest < 1e30f && (IN == 0 || power || __fmaf_rn(r.scale, 127.0f, -largest) != 0);
+    // Whether the quotient of half of the largest is rounded to less than 63.5.
+    bool down = __fmaf_rn(r.scale, -63.5f, 0.5f * largest) < r.scale * -1.9073486328125e-6f;
     r.factor = power ? __uint_as_float(0x7F000000 - __float_as_uint(r.scale))
-                     : about_inverse(r.scale) * (middle_down ? 1.0f - 6e-7f : 1.0f + 6e-7f);
-    // Neither NaN nor infinite nor subnormal anywhere.
-    r.sure = r.scale > 1e-30f && r.scale < 1e30f && (IN == 0 || power || __fmaf_rn(r.scale, 127.0f, -largest) != 0);
+                     : about_inverse(r.scale) * (down ? 1.0f - 6e-7f : 1.0f + 6e-7f);
 #endif
+    if (!r.sure) {
+        r.scale = largest != 0 ? __fdiv_rn(largest, 127.0f) : 1.0f;
+        if (r.scale < 1.17549435e-38f) r.scale = 1.17549435e-38f;
+        r.factor = __fdiv_rn(1.0f, r.scale);
+    }
     return r;
 }
 
@@ -125,19 +133,28 @@ __device__ __noinline__ uint2 divided(Piece piece, float scale) {
     return make_uint2(bytes_of(codes), bytes_of(codes + 4));
 }
 
-__device__ __forceinline__ uint2 codes_of(const Piece& piece, const Rounding& r) {
-    constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+
+__device__ __forceinline__ uint2 multiplied(const Piece& piece, const Rounding& r) {
     float x[8];
     u32 bits[8];
     unpack(x, piece);
-    bool sure = r.sure;
+#pragma unroll
+    for (int i = 0; i < 8; i++) bits[i] = __float_as_uint(__fmaf_rn(x[i], r.factor, SHIFT));
+    return make_uint2(bytes_of(bits), bytes_of(bits + 4));
+}
+
+// Whether all quotients of a piece are so far from ties that a factor serves; not if one is no number.
+__device__ __forceinline__ bool far_from_ties(const Piece& piece, const Rounding& r) {
+    float x[8];
+    bool far = true;
+    unpack(x, piece);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float shifted = __fmaf_rn(x[i], r.factor, SHIFT);
-        if (IN == 2) sure &= fabsf(__fmaf_rn(x[i], r.factor, SHIFT - shifted)) < 0.4999f;
-        bits[i] = __float_as_uint(shifted);
+        float rounded_away = __fsub_rn(__fadd_rn(x[i] * r.factor, SHIFT), SHIFT);
+        far &= fabsf(__fmaf_rn(x[i], r.factor, -rounded_away)) < 0.4999f;
     }
-    return sure ? make_uint2(bytes_of(bits), bytes_of(bits + 4)) : divided(piece, r.scale);
+    return far;
 }
 
 // The tokens of a block on their way through shared memory.
@@ -172,9 +189,12 @@ struct Tokens {
             copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
     }
 
-    __device__ Piece piece(int s, long long row, int p, int piece) const {
-        if (STAGES == 0) return load_piece(source(row, p), piece * 8, a.inputs - piece * 8);
-        return piece * 8 < a.inputs ? part(s, p)[piece] : zeros();
+    // Piece number `k` of this thread.
+    __device__ Piece piece(int s, long long row, int p, int k) const {
+        int piece = piece_of(k);
+        if (!ALIGNED) return load_piece(source(row, p), piece * 8, a.inputs - piece * 8);
+        if (!inside(k, a.inputs)) return zeros();
+        return STAGES > 0 ? part(s, p)[piece] : reinterpret_cast<const Piece*>(source(row, p))[piece];
     }
 };
 
@@ -187,7 +207,44 @@ __device__ __forceinline__ Piece gated(const Piece& x_piece, const Piece& y) {
     return multiply(pack(x), y);
 }
 
-// Of the norm; the mean is that of LAYER.
+// Gains and shifts of the norm, which are the same for all tokens.
+struct Parameters {
+    const Arguments& a;
+    Piece gain[KEPT == 2 ? PIECES : 1], shift[KEPT == 2 && KIND == 2 ? PIECES : 1];
+
+    __device__ Piece* shared(int row) const {  // behind the slots
+        return reinterpret_cast<Piece*>(memory + SLOTS * slot_bytes(a.inputs) + row * row_bytes(a.inputs));
+    }
+    __device__ Piece loaded(const void* base, int k) const {
+        if (!base || !inside(k, a.inputs)) return zeros();
+        if (ALIGNED) return static_cast<const Piece*>(base)[piece_of(k)];
+        return load_piece(base, piece_of(k) * 8, a.inputs - piece_of(k) * 8);
+    }
+
+    // Each thread reads later what it has written itself.
+    __device__ void load() {
+#pragma unroll
+        for (int k = 0; k < PIECES; k++) {
+            if (KEPT == 2) gain[k] = loaded(a.gain, k);
+            if (KEPT == 2 && KIND == 2) shift[k] = loaded(a.shift, k);
+            if (KEPT == 1 && inside(k, a.inputs)) {
+                shared(0)[piece_of(k)] = loaded(a.gain, k);
+                if (KIND == 2) shared(1)[piece_of(k)] = loaded(a.shift, k);
+            }
+        }
+    }
+
+    __device__ Piece gain_of(int k) const { return get(k, 0, a.gain, gain[KEPT == 2 ? k : 0]); }
+    __device__ Piece shift_of(int k) const { return get(k, 1, a.shift, shift[KEPT == 2 && KIND == 2 ? k : 0]); }
+
+    __device__ Piece get(int k, int row, const void* base, const Piece& kept) const {
+        if (KEPT == 2) return kept;
+        if (KEPT == 0) return loaded(base, k);
+        return inside(k, a.inputs) ? shared(row)[piece_of(k)] : zeros();
+    }
+};
+
+// What a norm multiplies by, for LAYER after the mean was subtracted.
 __device__ __forceinline__ float norm_scale(const Arguments& a, const Piece (&token)[PIECES], float& mean, u32 (*scratch)[32]) {
     float totals[2] = {0, 0}, x[8];
 #pragma unroll
@@ -202,30 +259,30 @@ __device__ __forceinline__ float norm_scale(const Arguments& a, const Piece (&to
         totals[0] = totals[1] = 0;
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
-            int count = a.inputs - (threadIdx.x + k * THREADS) * 8;
+            if (!inside(k, a.inputs)) continue;
             unpack(x, token[k]);
-            if (count < 8) {
 #pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = i < count ? x[i] : mean;
+            for (int i = 0; i < 8; i++) {
+                float distance = x[i] - mean;
+                if (!ALIGNED && piece_of(k) * 8 + i >= a.inputs) distance = 0;
+                totals[i % 2] += distance * distance;
             }
-#pragma unroll
-            for (int i = 0; i < 8; i++) totals[i % 2] += (x[i] - mean) * (x[i] - mean);
         }
         total = total_of_block(totals[0] + totals[1], scratch[SQUARES]) / a.inputs;
     }
     return 1.0f / sqrtf(total + a.epsilon);
 }
 
-__device__ __forceinline__ Piece normed(const Piece& piece, float mean, float inverse, const Piece& gain, const Piece& shift) {
+__device__ __forceinline__ Piece normed(const Piece& piece, float mean, float inverse, const Parameters& parameters, int k) {
     float x[8], g[8], s[8];
     unpack(x, piece);
     if (KIND == 1) {
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] *= inverse;
-        return multiply(pack(x), gain);
+        return multiply(pack(x), parameters.gain_of(k));
     }
-    unpack(g, gain);
-    unpack(s, shift);
+    unpack(g, parameters.gain_of(k));
+    unpack(s, parameters.shift_of(k));
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = (x[i] - mean) * inverse * g[i] + s[i];
     return pack(x);
@@ -235,20 +292,16 @@ __device__ __forceinline__ Piece normed(const Piece& piece, float mean, float in
 #include "gather.cuh"
 #endif
 
-// Where the codes of a thread's first piece of a row go; the next piece of a thread is `THREADS / 16` blocks further.
-__device__ __forceinline__ u8* codes_at(const Arguments& a, long long row) {
-    int slot = static_cast<int>(row % 8), piece = threadIdx.x % 16;
-    long long block = static_cast<long long>(threadIdx.x / 16) * a.slabs + row / 8;
-    return a.codes + block * 1024 + slot * 128 + (piece / 2 ^ slot) * 16 + piece % 2 * 8;
-}
-
+// The codes of a thread's next piece go `THREADS / 16` blocks of inputs further.
 __device__ __forceinline__ void store_codes(const Arguments& a, long long row, const uint2 (&codes)[PIECES]) {
-    u8* target = codes_at(a, row);
-    int pieces = (a.gathered + 127) / 128 * 16;
+    int slot = static_cast<int>(row) & 7, piece = threadIdx.x % 16;
+    u8* target = a.codes + (static_cast<u64>(threadIdx.x / 16) * a.slabs + (row >> 3)) * 1024 + slot * 128 +
+                 (piece / 2 ^ slot) * 16 + piece % 2 * 8;
+    u64 step = static_cast<u64>(a.slabs) * (THREADS / 16 * 1024);
+    int padded = (a.gathered + 127) & ~127;
 #pragma unroll
-    for (int k = 0; k < PIECES; k++)
-        if (static_cast<int>(threadIdx.x) + k * THREADS < pieces)
-            *reinterpret_cast<uint2*>(target + static_cast<long long>(k * (THREADS / 16)) * a.slabs * 1024) = codes[k];
+    for (int k = 0; k < PIECES; k++, target += step)
+        if (inside(k, padded)) *reinterpret_cast<uint2*>(target) = codes[k];
 }
 
 // Scale and sum of codes of a token, by the first warp; where there are several, their sums were written before the last
@@ -284,20 +337,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
         for (int i = 0; i < SLOTS; i++) barrier_init(tokens.full + 8 * i, 1);
         fence_barrier_init();
     }
-    // What is the same for all tokens stays in registers.
-    Piece gain[PIECES], shift[PIECES];
+    Parameters parameters{a};
+    if (NORM) parameters.load();
 #if GATHER
     Piece gather_gain[PIECES];
-#endif
 #pragma unroll
-    for (int k = 0; k < PIECES; k++) {
-        int piece = threadIdx.x + k * THREADS, count = a.inputs - piece * 8;
-        if (NORM) gain[k] = load_piece(a.gain, piece * 8, count);
-        if (KIND == 2) shift[k] = a.shift ? load_piece(a.shift, piece * 8, count) : zeros();
-#if GATHER
-        gather_gain[k] = load_terms(a, piece);
+    for (int k = 0; k < PIECES; k++) gather_gain[k] = load_terms(a, piece_of(k));
 #endif
-    }
 #if GATHER
     if (threadIdx.x < 4 * SLOTS) *reinterpret_cast<u32*>(tokens.slot(threadIdx.x / 4) + threadIdx.x % 4 * 4) = 0;
 #endif
@@ -327,17 +373,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                 Piece other[PIECES];
 #pragma unroll
                 for (int k = 0; k < PIECES; k++) {
-                    token[k] = tokens.piece(slot, row, 0, threadIdx.x + k * THREADS);
-                    if (PARTS == 2) other[k] = tokens.piece(slot, row, 1, threadIdx.x + k * THREADS);
+                    token[k] = tokens.piece(slot, row, 0, k);
+                    if (PARTS == 2) other[k] = tokens.piece(slot, row, 1, k);
                 }
 #pragma unroll
                 for (int k = 0; k < PIECES; k++) {
-                    int piece = threadIdx.x + k * THREADS, count = a.inputs - piece * 8;
                     if (KIND == 3) token[k] = gated(token[k], other[k]);
                     if (ADD) {
+                        int piece = piece_of(k);
                         token[k] = add(token[k], other[k]);
-                        if (STAGES == 0) store_piece(token[k], a.residual, row * a.inputs + piece * 8, count);
-                        else if (count > 0)
+                        if (!ALIGNED) store_piece(token[k], a.residual, row * a.inputs + piece * 8, a.inputs - piece * 8);
+                        else if (inside(k, a.inputs))
                             reinterpret_cast<Piece*>(static_cast<Element*>(a.residual) + row * a.inputs)[piece] = token[k];
                     }
                 }
@@ -345,23 +391,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                     float mean = 0, inverse = norm_scale(a, token, mean, scratch[parity]);
                     if (!GATHER && WARPS > 1) fill_again();
 #pragma unroll
-                    for (int k = 0; k < PIECES; k++) token[k] = normed(token[k], mean, inverse, gain[k], shift[k]);
+                    for (int k = 0; k < PIECES; k++) token[k] = normed(token[k], mean, inverse, parameters, k);
                 }
             }
 #if GATHER
             if (!STRAIGHT) {
 #pragma unroll
                 for (int k = 0; k < PIECES; k++)
-                    if ((static_cast<int>(threadIdx.x) + k * THREADS) * 8 < a.inputs)
-                        tokens.part(slot, 0)[threadIdx.x + k * THREADS] = token[k];
+                    if (inside(k, a.inputs)) tokens.part(slot, 0)[piece_of(k)] = token[k];
                 fence_proxy_async();  // what is written here comes before what is copied here
                 __syncthreads();
             }
 #pragma unroll
-            for (int k = 0; k < PIECES; k++) {
-                int piece = threadIdx.x + k * THREADS;
-                token[k] = piece * 8 < a.gathered ? gather(a, tokens.slot(slot), piece, gather_gain[k]) : zeros();
-            }
+            for (int k = 0; k < PIECES; k++)
+                token[k] = inside(k, a.gathered) ? gather(a, tokens.slot(slot), piece_of(k), gather_gain[k]) : zeros();
 #endif
 #pragma unroll
             for (int k = 0; k < PIECES; k++) largest = larger_magnitude(largest, token[k]);
@@ -376,9 +419,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
             Rounding rounding = rounding_of(largest);
             uint2 codes[PIECES];
             int sum = 0;
+            if (rounding.sure) {
+#pragma unroll
+                for (int k = 0; k < PIECES; k++) codes[k] = multiplied(token[k], rounding);
+            } else {
+#pragma unroll
+                for (int k = 0; k < PIECES; k++)
+                    if (IN == 2 && far_from_ties(token[k], rounding)) codes[k] = multiplied(token[k], rounding);
+                    else codes[k] = divided(token[k], rounding.scale);
+            }
 #pragma unroll
             for (int k = 0; k < PIECES; k++) {
-                codes[k] = codes_of(token[k], rounding);
                 sum = __dp4a(static_cast<int>(codes[k].x), 0x01010101, sum);
                 sum = __dp4a(static_cast<int>(codes[k].y), 0x01010101, sum);
 #if GATHER

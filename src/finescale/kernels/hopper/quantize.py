@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 3 * 1024
 """Shared memory of a block beside its tokens."""
+LARGEST_BYTES = SHARED_BYTES - RESERVED_BYTES
 THREADS_AT_ONCE = 896
 """Of a multiprocessor, which leaves each of them 72 registers."""
+GATHERING_THREADS = 768
+"""The same for gathers, which need 80."""
+MANY_BLOCKS = 6
+"""From so many on a multiprocessor, each fetches one token ahead; fewer fetch further."""
 KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
 IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -84,7 +89,8 @@ def run(
     items = position_TK.numel() if position_TK is not None and by_row else tokens
     if items == 0:
         return codes, scale_T, sum_T
-    aligned = x_TI.data_ptr() % 16 == 0 and (residual_TI is None or residual_TI.data_ptr() % 16 == 0)
+    read = (x_TI, residual_TI, gain_I, shift_I)
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
     routed = 0 if position_TK is None else 1 + int(by_row)
     function, grid, threads, shared_bytes = _plan(
         kind, residual_TI is not None, x_TI.dtype, items, inputs, device.index, None if gather is None else gathered,
@@ -134,23 +140,54 @@ def form(
         multiprocessors: of the GPU.
         gathered: channels after a gather; None for none.
         routed: 1 where tokens go to rows of experts, 2 where they are such rows, else 0.
-        aligned: all rows begin at multiples of 16 bytes if their width is one.
+        aligned: all tensors begin at multiples of 16 bytes.
 
     Raises:
         InputError: tokens too wide for the kernel.
     """
-    parts, size = 2 if kind == "silu" or add else 1, dtype.itemsize
-    channels = inputs if gathered is None else gathered
-    block = block_shape(
-        max(-(-inputs // 8), -(-channels // 128) * 16),
-        slot_bytes(inputs, parts, size, gathered is not None),
-        0 if gathered is None else gather_bytes(gathered, size),
-        items,
-        multiprocessors,
-        aligned and inputs % 8 == 0,
-        pieces_of_a_thread(kind, gathered is not None, size),
-    )
-    return Form(settings_of(kind, add, dtype, block, routed, gathered is not None), block)
+    facts = Facts(kind, add, dtype, inputs, gathered, routed, aligned and inputs % 8 == 0)
+    block = block_shape(facts, items, multiprocessors)
+    return Form(settings_of(facts, block), block)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the kernel computes; see ``form``."""
+
+    kind: str
+    add: bool
+    dtype: torch.dtype
+    inputs: int
+    gathered: int | None = None
+    routed: int = 0
+    aligned: bool = True
+
+    @property
+    def pieces(self) -> int:
+        """Of 8 values in a token, before or after a gather, with the zeros that fill up its last block."""
+        channels = self.inputs if self.gathered is None else self.gathered
+        return max(-(-self.inputs // 8), -(-channels // 128) * 16)
+
+    @property
+    def row_bytes(self) -> int:
+        return -(-self.inputs // 8) * 8 * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """A token in shared memory."""
+        parts = 2 if self.kind == "silu" or self.add else 1
+        return self.row_bytes * parts + (0 if self.gathered is None else 16)
+
+    @property
+    def table_bytes(self) -> int:
+        """Where the inputs of channels lie in a token, and their further terms in the list of them."""
+        return 0 if self.gathered is None else -(-self.gathered // 8) * 8 * (self.dtype.itemsize + 1)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Gains and shifts of a norm, where they are in shared memory; without a gather, gains fit into registers."""
+        rows = {"layer": 2, "rms": 0 if self.gathered is None else 1}.get(self.kind, 0)
+        return rows * self.row_bytes
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,87 +207,99 @@ def _plan(
     multiprocessors = multiprocessors_of(device)
     used = form(kind, add, dtype, items, inputs, multiprocessors, gathered, routed, aligned)
     if given is not None:
-        used = Form(settings_of(kind, add, dtype, given, routed, gathered is not None), given)
+        facts = Facts(kind, add, dtype, inputs, gathered, routed, aligned and inputs % 8 == 0)
+        used = Form(settings_of(facts, given), given)
     threads, shared_bytes = used.block.threads, used.block.shared_bytes
     function = load_kernel("quantize.cu", used.settings, (), "quantize_tokens", device, shared_bytes)
     grid = min(items, multiprocessors * blocks_on_multiprocessor(function, threads, shared_bytes))
     return function, grid, threads, shared_bytes
 
 
-def settings_of(
-    kind: str, adds: bool, dtype: torch.dtype, block: Block, routed: int = 0, gathers: bool = False
-) -> tuple[tuple[str, int], ...]:
+def settings_of(facts: Facts, block: Block) -> tuple[tuple[str, int], ...]:
     """What quantize.cu is compiled with."""
+    whole = facts.inputs // 8 if facts.gathered is None else min(facts.inputs, facts.gathered) // 8
     return (
-        ("KIND", KINDS[kind]),
-        ("ADD", int(adds)),
-        ("IN", IN_TYPES[dtype]),
+        ("KIND", KINDS[facts.kind]),
+        ("ADD", int(facts.add)),
+        ("IN", IN_TYPES[facts.dtype]),
+        ("ALIGNED", int(facts.aligned)),
         ("THREADS", block.threads),
         ("PIECES", block.pieces),
+        ("WHOLE", whole // block.threads),
         ("BLOCKS", block.blocks),
         ("STAGES", block.stages),
-        ("ROUTED", routed),
-        ("GATHER", int(gathers)),
+        ("KEPT", block.kept),
+        ("ROUTED", facts.routed),
+        ("GATHER", int(facts.gathered is not None)),
     )
 
 
 def gather_fits(inputs: int, channels: int, size: int, parts: int = 1) -> bool:
     """Whether the kernel can gather tokens of ``parts`` times ``inputs`` values of ``size`` bytes to ``channels``."""
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    facts = Facts("plain", parts == 2, dtype, inputs, channels)
     # Places of 16-bit values in the token are 16-bit numbers of bytes.
-    fits = slot_bytes(inputs, parts, size, True) + gather_bytes(channels, size) <= SHARED_BYTES - RESERVED_BYTES
-    return fits and (size == 4 or 16 + 2 * inputs <= 2**16)
-
-
-def gather_bytes(channels: int, size: int) -> int:
-    """The table of where the inputs of channels lie in a token."""
-    return -(-channels // 8) * 8 * size
-
-
-def slot_bytes(inputs: int, parts: int, size: int, gathers: bool) -> int:
-    """A token in shared memory."""
-    return -(-inputs // 8) * 8 * size * parts + (16 if gathers else 0)
-
-
-def pieces_of_a_thread(kind: str, gathers: bool, size: int) -> int:
-    """Of 8 values, that a thread is to hold in registers; fewer where their gains and shifts are there too."""
-    return 2 if gathers or kind == "layer" or size == 4 else 4
+    return facts.slot_bytes + facts.table_bytes <= LARGEST_BYTES and (size == 4 or 16 + 2 * inputs <= 2**16)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Threads of a block, pieces of 8 values that each of them has of a token, blocks that are to run on one
-    multiprocessor, tokens that a block's shared memory holds (0 where threads load them), bytes of that memory."""
+    """How a block of threads works.
+
+    Attributes:
+        threads: of a block.
+        pieces: of 8 values, that each of them has of a token.
+        blocks: that are to run on one multiprocessor.
+        stages: tokens that shared memory holds; 0 where threads load them.
+        kept: where gains and shifts stay: 2 in registers, 1 in shared memory, 0 nowhere.
+        shared_bytes: of a block.
+    """
 
     threads: int
     pieces: int
     blocks: int
     stages: int
+    kept: int
     shared_bytes: int
 
 
-def block_shape(
-    pieces: int, token_bytes: int, table_bytes: int, items: int, multiprocessors: int, bulk: bool, wanted: int
-) -> Block:
+def block_shape(facts: Facts, items: int, multiprocessors: int) -> Block:
     """How tokens are shared out.
 
     Args:
-        pieces: of 8 values in a token, before or after a gather.
-        token_bytes: in shared memory, of all that a token is made of.
-        table_bytes: beside the tokens.
+        facts: what is computed.
         items: tokens or rows.
         multiprocessors: of the GPU.
-        bulk: rows lie so that bulk copies can fetch them.
-        wanted: pieces of a thread, where they suffice.
 
     Raises:
         InputError: a token does not fit into shared memory.
     """
-    if token_bytes + table_bytes > SHARED_BYTES - RESERVED_BYTES:
-        raise InputError(f"tokens of {8 * pieces} inputs are too wide for the fused quantizer.")
-    if not bulk or items <= 2 * multiprocessors:  # one token after the other, or at once: nothing to fetch meanwhile
-        threads = max(32, min(1024, -(-pieces // 32) * 32))
-        return Block(threads, -(-pieces // threads), 1, 0, token_bytes + table_bytes)
-    threads = max(32, min(1024, -(-pieces // (wanted * 32)) * 32))
-    blocks = min(32, max(1, THREADS_AT_ONCE // threads), SHARED_BYTES // (token_bytes + table_bytes + RESERVED_BYTES))
-    stages = max(1, min(4, (SHARED_BYTES // blocks - table_bytes - RESERVED_BYTES) // token_bytes))
-    return Block(threads, -(-pieces // threads), blocks, stages, stages * token_bytes + table_bytes)
+    fixed = facts.table_bytes
+    if facts.slot_bytes + fixed > LARGEST_BYTES:
+        raise InputError(f"tokens of {8 * facts.pieces} inputs are too wide for the fused quantizer.")
+    if not facts.aligned or items <= 2 * multiprocessors:  # one token after the other, or at once: nothing to fetch
+        threads = max(32, min(512, -(-facts.pieces // 64) * 32))
+        pieces = -(-facts.pieces // threads)
+        kept = 2 if facts.kind != "layer" or pieces * facts.dtype.itemsize <= 8 else 0
+        token_bytes = 0 if facts.gathered is None else facts.slot_bytes
+        return Block(threads, pieces, 1, 0, kept, token_bytes + fixed)
+    wanted = 2 if facts.dtype == torch.float32 else 4
+    threads = max(32, min(1024, -(-facts.pieces // (wanted * 32)) * 32))
+    pieces = -(-facts.pieces // threads)
+    kept = _kept(facts, fixed)
+    fixed += facts.parameter_bytes if kept == 1 else 0
+    fitting = SHARED_BYTES // (facts.slot_bytes + fixed + RESERVED_BYTES)
+    at_once = THREADS_AT_ONCE if facts.gathered is None else GATHERING_THREADS
+    blocks = max(1, min(32, at_once // threads, fitting))
+    most = 1 if blocks >= MANY_BLOCKS or facts.gathered is not None else 4
+    stages = max(1, min(most, (SHARED_BYTES // blocks - fixed - RESERVED_BYTES) // facts.slot_bytes))
+    return Block(threads, pieces, blocks, stages, kept, stages * facts.slot_bytes + fixed)
+
+
+def _kept(facts: Facts, fixed: int) -> int:
+    """Where gains and shifts stay."""
+    if facts.parameter_bytes == 0:
+        return 2
+    if facts.slot_bytes + fixed + facts.parameter_bytes <= LARGEST_BYTES:
+        return 1
+    return 2 if facts.kind == "rms" else 0
