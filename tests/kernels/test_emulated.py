@@ -71,7 +71,7 @@ def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocess
 )
 @pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (9, 1032), (7, 77)])
 def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
-    """Two multiprocessors: nine tokens come by bulk copies, to one warp or two, seven of an odd width and two by loads."""
+    """Two multiprocessors: bulk copies bring nine tokens, to one or two warps; seven (an odd width) and two are loaded."""
     emulator.emulate(monkeypatch, 2)
     torch.manual_seed(0)
     norm = kind in ("rms", "layer")
@@ -98,8 +98,8 @@ def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 7), pytest.param(torch.float16, 10, marks=pytest.mark.slow)])
 def test_every_quotient_is_rounded_as_by_a_division(dtype, bits, monkeypatch):
-    """Tokens of each significand of the largest value (of float16 those whose scale is exact, and some others), values of
-    every significand (some), among them half of the largest."""
+    """Tokens of each significand of the largest value (of float16, those whose scale is exact, and others), values of
+    every significand or some, among them half of the largest."""
     emulator.emulate(monkeypatch, 2)
     of_largest_T = torch.arange(2**bits) / 2**bits + 1
     if bits == 10:
