@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finescale.errors import InputError
+from finescale.formats.source import read_utf8
 from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.grid.folded import FOLDED_BITS
 from finescale.grid.integer_scale import Amplifier, check_amplifier
@@ -339,11 +340,7 @@ class Recipe(_Part):
     @classmethod
     def from_file(cls, path: Path) -> Recipe:
         """A recipe from a YAML file."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-        return cls.from_dict({"name": path.stem} | _read_yaml(text, str(path)), str(path))
+        return cls.from_dict({"name": path.stem} | _read_yaml(read_utf8(path), str(path)), str(path))
 
     @classmethod
     def named(cls, name: str) -> Recipe:

@@ -172,6 +172,8 @@ def test_what_cannot_work_is_refused_before_the_first_cell(tiny, text, tmp_path)
         compare(tiny("llama"), awq, tmp_path / "o", options(text))
     with pytest.raises(InputError, match="at most 256"):
         compare(tiny("llama"), grid(), tmp_path / "o", options(text, length=300))
+    with pytest.raises(InputError, match="--devices"):
+        compare(tiny("llama"), grid(), tmp_path / "o", options(text, devices=()))
     assert not (tmp_path / "o").exists()
 
 

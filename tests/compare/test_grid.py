@@ -53,7 +53,7 @@ def test_a_grid_file(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["[]", "grids: []", "grids: [{recipes: []}]", "grids: [{recipe: [rtn]}]", "grids: [{recipes: [rtn], bits: [x]}]",
-     "a: [", "grids: [{recipes: [rtn, gptq], name: both}]"],
+     "a: [", "[" * 5000, "grids: [{recipes: [rtn, gptq], name: both}]"],
 )  # fmt: skip
 def test_grid_files_that_are_none(tmp_path, text):
     path = tmp_path / "grid.yaml"
@@ -66,6 +66,9 @@ def test_grid_files_that_are_none(tmp_path, text):
 def test_recipes_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"weights\.bits is 7"):
         cells_of([make_grid({"recipes": ["rtn"], "bits": [7]}, "x")])
+    for values, words in (({"bits": [0]}, r"weights\.bits is 0"), ({"groups": [0]}, r"weights\.group_size is 0")):
+        with pytest.raises(InputError, match=words):
+            cells_of([make_grid({"recipes": ["rtn"]} | values, "x")])
     with pytest.raises(InputError, match="no recipe"):
         cells_of([make_grid({"recipes": ["none"]}, "x")])
 

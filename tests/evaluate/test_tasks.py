@@ -160,6 +160,16 @@ def test_lines_that_are_no_questions(tmp_path, line):
     assert_sentence(str(caught.value))
 
 
+def test_questions_in_another_encoding(tmp_path):
+    path = tmp_path / "piqa.jsonl"
+    path.write_bytes(
+        json.dumps({"query": "straße", "choices": ["a", "b"], "gold": 0}, ensure_ascii=False).encode("latin-1")
+    )
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        read_questions(TASKS["piqa"], path)
+    assert_sentence(str(caught.value))
+
+
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(tmp_path, folder):
     with pytest.raises(InputError, match="choose of lambada"):
         find_tasks(["mmlu"])

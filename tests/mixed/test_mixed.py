@@ -107,6 +107,9 @@ def test_what_cannot_be_measured_is_refused(tiny, text):
     path = tiny("llama")
     with pytest.raises(InputError, match="overrides"):
         prepared(path, text, recipe("rtn", overrides=[{"pattern": "*", "weights": {"bits": 4}}]))
+    for windows in (0, -1):
+        with pytest.raises(InputError, match="--windows"):
+            prepare_measurement(path, recipe("rtn"), plain(3, 4), str(text), windows=windows)
     with pytest.raises(InputError, match="two numbers"):
         prepared(path, text, bits=plain(4, 4))
     with pytest.raises(InputError, match="4-bit weights"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finescale.errors import CheckpointError, InputError
+from finescale.formats.source import read_utf8
 
 BUILTIN = "builtin"
 """Name of the text that every Python installation holds: its language reference."""
@@ -85,10 +86,7 @@ def read_text(source: str) -> str:
         if path.is_dir() or path.suffix in (".txt", ".jsonl", ".raw", ".json"):
             raise InputError(f"the text {source} does not exist or is a folder; give a plain text or jsonl file.")
         return _hub_text(source)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    text = read_utf8(path)
     return _jsonl_text(text, source) if path.suffix == ".jsonl" else text
 
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finescale.errors import InputError
+from finescale.formats.source import read_utf8
 from finescale.recipe import Recipe
 
 
@@ -63,8 +64,8 @@ def read_grids(path: Path) -> list[Grid]:
     if not path.is_file():
         raise InputError(f"the grid file {path} does not exist; check the path.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(read_utf8(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML ({str(error).splitlines()[0]}).") from error
     entries = values.get("grids") if isinstance(values, dict) and set(values) == {"grids"} else None
     if not isinstance(entries, list) or not entries:
@@ -94,7 +95,8 @@ def cells_of(grids: Sequence[Grid], settings: Sequence[str] = ()) -> list[Cell]:
     seen: set[str] = set()
     for grid in grids:
         for name, bits, group in product(grid.recipes, grid.bits or (None,), grid.groups or (None,)):
-            own = [*([f"weights.bits={bits}"] if bits else []), *([f"weights.group_size={group}"] if group else [])]
+            own = [] if bits is None else [f"weights.bits={bits}"]
+            own += [] if group is None else [f"weights.group_size={group}"]
             recipe = Recipe.load(name, (*settings, *grid.set, *own))
             facts = str(recipe.to_dict() | {"name": "", "description": ""})
             if facts in seen:  # grids may overlap

@@ -86,6 +86,8 @@ def compare(
     """
     options = options or Options()
     on_progress = on_progress or (lambda *_: None)
+    if not options.devices:
+        raise InputError("--devices names none; use cpu, or cuda:0,cuda:1.")
     for device in options.devices:
         usable_device(device)
     for task in find_tasks(options.tasks) if options.tasks else []:

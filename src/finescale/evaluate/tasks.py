@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finescale.errors import InputError
 from finescale.evaluate.likelihood import Request, Score, longest_input, score_requests
+from finescale.formats.source import read_utf8
 
 Progress = Callable[[str, int, int], None]
 """``(task, sequences done, sequences in all)``."""
@@ -140,12 +141,12 @@ def read_questions(task: Task, path: Path) -> list[Question]:
         InputError: a line that is no such object, with its number.
     """
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             questions.append(question_of(task, json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path.name}, line {number}: this is no question of {task.name}; each line needs query, choices and "
                 "gold, or context_options, continuation and gold, or context and continuation."

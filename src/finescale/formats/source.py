@@ -177,6 +177,17 @@ def _resolve(model: str) -> Path:
         raise InputError(f"{model} is neither a folder here nor reachable on the hub ({reason}).") from error
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file; a byte order mark, with which some editors begin, is none of it. Raises InputError for text
+    in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
+
+
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError with ``missing`` when absent, CheckpointError when not JSON."""
     if not path.is_file():

@@ -133,6 +133,8 @@ def prepare_measurement(
     Raises:
         InputError: what cannot work.
     """
+    if windows < 1:
+        raise InputError(f"--windows is {windows}; at least 1 is needed.")
     if any(override.weights for override in recipe.overrides):
         raise InputError("bits are to be chosen for every layer, and the recipe's overrides set some; leave them out.")
     choices = tuple(sorted(set(choices), key=lambda scheme: (scheme[0], scheme[1] is not None, -(scheme[1] or 0))))
