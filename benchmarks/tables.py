@@ -31,7 +31,8 @@ ONE_SHOT = (
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
     "tuning:2/rounding from quantease, balanced", "tuning:3/rounding from quantease, 512 steps",
-    "tuning:4/rounding from quantease, 512 steps", "tuning:2/rounding from quantease, mse",
+    "tuning:4/rounding from quantease, 512 steps", "tuning:2/quantease", "tuning:2/gptq",
+    "tuning:2/rounding from quantease, mse",
     "tuning:[342]/rounding from quantease", "tuning:[34]/rounding from quantease, balanced",
     *(f"activations:W4A4/{name}" for name in ONE_SHOT), "activations:W4A4/QLLM", "activations:W4A4/OmniQuant",
     "activations:W4A16/GPTQ", "activations:W4A16/QuantEase", f"activations:W4A16/{ROTATED}",
