@@ -71,7 +71,7 @@ def test_equals_the_exact_product(variant, tokens, outputs, inputs, multiprocess
 )
 @pytest.mark.parametrize("tokens, inputs", [(2, 72), (9, 264), (9, 1032), (7, 77)])
 def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
-    """Two multiprocessors: bulk copies bring nine tokens, to one or two warps; seven (an odd width) and two are loaded."""
+    """Two multiprocessors: bulk copies bring nine tokens, to one or two warps; seven (odd width) and two are loaded."""
     emulator.emulate(monkeypatch, 2)
     torch.manual_seed(0)
     norm = kind in ("rms", "layer")
