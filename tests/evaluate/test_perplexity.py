@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import finescale
 from finescale.calibration.data import encode, open_tokenizer, read_text
-from finescale.errors import InputError, NumericsError
+from finescale.errors import CheckpointError, InputError, NumericsError
 from finescale.evaluate import cut_windows, evaluate_windows
 from finescale.runtime.load import load
 from tests.helpers import assert_sentence, change_tensor, make_model, quantize, recipe
@@ -162,6 +162,16 @@ def test_a_damaged_model_has_a_huge_perplexity_not_an_exception(tiny, text, tmp_
     result = finescale.evaluate(path, str(text), windows=1, length=60, against=tiny("llama"))
     assert 1e300 < result.perplexity < math.inf
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_another_vocabulary_is_refused():
+    model, other = make_model("llama"), make_model("llama", vocab_size=310)
+    with pytest.raises(InputError, match="310 tokens") as caught:
+        evaluate_windows(model, TOKENS_T[None, :20], other)
+    assert_sentence(str(caught.value))
+    with pytest.raises(CheckpointError, match="300 embeddings") as caught:
+        evaluate_windows(model, torch.tensor([[5, 299, 300]]))
+    assert_sentence(str(caught.value))
 
 
 @pytest.mark.parametrize(("spoiled", "words"), [("model", "the model puts out"), ("original", "the original puts out")])

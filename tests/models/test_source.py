@@ -64,6 +64,29 @@ def test_nothing_there(tmp_path):
     refused("finescale-tests/no-such-model", InputError, "neither a folder here nor reachable on the hub")
 
 
+def test_a_hub_name_downloads_the_weights_once(single, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors",
+        "original/consolidated.00.pth", "onnx/model.safetensors", "pytorch_model.bin", "tokenizer.json", "merges.txt",
+        "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool.jinja", "modeling_custom.py",
+    ]  # fmt: skip
+    kept = []
+
+    def download(name, **patterns):
+        kept.extend(filter_repo_objects(files, **patterns))
+        return str(single)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_checkpoint("someone/model").path == single
+    left = {
+        "consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.safetensors", "pytorch_model.bin",
+        "modeling_custom.py",
+    }  # fmt: skip
+    assert set(files) - set(kept) == left
+
+
 def test_a_file_instead_of_a_folder(single):
     refused(single / "config.json", InputError, "is a file")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finescale.errors import InputError, NumericsError
+from finescale.errors import CheckpointError, InputError, NumericsError
 from finescale.evaluate.reference import Reference
 
 Progress = Callable[[int, int], None]
@@ -105,8 +105,11 @@ def evaluate_windows(
         on_progress: called after each window.
 
     Raises:
+        InputError: an original with another vocabulary.
+        CheckpointError: tokens beyond the model's embeddings.
         NumericsError: the model or the original puts out NaN or Inf.
     """
+    _check_vocabulary(model, windows_WT)
     loss = reference_loss = kl = agreed = 0.0
     predicted = 0
     losses = []
@@ -116,6 +119,11 @@ def evaluate_windows(
         logits_TV = _logits(model, tokens_T)
         target_T = tokens_T[1:].to(logits_TV.device)
         reference_TV = None if reference is None else _reference_logits(reference, number, tokens_T)
+        if reference_TV is not None and reference_TV.shape != logits_TV.shape:
+            raise InputError(
+                f"the original has {reference_TV.shape[-1]} tokens in its vocabulary and the model "
+                f"{logits_TV.shape[-1]}; give the model that was quantized."
+            )
         if sums is None:  # they stay on the device: one transfer per window
             sums = torch.zeros(4, dtype=torch.float64, device=logits_TV.device)
         for rows in _chunks(target_T.shape[0]):
@@ -151,6 +159,12 @@ def evaluate_windows(
         reference_perplexity=_exp(reference_loss / predicted) if with_reference else None,
         window_losses=tuple(losses),
     )
+
+
+def _check_vocabulary(model: PreTrainedModel, windows_WT: Tensor) -> None:
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if int(windows_WT.max()) >= rows:
+        raise CheckpointError(f"the tokenizer makes ids beyond the {rows} embeddings; it belongs to another model.")
 
 
 def _logits(model: PreTrainedModel, tokens_T: Tensor) -> Tensor:

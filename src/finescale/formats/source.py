@@ -20,6 +20,8 @@ from finescale.errors import CheckpointError, InputError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ALLOWED_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "LICENSE*"]
+LEFT_ON_THE_HUB = ["consolidated*", "*/*.safetensors"]
+"""A second copy of the weights, as Mistral's repositories have one, and files of other tools in subfolders."""
 _OPEN_FILES = 2
 """Mapped at a time; what was read of a mapped file counts as memory of the process."""
 _PIECE = 4096
@@ -171,7 +173,7 @@ def _resolve(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=ALLOWED_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=ALLOWED_HUB_FILES, ignore_patterns=LEFT_ON_THE_HUB))
     except Exception as error:  # the hub client raises many types; each means the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{model} is neither a folder here nor reachable on the hub ({reason}).") from error
