@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.grid import ActivationScheme, quantize_tokens
+from finescale.kernels.checks import check_tensors
 from finescale.kernels.dispatch import has_hopper_kernels
 from finescale.kernels.hopper import grouped, quantize, routing
 from finescale.kernels.layout import (
@@ -264,27 +265,21 @@ def w4a8_grouped_product(
     if not 0 < experts <= routing.LARGEST_EXPERTS:
         raise InputError(f"{experts} experts cannot be multiplied; there may be 1 to {routing.LARGEST_EXPERTS}.")
     outputs = factor_EO.shape[-1]
-    if tuple(factor_EO.shape) != (experts, outputs) or factor_EO.dtype != torch.float32:
-        raise InputError(f"factors {tuple(factor_EO.shape)} must be float32 [{experts}, O].")
     if not (slabs - 1) * SLAB < outputs <= slabs * SLAB:
         raise InputError(f"{outputs} outputs do not fit packed weights of {slabs} slabs of {SLAB}.")
     rows = routed_rows(tokens, choices, experts)
-    if tuple(codes.shape) != (blocks, rows // TOKEN_SLAB, BLOCK * TOKEN_SLAB) or codes.dtype != torch.int8:
+    if tuple(codes.shape) != (blocks, rows // TOKEN_SLAB, BLOCK * TOKEN_SLAB):
         raise InputError(f"codes {tuple(codes.shape)} do not fit {rows} rows and weights of {blocks} blocks of inputs.")
-    for name, tensor, length, dtype in (
-        ("scales of rows", x_scale_R, rows, torch.float32),
-        ("sums of codes", x_sum_R, rows, torch.int32),
-        ("ends of rows", row_end_E, experts, torch.int32),
-    ):
-        if tuple(tensor.shape) != (length,) or tensor.dtype != dtype:
-            raise InputError(f"{name} must be {dtype} [{length}].")
+    check_tensors(
+        packed.device,
+        ("codes", codes, codes.shape, torch.int8),
+        ("scales of rows", x_scale_R, (rows,), torch.float32),
+        ("sums of codes", x_sum_R, (rows,), torch.int32),
+        ("ends of rows", row_end_E, (experts,), torch.int32),
+        ("factors", factor_EO, (experts, outputs), torch.float32),
+    )
     if out_dtype not in OUT_DTYPES:
         raise InputError(f"out_dtype is {out_dtype}; use bfloat16, float16 or float32.")
-    given = (codes, x_scale_R, x_sum_R, row_end_E, factor_EO)
-    if any(tensor.device != packed.device for tensor in given):
-        raise InputError(f"activations are on {codes.device}, the weights on {packed.device}.")
-    if not all(tensor.is_contiguous() for tensor in given):
-        raise InputError("codes, scales, sums, ends of rows and factors must be contiguous.")
     return grouped.run(
         codes, x_scale_R, x_sum_R, row_end_E, packed, factor_EO, outputs, tokens, choices, out_dtype, folded
     )
@@ -309,15 +304,11 @@ def combine_experts(y_RO: Tensor, position_TK: Tensor, weight_TK: Tensor) -> Ten
     if y_RO.dim() != 2 or y_RO.dtype not in OUT_DTYPES or not y_RO.is_contiguous():
         raise InputError("rows must be contiguous bfloat16, float16 or float32 [R, O].")
     _check_position(position_TK, y_RO)
-    if weight_TK.shape != position_TK.shape or weight_TK.dtype != torch.float32 or not weight_TK.is_contiguous():
-        raise InputError(f"routing weights must be contiguous float32 {list(position_TK.shape)}.")
-    if weight_TK.device != y_RO.device:
-        raise InputError(f"routing weights are on {weight_TK.device}, the rows on {y_RO.device}.")
+    check_tensors(y_RO.device, ("routing weights", weight_TK, position_TK.shape, torch.float32))
     return routing.combine(y_RO, position_TK, weight_TK)
 
 
 def _check_position(position_TK: Tensor, other: Tensor) -> None:
-    if position_TK.dim() != 2 or position_TK.dtype != torch.int32 or not position_TK.is_contiguous():
-        raise InputError("rows of choices must be contiguous int32 [T, K], as route_tokens gives them.")
-    if position_TK.device != other.device:
-        raise InputError(f"rows of choices are on {position_TK.device}, the activations on {other.device}.")
+    if position_TK.dim() != 2:
+        raise InputError("rows of choices must be int32 [T, K], as route_tokens gives them.")
+    check_tensors(other.device, ("rows of choices", position_TK, position_TK.shape, torch.int32))

@@ -15,6 +15,7 @@ from finescale.errors import InputError
 from finescale.grid import ActivationScheme, Gather
 from finescale.grid import quantize_tokens as to_codes
 from finescale.kernels import plain
+from finescale.kernels.checks import check_tensors
 from finescale.kernels.layout import pack_tokens, packed_tokens_shape
 from finescale.kernels.operators import operator
 
@@ -135,18 +136,15 @@ def quantize_gathered(
 
     check_tokens(x_TI, kind, residual_TI, gain_I, shift_I)
     table = GatherTable(index_J, gain_J, more_start_P, more_index_M, more_gain_M)
-    pieces = -(-index_J.shape[0] // 8)
-    for name, tensor, shape, dtype in (
-        ("gains of channels", gain_J, index_J.shape, torch.float32),
-        ("channels", index_J, index_J.shape, torch.int32),
-        ("starts of pieces", more_start_P, (pieces + 1,), torch.int32),
-        ("further channels", more_index_M, more_gain_M.shape, torch.int32),
-        ("further gains", more_gain_M, more_gain_M.shape, torch.float32),
-    ):
-        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise InputError(f"a gather's {name} must be contiguous {dtype} {list(shape)}; see gather_table.")
-        if tensor.device != x_TI.device:
-            raise InputError(f"a gather is on {tensor.device}, the activations on {x_TI.device}.")
+    channels, terms = index_J.numel(), more_index_M.numel()
+    check_tensors(
+        x_TI.device,
+        ("channels of a gather", index_J, (channels,), torch.int32),
+        ("gains of a gather", gain_J, (channels,), torch.float32),
+        ("starts of a gather's pieces", more_start_P, (-(-channels // 8) + 1,), torch.int32),
+        ("further channels of a gather", more_index_M, (terms,), torch.int32),
+        ("further gains of a gather", more_gain_M, (terms,), torch.float32),
+    )
     inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
     parts = 2 if kind == "silu" or residual_TI is not None else 1
     if not quantize.gather_fits(inputs, index_J.shape[0], x_TI.element_size(), parts):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from finescale.errors import InputError
 from finescale.kernels import plain
+from finescale.kernels.checks import check_tensors
 from finescale.kernels.gather import GatherTable, quantize_gathered
 from finescale.kernels.hopper import gemm, quantize
-from finescale.kernels.layout import BLOCK, SLAB, TOKEN_SLAB, packed_tokens_shape
+from finescale.kernels.layout import BLOCK, SLAB, packed_tokens_shape
 from finescale.kernels.operators import operator
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,17 +79,12 @@ def check_tokens(
         raise InputError("activations must be contiguous bfloat16, float16 or float32 [T, I].")
     if (gain_I is None) != (kind not in ("rms", "layer")):
         raise InputError(f"a gain belongs to a norm, not to {kind}.")
-    for name, tensor, shape in (
-        ("residual", residual_TI, (x_TI.shape[0], inputs)),
-        ("gain", gain_I, (inputs,)),
-        ("shift", shift_I, (inputs,)),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype != x_TI.dtype or not tensor.is_contiguous():
-            raise InputError(f"{name} must be contiguous {x_TI.dtype} {list(shape)}.")
-        if tensor.device != x_TI.device:
-            raise InputError(f"{name} is on {tensor.device}, the activations on {x_TI.device}.")
+    check_tensors(
+        x_TI.device,
+        ("a residual", residual_TI, (x_TI.shape[0], inputs), x_TI.dtype),
+        ("a gain", gain_I, (inputs,), x_TI.dtype),
+        ("a shift", shift_I, (inputs,), x_TI.dtype),
+    )
 
 
 def _empty_product(
@@ -136,7 +132,7 @@ def w4a8_product(
     """
     if packed_weight.dim() != 3 or packed_weight.dtype != torch.uint8 or not packed_weight.is_contiguous():
         raise InputError("the packed weight must be contiguous uint8 of three dimensions (layout.pack_weight).")
-    if codes.dim() != 3 or codes.shape[0] != packed_weight.shape[1] or codes.dtype != torch.int8:
+    if codes.dim() != 3 or codes.shape[0] != packed_weight.shape[1]:
         raise InputError(
             f"activations of {codes.shape[0] * BLOCK} inputs do not fit a weight of {packed_weight.shape[1] * BLOCK}."
         )
@@ -144,20 +140,15 @@ def w4a8_product(
         raise InputError(f"{outputs} outputs do not fit a packed weight of {packed_weight.shape[0]} slabs of {SLAB}.")
     if out_dtype not in OUT_DTYPES:
         raise InputError(f"out_dtype is {out_dtype}; use bfloat16, float16 or float32.")
-    for name, tensor in (("bias", bias_O), ("channel scale", channel_scale_O)):
-        if tensor is not None and (tuple(tensor.shape) != (outputs,) or tensor.dtype != torch.float32):
-            raise InputError(f"the {name} must be float32 [{outputs}].")
-    tokens = x_scale_T.shape[0]
-    slabs = packed_tokens_shape(tokens, codes.shape[0] * BLOCK)[1]
-    if tuple(codes.shape[1:]) != (slabs, BLOCK * TOKEN_SLAB) or tuple(x_sum_T.shape) != (tokens,):
-        raise InputError(f"codes {tuple(codes.shape)} and {tuple(x_sum_T.shape)} sums do not fit {tokens} tokens.")
-    if x_scale_T.dtype != torch.float32 or x_sum_T.dtype != torch.int32:
-        raise InputError("token scales must be float32 and sums of codes int32, as quantize_tokens gives them.")
-    given = [t for t in (codes, x_scale_T, x_sum_T, bias_O, channel_scale_O) if t is not None]
-    if any(t.device != packed_weight.device for t in given):
-        raise InputError(f"activations are on {codes.device}, the weight on {packed_weight.device}.")
-    if not all(t.is_contiguous() for t in given):
-        raise InputError("activations, scales, sums and the bias must be contiguous.")
+    tokens = x_scale_T.numel()
+    check_tensors(
+        packed_weight.device,
+        ("token scales", x_scale_T, (tokens,), torch.float32),
+        ("sums of codes", x_sum_T, (tokens,), torch.int32),
+        (f"codes of {tokens} tokens", codes, packed_tokens_shape(tokens, codes.shape[0] * BLOCK), torch.int8),
+        ("a bias", bias_O, (outputs,), torch.float32),
+        ("a channel scale", channel_scale_O, (outputs,), torch.float32),
+    )
     return gemm.run(
         codes,
         x_scale_T,
