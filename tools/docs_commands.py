@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-PROGRAMS = ("finescale", "make", "python", "torchrun", "pip")
+PROGRAMS = ("finescale", "make", "python3?", "torchrun", "pip")
 _FENCE = re.compile(r"^```\{?[ .]*(\w*)")
 
 

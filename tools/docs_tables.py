@@ -31,6 +31,7 @@ from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
 from tools.docs_comparisons import compared
 from tools.docs_errors import error_tables
+from tools.docs_peers import peers_tables
 from tools.docs_text import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +194,7 @@ def pages() -> dict[str, str]:
         ROOT / "benchmarks" / "results", KINDS | {"compare": ("Methods side by side", compared)}
     )
     results = load_results(ROOT / "benchmarks" / "results")
+    made["peers"] = peers_tables(results)
     made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}
     return made
 

@@ -26,11 +26,12 @@ FAST = ("README.md",)
 ELSEWHERE = {
     r"make (setup|lint|demo|test|docs)$": ("a target of every change", ".ci/run"),
     r"make (test-all|test-vllm|bench)$": ("a target of an hour and more", "Makefile"),
-    r"pip install -e \.$": ("what `make setup` does", "Makefile"),
+    r"pip install (torch|-e \.)$|python3 -m venv ": ("what `make setup` does", "Makefile"),
     r"pip install .*finescale\[serve\]": ("gigabytes; `make test-vllm` installs the same for the CPU", "Makefile"),
     r"finescale serve ": ("needs vLLM", "tests/vllm/test_serve.py"),
     r"finescale evaluate MODEL --tasks [^-]*$": ("downloads questions", "tests/evaluate/test_tasks.py"),
-    r"python benchmarks/(compare|activations|tuning|serving)\.py ": ("hours on a GPU", r"benchmarks/\1.py"),
+    r"python benchmarks/peers/rows\.py ": ("needs the tools' environments", "benchmarks/peers/rows.py"),
+    r"python benchmarks/(compare|activations|tuning|serving)\.py ": ("minutes to hours", r"benchmarks/\1.py"),
 }
 EXAMPLES = re.compile(r'^--8<-- "examples/(\w+\.py)"$')
 CALIBRATION = {"--calibration": "short.txt", "--samples": "3"}

@@ -1,0 +1,65 @@
+"""Other tools beside finescale at equal bits, groups and calibration: peers-NAME.json and the rows of tuning*.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.docs_text import number, table
+
+OURS = ("quantease", "rounding from quantease", "rounding from quantease, 512 steps")
+"""Rows of ``benchmarks/tuning.py`` that stand beside the tools: the solver alone, and our recipes' learned rounding."""
+
+
+def peers_tables(results: dict[str, dict[str, Any]]) -> str:
+    """A table for each model: tools and ours down, bits across; perplexity, with the divergence where it was taken."""
+    parts = []
+    for name, facts in results.items():
+        if facts.get("benchmark") == "peers":
+            parts.append(_model(name, facts, _ours(results, facts)))
+    return "\n".join(parts)
+
+
+def _model(name: str, facts: dict[str, Any], ours: dict[str, dict[int, dict[str, Any]]]) -> str:
+    setting = facts["setting"]
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in facts["peers"]:
+        if row["group_size"] == 64 and not row.get("activation_bits"):
+            rows.setdefault(row["label"], {})[row["bits"]] = row
+    rows |= ours
+    bits = sorted({number for row in rows.values() for number in row}, reverse=True)
+    least = {b: min(row[b]["perplexity"] for row in rows.values() if b in row) for b in bits}
+    lines = [(label, *(_cell(row.get(b), least[b]) for b in bits)) for label, row in rows.items()]
+    tools = {row["label"]: row["provenance"] for row in facts["peers"]}
+    made = "\n".join(
+        f"* {label}: {own['versions']}; {own['settings']}; `{own['command']}`" for label, own in tools.items()
+    )
+    return (
+        f"### {facts['model']}\n\n`benchmarks/results/{name}.json`. Calibration {setting['samples']} windows of "
+        f"{setting['sample_length']} tokens, perplexity on {setting['windows']} windows of {setting['length']}, all "
+        f"by the same code; in brackets KL to the original.\n\n"
+        + table(("symmetric, groups of 64", *(f"{b} bits" for b in bits)), lines)
+        + f"\nHow the other tools were run (each in an environment of its own):\n\n{made}\n"
+    )
+
+
+def _cell(row: dict[str, Any] | None, least: float) -> str:
+    if row is None:
+        return "–"
+    value = number(row["perplexity"], 4)
+    value = f"**{value}**" if row["perplexity"] == least else value
+    return value + (f" ({number(row['kl'])})" if row.get("kl") is not None else "")
+
+
+def _ours(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Rows of the same model on the same windows."""
+    wanted = {key: facts["setting"][key] for key in ("samples", "windows")}
+    wanted |= {"length": facts["setting"]["sample_length"], "window_length": facts["setting"]["length"]}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for other in results.values():
+        entry = other.get("models", {}).get(facts["model"], {}) if other.get("benchmark") == "tuning" else {}
+        if entry and all(entry["setting"].get(key) == value for key, value in wanted.items()):
+            for part, rows in entry["rows"].items():
+                for name in OURS:
+                    if part.isdigit() and name in rows:
+                        found.setdefault(f"finescale: {name}", {})[int(part)] = rows[name]
+    return dict(sorted(found.items(), key=lambda item: OURS.index(item[0].removeprefix("finescale: "))))
