@@ -394,6 +394,8 @@ def main() -> None:
         raise SystemExit("compute-sanitizer was not found; it comes with the CUDA toolkit.")
     import torch
 
+    from finescale.bench.machine import machine_facts
+
     start = time.monotonic()
     reports = [run_tool("none", [], options.seconds)()]
     print(json.dumps(reports[0], indent=1), f"\nafter {time.monotonic() - start:.0f} s", flush=True)
@@ -404,8 +406,8 @@ def main() -> None:
         print(json.dumps(reports[-1], indent=1), f"\nafter {time.monotonic() - start:.0f} s", flush=True)
     if options.json:
         facts = {
-            "command": " ".join(["python tools/sanitize_kernels.py", *sys.argv[1:]]),
-            "gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "sizes": SIZES, "results": reports,
+            "benchmark": "sanitizer", "machine": machine_facts(), "cuda": torch.version.cuda, "sizes": SIZES,
+            "command": " ".join(["python tools/sanitize_kernels.py", *sys.argv[1:]]), "results": reports,
         }  # fmt: skip
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -1,6 +1,9 @@
 """The fused activation quantizers beside a plain copy of as many bytes on the same GPU, in one run.
 
-Inputs are rotated so that none is still in the cache, launches sit in CUDA graphs, medians count.
+The copy is torch's, from one buffer of the GPU to another: of the bytes that the quantizer reads and writes, it reads half
+and writes half. What all tokens share (gains, shifts, a gather's table) is not counted. Inputs and the copy's buffers are
+rotated so that none is still in the cache, unless tokens are so few that 64 of them fit. All launches sit in CUDA graphs,
+medians count, and each result is first compared with what plain torch gives.
 
 Run it alone, without the rest of finescale's dependencies: ``python -m finescale.bench.quantize --json FILE``.
 """
@@ -17,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finescale.bench.gemm import CACHE_BYTES, SEED, median_microseconds
 from finescale.bench.machine import machine_facts
-from finescale.errors import InputError
-from finescale.grid import Gather
-from finescale.kernels.gather import GatherTable, gather_table
+from finescale.errors import InputError, NumericsError
+from finescale.grid import ActivationScheme, Gather
+from finescale.grid import quantize_tokens as to_codes
+from finescale.kernels.gather import GatherTable, apply, gather_table
 from finescale.kernels.hopper import quantize
+from finescale.kernels.layout import unpack_tokens
+from finescale.kernels.plain import before_rounding
 
 SIZES = (
     (4096, 4096),
@@ -37,6 +44,7 @@ SIZES = (
     (1, 28672),
 )
 """Tokens and inputs."""
+EPSILON = 1e-5
 KINDS = (
     "plain",
     "rms",
@@ -61,6 +69,26 @@ def gather_like_qllm(inputs: int, device: torch.device) -> GatherTable:
     index_KJ = torch.stack([torch.where((place_J == 1) | (place_J == 2), channel_J - 1, channel_J), channel_J])
     gain_KJ = torch.stack([torch.where(place_J < 3, 0.5, 1.0), torch.where(place_J == 2, 0.5, 0.0)])
     return gather_table(Gather((index_KJ + 37) % inputs, gain_KJ))
+
+
+def share_of_other_codes(
+    x_TI: Tensor, kind: str, residual_TI: Tensor | None, gain_I: Tensor | None, table: GatherTable | None
+) -> float:
+    """Part of the codes of the first tokens that differ from plain torch's: sums in another order and another exponential
+    may move a value by its last place, and with it a code by one, by two if it moves the token's scale.
+
+    Raises:
+        NumericsError: a code that differs by more.
+    """
+    kept_TI = None if residual_TI is None else residual_TI.clone()
+    y_TI = before_rounding(x_TI[:512], kind, None if kept_TI is None else kept_TI[:512].clone(), gain_I, None, EPSILON)
+    expected_TJ = to_codes(y_TI if table is None else apply(table, y_TI), ActivationScheme(8))[0]
+    packed = quantize.run(x_TI, kind, kept_TI, gain_I, None, EPSILON, gather=table)[0]
+    first = packed[:, : -(-expected_TJ.shape[0] // 8)].contiguous()
+    distance_TJ = (unpack_tokens(first, *expected_TJ.shape).int() - expected_TJ.int()).abs()
+    if int(distance_TJ.max()) > 2:
+        raise NumericsError(f"{kind} of {list(x_TI.shape)}: a code is wrong by {int(distance_TJ.max())}.")
+    return float((distance_TJ != 0).float().mean())
 
 
 def bench_quantizers(
@@ -89,8 +117,9 @@ def bench_quantizers(
             residuals = [torch.zeros_like(x) if "residual" in kind else None for x in xs]
             name = kind.partition("+")[0]
             table = gather_like_qllm(inputs, device) if "gather" in kind else None
+            differing = share_of_other_codes(xs[0], name, residuals[0], gain, table)
             calls = [
-                functools.partial(quantize.run, x, name, residual, gain, None, 1e-5, gather=table)
+                functools.partial(quantize.run, x, name, residual, gain, None, EPSILON, gather=table)
                 for x, residual in zip(xs, residuals, strict=True)
             ]
             time = median_microseconds(calls)
@@ -104,6 +133,7 @@ def bench_quantizers(
                 "copy_microseconds": copy,
                 "terabytes_per_second": moved / time / 1e6,
                 "share_of_copy": copy / time,
+                "other_codes": differing,
             }
             rows.append(row)
             on_row(row)
