@@ -1,9 +1,9 @@
 """The fused activation quantizers beside a plain copy of as many bytes on the same GPU, in one run.
 
-The copy is torch's, from one buffer of the GPU to another: of the bytes that the quantizer reads and writes, it reads half
-and writes half. What all tokens share (gains, shifts, a gather's table) is not counted. Inputs and the copy's buffers are
-rotated so that none is still in the cache, unless tokens are so few that 64 of them fit. All launches sit in CUDA graphs,
-medians count, and each result is first compared with what plain torch gives.
+The copy is torch's, from one buffer of the GPU to another: of the bytes that the quantizer reads and writes, it reads
+half and writes half. What all tokens share (gains, shifts, a gather's table) is not counted. Inputs and the copy's
+buffers are rotated so that none is still in the cache, unless tokens are so few that 64 of them fit. All launches
+sit in CUDA graphs, medians count, and each result is first compared with what plain torch gives.
 
 Run it alone, without the rest of finescale's dependencies: ``python -m finescale.bench.quantize --json FILE``.
 """
@@ -74,8 +74,8 @@ def gather_like_qllm(inputs: int, device: torch.device) -> GatherTable:
 def share_of_other_codes(
     x_TI: Tensor, kind: str, residual_TI: Tensor | None, gain_I: Tensor | None, table: GatherTable | None
 ) -> float:
-    """Part of the codes of the first tokens that differ from plain torch's: sums in another order and another exponential
-    may move a value by its last place, and with it a code by one, by two if it moves the token's scale.
+    """Part of the codes of the first tokens that differ from plain torch's: sums in another order and another
+    exponential may move a value by its last place, and with it a code by one, by two if it moves the token's scale.
 
     Raises:
         NumericsError: a code that differs by more.
