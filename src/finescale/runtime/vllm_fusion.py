@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from finescale.kernels.linear import quantize_tokens
+from finescale.runtime.vllm_rotary import rotate_on_the_way
 
 _ATTENTION = {"self_attn.qkv_proj": "input_layernorm"}
 _BLOCK = _ATTENTION | {"mlp.gate_up_proj": "post_attention_layernorm"}
@@ -102,8 +103,8 @@ def quantize_on_the_way(linear: nn.Module, ancestry: Ancestry) -> None:
         return
     if block is None or getattr(block, "ada_rms_norm_t_cond", None) is not None:
         return
-    if type(block).__name__ in NORMS and leaf == "qkv_proj":
-        keep_table_wide(getattr(parent, "rotary_emb", None))
+    if type(block).__name__ in NORMS and leaf == "qkv_proj" and parent is not None:
+        rotate_on_the_way(parent)
     name = NORMS.get(type(block).__name__, {}).get(f"{parent_name}.{leaf}")
     norm = None if name is None else getattr(block, name, None)
     if name is not None and _is_plain_norm(norm):
@@ -117,54 +118,3 @@ def _is_plain_norm(norm: Any) -> bool:
         and norm.variance_size_override is None
         and norm.weight.dim() == 1
     )
-
-
-def keep_table_wide(rotary: Any) -> None:
-    """Give vLLM's rotary kernel its table in float32, which is what it reads.
-
-    vLLM keeps the table in the type of the activations and converts all of it in every layer of every step. The values
-    stay those of the narrow table. What is not as in vLLM 0.20 is left alone, and so is what computes otherwise.
-    """
-    usual = getattr(type(rotary), "forward_cuda", None)
-    table = getattr(rotary, "cos_sin_cache", None)
-    if usual is None or table is None or table.dtype == torch.float32 or getattr(rotary, "use_flashinfer", True):
-        return
-    if not hasattr(rotary, "_match_cos_sin_cache_dtype") or rotary._forward_method != rotary.forward_cuda:
-        return
-    instead = _WithTable(rotary, table.float())
-
-    def forward(positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        rotated: tuple[Tensor, Tensor | None] = usual(instead, positions, query, key)
-        return rotated
-
-    if _same_rotation(rotary.forward_cuda, forward, rotary.head_size, table):
-        rotary._forward_method = forward
-
-
-class _WithTable:
-    """A rotary embedding as its own method sees it, but for the table."""
-
-    def __init__(self, rotary: Any, table: Tensor) -> None:
-        self._rotary, self._table = rotary, table
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rotary, name)
-
-    def _match_cos_sin_cache_dtype(self, query: Tensor) -> Tensor:
-        return self._table
-
-
-def _same_rotation(one: Any, other: Any, width: int, table: Tensor) -> bool:
-    """Whether two ways to rotate give the same bits, for some tokens of two heads."""
-    generator = torch.Generator(table.device).manual_seed(0)
-    heads = torch.randn(8, 4 * width, generator=generator, device=table.device).to(table.dtype)
-    positions = torch.arange(8, device=table.device) % table.shape[0]
-    found = []
-    for way in (one, other):
-        both = heads.clone()
-        query, key = both.split(2 * width, -1)
-        try:
-            found.append(torch.cat(way(positions, query, key), -1))
-        except (AttributeError, TypeError, RuntimeError):
-            return False
-    return torch.equal(*found)

@@ -1,10 +1,13 @@
 """vLLM's rotary embedding, stood in for by a class of the same members."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from finescale.runtime.vllm_fusion import keep_table_wide
+from finescale.runtime.vllm_rotary import RotaryIntoCache, fits, keep_table_wide, rotate_on_the_way
 
 WIDTH = 8
 SEEN = []
@@ -94,3 +97,57 @@ def test_another_result_is_not_taken(kind):
     rotary = kind()
     keep_table_wide(rotary)
     assert rotary._forward_method == rotary.forward_cuda
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stand-ins of vLLM's forward context and of the kernel; what they were asked for."""
+    found = SimpleNamespace(slots={}, calls=[], usual=[])
+    context, kernel = ModuleType("vllm.forward_context"), ModuleType("triton_pages")
+    context.get_forward_context = lambda: SimpleNamespace(slot_mapping=found.slots)
+    kernel.rotate_into_pages = lambda *arguments: found.calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
+    monkeypatch.setitem(sys.modules, "finescale.kernels.triton_pages", kernel)
+    found.attention = SimpleNamespace(
+        layer_name="layer", impl=SimpleNamespace(do_kv_cache_update=lambda *arguments: found.usual.append(arguments))
+    )
+    return found
+
+
+def test_the_update_of_the_cache_rotates(engine):
+    rotary = Rotary()
+    stand_in = RotaryIntoCache(rotary, engine.attention)
+    engine.slots = {"layer": torch.tensor([5, 7, -1])}
+    positions, query, key = torch.arange(3), torch.randn(3, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    before = query.clone()
+    assert stand_in(positions, query, key)[0] is query and torch.equal(query, before)
+    heads, cache = key.view(3, 2, WIDTH), torch.zeros(2, 4, 2, 2, WIDTH).bfloat16()
+    engine.attention.impl.do_kv_cache_update(None, heads, heads, cache, engine.slots["layer"])
+    (found,) = engine.calls
+    assert found[0] is positions and found[2] is query and found[3] is heads and found[7] is engine.slots["layer"]
+    assert torch.equal(found[1], rotary.cos_sin_cache.float()) and found[5].shape == (4, 2, 2, WIDTH)
+    assert not engine.usual and "attention" not in dict(stand_in.named_modules())
+    # Without a rotation before it, an update is the usual one.
+    engine.attention.impl.do_kv_cache_update(None, heads, heads, cache, engine.slots["layer"])
+    assert len(engine.usual) == 1 and len(engine.calls) == 1
+
+
+@pytest.mark.parametrize("slots", [None, {}, {"other": torch.tensor([1])}, {"layer": None}])
+def test_without_a_cache_it_rotates_at_once(engine, slots):
+    rotary = Rotary()
+    stand_in, engine.slots = RotaryIntoCache(rotary, engine.attention), slots
+    tokens = [torch.randn(3, 16).bfloat16() for _ in range(2)]
+    want = rotary(torch.arange(3), *[x.clone() for x in tokens])
+    got = stand_in(torch.arange(3), *[x.clone() for x in tokens])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    engine.attention.impl.do_kv_cache_update(None, None, None, None, None)
+    assert engine.usual and not engine.calls
+
+
+def test_nothing_is_replaced_where_it_does_not_fit():
+    rotary, attention = Rotary(), SimpleNamespace(impl=SimpleNamespace())
+    assert not fits(rotary, attention) and not fits(None, None)
+    parent = SimpleNamespace(rotary_emb=rotary, attn=attention)
+    rotate_on_the_way(parent)
+    assert parent.rotary_emb is rotary
