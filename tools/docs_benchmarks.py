@@ -261,6 +261,65 @@ def serving(facts: dict[str, Any]) -> str:
         f"of {setting['prefill']} tokens and of a decode step by batch (after prompts of {setting['prompt']} tokens, "
         f"{setting['tokens']} steps, medians of {setting['repeat']}), and times faster than bfloat16.\n\n"
         + table(("arm", "prefill", *(f"batch {batch}" for batch in batches)), rows)
+        + _steps(arms)
+    )
+
+
+STEP_GROUPS = {
+    "W4A8 products": ("w4a8_gemm",),
+    "rounding, norms, silu": ("quantize_tokens", "fused_add_rms_norm", "fused_add_r", "act_and_mul", "per_token_quant"),
+    "attention": ("flash",),
+    "rotary embedding, cache": ("_rotate_into_pages", "rotary_embedding", "reshape_and_cache", "rotary"),
+    "other products": ("nvjet", "splitk", "gemm", "marlin"),
+}
+"""What names of kernels contain; first match."""
+
+
+def _steps(arms: dict[str, Any]) -> str:
+    """Microseconds of an average traced step by group of kernels."""
+    rows = []
+    for name, arm in arms.items():
+        for step, found in arm.get("profile", {}).items():
+            if not found:
+                continue
+            times = dict.fromkeys([*STEP_GROUPS, "other"], 0.0)
+            for kernel, (time, _) in found["kernels"].items():
+                lower = kernel.lower()
+                times[next((g for g, marks in STEP_GROUPS.items() if any(m in lower for m in marks)), "other")] += time
+            cells = (number(time) for time in times.values())
+            rows.append((name, step, number(found["step_us"]), number(found["idle_us"]), *cells))
+    if not rows:
+        return ""
+    return (
+        "\n\nMicroseconds of a traced step (tracing makes the host slower), and what its largest kernels take:\n\n"
+        + table(("arm", "step", "all", "GPU idle", *STEP_GROUPS, "other"), rows)
+    )
+
+
+def load_memory(facts: dict[str, Any]) -> str:
+    """Memory of a GPU while a checkpoint is loaded."""
+    keys = ("weights_gb", "peak_gb", "peak_over_weights", "seconds", "host_peak_gb")
+    rows = [(row["model"], row["form"], *(number(row[key]) for key in keys)) for row in facts["rows"]]
+    return (
+        "Gigabytes on the GPU of a W4A8 checkpoint of random weights, afterwards and at most while it is loaded.\n\n"
+        + table(("model", "scales", "weights, GB", "peak, GB", "peak over weights", "seconds", "host, GB"), rows)
+    )
+
+
+def attention_tiles(facts: dict[str, Any]) -> str:
+    """Forms of attention of one token."""
+    forms = ["/".join(map(str, form["tiles"])) for form in facts["rows"][0]["forms"]]
+    rows = [
+        (
+            row["batch"], f"{row['kv_heads']} x {row['group']}", "int8" if row["rounded"] else "bfloat16",
+            number(row["reading"]), *(number(form["microseconds"]) for form in row["forms"]),
+        )
+        for row in facts["rows"]
+    ]  # fmt: skip
+    return (
+        "Microseconds of a layer's attention of one token to 192 others, by keys of a tile / programs / warps / "
+        "stages, and reading keys and values at 3 TB/s.\n\n"
+        + table(("sequences", "heads of keys x queries", "cache", "reading", *forms), rows)
     )
 
 
@@ -285,6 +344,8 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "decode_cpu": ("Decoding on a CPU", decode_cpu),
     "decode": ("Whole models", decode),
     "serving": ("Whole models in vLLM", serving),
+    "load_memory": ("Loading a large model", load_memory),
+    "attention_tiles": ("Attention of one token", attention_tiles),
 }
 
 

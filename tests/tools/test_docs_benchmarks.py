@@ -3,7 +3,17 @@
 import json
 from pathlib import Path
 
-from tools.docs_benchmarks import benchmark_tables, decode_cpu, mixtures, products, runs, triton_tiles
+from tools.docs_benchmarks import (
+    attention_tiles,
+    benchmark_tables,
+    decode_cpu,
+    load_memory,
+    mixtures,
+    products,
+    runs,
+    serving,
+    triton_tiles,
+)
 from tools.docs_text import number
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -59,3 +69,24 @@ def test_tiles():
         "ours": [[2.0, [64, 16, 1, 4, 3]]],
     }
     assert "| 8, 4 | 1 | 9 | 3 | 2 | [64, 16, 1, 4, 3] |" in triton_tiles({"rows": [row]})
+
+
+def test_memory_of_loading():
+    row = {"model": "m", "form": "integer", "weights_gb": 7.2, "peak_gb": 7.5, "peak_over_weights": 1.042}
+    text = load_memory({"rows": [row | {"seconds": 30.0, "host_peak_gb": 5.0}]})
+    assert "| m | integer | 7.2 | 7.5 | 1.04 | 30 | 5 |" in text
+
+
+def test_steps_of_vllm():
+    kernels = {"w4a8_gemm 128x1x1": [900.0, 96], "w4a8_gemm 115x1x1": [100.0, 32], "something": [7.0, 1]}
+    profile = {"1": {"step_us": 1500.0, "idle_us": 50.0, "launches": 129, "kernels": kernels, "waits": {}}}
+    arms = {"ours": {"decode_ms": {"1": {"median": 2.0}}, "prefill_ms": {"median": 30.0}, "profile": profile}}
+    setting = {"shape": "s", "prefill": 8, "prompt": 8, "tokens": 8, "repeat": 3}
+    text = serving({"setting": setting, "machine": {}, "arms": arms})
+    assert "| ours | 1 | 1500 | 50 | 1000 | 0 | 0 | 0 | 0 | 7 |" in text
+
+
+def test_forms_of_attention():
+    row = {"batch": 16, "kv_heads": 8, "group": 4, "rounded": True, "reading": 5.0}
+    text = attention_tiles({"rows": [row | {"forms": [{"tiles": [64, 528, 4, 2], "microseconds": 9.0}]}]})
+    assert "| 16 | 8 x 4 | int8 | 5 | 9 |" in text and "64/528/4/2" in text
