@@ -48,6 +48,11 @@ ENGINE_CASES: dict[str, tuple[str, WeightScheme, ActivationScheme | None]] = {
     "W4A16, asymmetric, per channel": ("compressed-tensors", WeightScheme(4, -1, False), None),
     "W3A16, symmetric groups of 128": ("compressed-tensors", WeightScheme(3, 128, True), None),
     "W4A8, symmetric groups of 128": ("compressed-tensors", WeightScheme(4, 128, True), ActivationScheme(8)),
+    "W4A8, symmetric groups of 128, integer scales": (
+        "compressed-tensors",
+        WeightScheme(4, 128, True),
+        ActivationScheme(8),
+    ),
     "W8A8, per channel": ("int-quantized", WeightScheme(8, -1, True), ActivationScheme(8)),
     "W4A16, symmetric groups of 128, gptq": ("gptq", WeightScheme(4, 128, True), None),
     "W4A16, asymmetric groups of 128, awq": ("awq", WeightScheme(4, 128, False), None),
@@ -149,7 +154,7 @@ def engines_tables() -> str:
     """Which engine loads which kind of checkpoint of a Llama, and what runs there."""
     parts = []
     for title, (format_name, scheme, activations) in ENGINE_CASES.items():
-        rows = engine_table(format_name, [scheme], activations, "llama")
+        rows = engine_table(format_name, [scheme], activations, "llama", integer="integer scales" in title)
         cells = [(r["engine"], "yes" if r["loads"] else "no", r["runs_as"], r["remark"]) for r in rows]
         parts.append(
             f"### {title}\n\nFormat `{format_name}`.\n\n" + table(("engine", "loads", "runs as", "remark"), cells)

@@ -49,6 +49,26 @@ def test_what_was_measured():
     assert not loads("compressed-tensors", [WeightScheme(4, -1, True)], None, "mixtral")["vLLM (x86 CPU)"]
 
 
+def test_what_finescale_runs_in_vllm():
+    """The same as the plugin decides from the file (tests/runtime/test_serving.py)."""
+    plain = row("vLLM with finescale", "compressed-tensors", [SYMMETRIC], A8, "llama")
+    assert plain["runs_as"] == "W4A16" and "left to vLLM" in plain["remark"]
+    integer = row("vLLM with finescale", "compressed-tensors", [SYMMETRIC], A8, "llama", integer=True)
+    assert (
+        integer["runs_as"] == "W4A8"
+        and "plugin" in row("vLLM (CUDA)", "compressed-tensors", [SYMMETRIC], A8, "llama", integer=True)["remark"]
+    )
+    for family, parts in {"bloom": {}, "gpt2": {}, "llama": {"outliers": True}}.items():
+        assert not loads("compressed-tensors", [SYMMETRIC], A8, family, integer=True, **parts)["vLLM with finescale"]
+    gathered = row("vLLM with finescale", "compressed-tensors", [SYMMETRIC], None, "llama", own_inputs=True)
+    assert gathered["loads"] and gathered["runs_as"] == "W4A16"
+    assert not loads("compressed-tensors", [SYMMETRIC], None, "llama", own_inputs=True)["vLLM (CUDA)"]
+    six = ActivationScheme(6)
+    assert loads("compressed-tensors", [SYMMETRIC], six, "llama")["vLLM with finescale"]
+    assert not loads("compressed-tensors", [SYMMETRIC], six, "mixtral")["vLLM with finescale"]
+    assert loads("compressed-tensors", [SYMMETRIC], A8, "mixtral", integer=True)["vLLM with finescale"]
+
+
 def test_ragged_groups_and_odd_sizes_load_in_finescale_only():
     table = loads("compressed-tensors", {"a.b": WeightScheme(4, 64, True)}, None, "llama", {"a.b": (64, 172)})
     assert [engine for engine, yes in table.items() if yes] == ["finescale"]

@@ -158,7 +158,8 @@ def test_gathers_are_stored_and_applied(tiny, text, tmp_path, kind):
     tensors = read_tensors(out)
     assert gathered == {key.removesuffix(".input_index") for key in tensors if key.endswith(".input_index")}
     assert read_json(out / "config.json")["quantization_config"]["quant_method"] == "finescale"
-    assert {row["engine"] for row in report["engines"] if row["loads"]} == {"finescale"}
+    served = {"vLLM with finescale"} if kind not in ("mixtral", "gpt2") else set()
+    assert {row["engine"] for row in report["engines"] if row["loads"]} == {"finescale"} | served
     layers = quantized_layers(load(out))
     assert sum(layer.inputs.gather is not None for layer in layers.values()) == len(gathered) > 0
     if kind == "mixtral":  # transformers' experts are fused: nothing to hang a gather on

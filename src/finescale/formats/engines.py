@@ -48,6 +48,8 @@ class Model:
         desc_act: whether groups are scattered columns.
         outliers: whether some weights are kept beside the grid.
         own_inputs: whether inputs are rearranged before the product (a gather, an online rotation).
+        other_inputs: whether inputs are rounded, and not to symmetric 8 bits per token.
+        integer: whether group scales are integers over an amplifier.
     """
 
     format_name: str
@@ -61,6 +63,8 @@ class Model:
     desc_act: bool = False
     outliers: bool = False
     own_inputs: bool = False
+    other_inputs: bool = False
+    integer: bool = False
 
     @property
     def bits(self) -> set[int]:
@@ -92,6 +96,7 @@ def engine_table(
     desc_act: bool = False,
     outliers: bool = False,
     own_inputs: bool = False,
+    integer: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per engine: ``{"engine", "loads": bool, "runs_as": str, "remark": str}``.
 
@@ -104,6 +109,7 @@ def engine_table(
         desc_act: whether groups are scattered columns (activation order).
         outliers: whether some weights are kept beside the grid.
         own_inputs: whether inputs are rearranged before the product, by QLLM's gather or an online rotation.
+        integer: whether group scales are integers over an amplifier.
     """
     named = schemes if isinstance(schemes, Mapping) else {}
     values = list(schemes.values() if isinstance(schemes, Mapping) else schemes)
@@ -122,10 +128,13 @@ def engine_table(
         desc_act=desc_act,
         outliers=outliers,
         own_inputs=own_inputs,
+        other_inputs=activations not in (None, ActivationScheme(8)),
+        integer=integer,
     )
     engines: dict[str, Callable[[Model], Row]] = {
         "finescale": _finescale,
         "transformers": _transformers,
+        "vLLM with finescale": _vllm_finescale,
         "vLLM (CUDA)": _vllm_cuda,
         "vLLM (x86 CPU)": _vllm_cpu,
         "SGLang": _sglang,
@@ -137,7 +146,7 @@ def engine_table(
             reasons = [_CONV1D]
         if engine != "finescale" and model.outliers and model.format_name != DENSE:
             reasons = [_OUTLIERS]
-        if engine != "finescale" and model.own_inputs:
+        if "finescale" not in engine and model.own_inputs:
             reasons = [_OWN_INPUTS]
         loads = not reasons
         rows.append(
@@ -275,6 +284,25 @@ def _is_w8a8(model: Model) -> bool:
     return model.keys == {(8, -1, True)} and model.activation_bits == 8
 
 
+def _vllm_finescale(model: Model) -> Row:
+    """What vLLM runs where finescale is installed too; `finescale.runtime.serving` says the same of a file."""
+    other = model.format_name == PACKED and model.other_inputs
+    if not (model.integer or model.own_inputs or other) or model.outliers:
+        reasons, runs_as, remarks = _vllm_cuda(model)
+        return reasons, runs_as, [*remarks, "left to vLLM"]
+    reasons = []
+    if model.format_name not in (PACKED, INT8):
+        reasons.append(f"the plugin serves {PACKED} and {INT8}")
+    if model.conflict:
+        reasons.append(_ONE_SCHEME.format(model.conflict))
+    if model.family == "bloom" and model.format_name == PACKED:
+        reasons.append("vLLM's loader of BLOOM cannot reorder packed query_key_value tensors")
+    if model.experts and not (model.integer and model.activation_bits == 8):
+        reasons.append("experts are served as W4A8 with integer scales only")
+    activations = "16" if model.activation_bits is None else str(model.activation_bits)
+    return reasons, model.runs(activations), ["on finescale's kernels: finescale serve"]
+
+
 def _vllm_cuda(model: Model) -> Row:
     """Read in the sources of vLLM 0.32."""
     reasons = _vllm_common(model)
@@ -292,9 +320,8 @@ def _vllm_cuda(model: Model) -> Row:
     if any(bits == 8 and not symmetric for bits, _, symmetric in model.keys):
         remarks.append("asymmetric 8 bits need a Hopper GPU")
     if model.activation_bits is not None:
-        remarks.append(
-            "activations stay 16-bit, silently; integers only with humming-kernels and --linear-backend humming"
-        )
+        ways = ["finescale's plugin"] * model.integer + ["humming-kernels and --linear-backend humming"]
+        remarks.append(f"activations stay 16-bit, silently; integers only with {', or with '.join(ways)}")
     elif model.keys <= {(4, 32, True), (4, 64, True), (4, 128, True)}:
         remarks.append("VLLM_MARLIN_INPUT_DTYPE=int8 makes it W4A8")
     return reasons, model.runs("16"), remarks

@@ -337,5 +337,6 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
             scattered_groups(job.recipe),
             job.recipe.solver.options().keeps_outliers,
             not all(map(is_plain, records)),
+            any(record["amplifier"] for record in records),
         ),
     }
