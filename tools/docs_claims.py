@@ -13,6 +13,11 @@ from typing import Any
 
 from tools.docs_text import number, table
 
+ROWS_OF_THE_CLAIM = (
+    "RTN", "SmoothQuant 0.5", "OmniQuant", "QLLM, reassembly", "QLLM", "QuaRot, online too + GPTQ",
+    "QuaRot, online too + QuantEase + rounding",
+)  # fmt: skip
+"""Of the many methods of ``benchmarks/activations.py``; all are on the page of benchmarks."""
 Results = dict[str, dict[str, Any]]
 MISSING = "not measured yet"
 Measured = Callable[[Results], list[str]]
@@ -101,7 +106,8 @@ def activations(results: Results) -> list[str]:
     for name, facts in results.items():
         for model, entry in facts.get("models", {}).items() if facts.get("benchmark") == "activations" else ():
             runs = entry.get("rows", {}).get("W4A4", {})
-            values = ", ".join(f"{label} {number(run['perplexity'], 4)}" for label, run in runs.items())
+            chosen = {label: runs[label] for label in ROWS_OF_THE_CLAIM if label in runs}
+            values = ", ".join(f"{label} {number(run['perplexity'], 4)}" for label, run in chosen.items())
             if values:
                 original = number(entry.get("original_perplexity"), 4)
                 lines.append(f"{model}, W4A4, original {original}: {values} (`{name}.json`)")
@@ -138,17 +144,13 @@ def integer_tasks(results: Results) -> list[str]:
 
 def kernel(results: Results) -> list[str]:
     """The W4A8 product over bfloat16 at the paper's shape, by tokens."""
+    kinds = {"integer": "integer scales", "folded": "folded scales", "float_scale": "float scales"}
     lines = []
     for name, facts in results.items():
-        ratios: dict[str, list[str]] = {"integer scales": [], "folded scales": []}
-        for row in facts.get("rows", []) if name.startswith("gemm-variants") else ():
-            if (row.get("K"), row.get("N")) != (4096, 22016):
-                continue
-            for folded, found in enumerate(ratios.values()):
-                times = [time for time, shape, equal, _ in row["ours"] if equal and bool(shape[3]) == bool(folded)]
-                if times:
-                    found.append(f"{number(row['bf16'] / min(times))} at {row['M']}")
-        for kind, found in ratios.items():
+        rows = facts.get("rows", []) if facts.get("benchmark") == "gemm" and facts.get("base") == "bf16" else ()
+        here = [row for row in rows if (row["inputs"], row["outputs"]) == (4096, 22016)]
+        for key, kind in kinds.items():
+            found = [f"{row['bf16'] / row[key]:.2f} at {row['tokens']}" for row in here if key in row]
             if found:
                 lines.append(f"{kind}, times bfloat16, by tokens: {', '.join(found)} (`{name}.json`)")
     return lines
@@ -177,7 +179,7 @@ CLAIMS: dict[str, tuple[tuple[str, str, Measured], ...]] = {
          "`python benchmarks/compare.py --model MODEL --work WORK --parts tasks`", integer_tasks),
         ("the fine-grained kernel at K = 4096, N = 22016 up to 4 times 16 bits where memory bounds it, 2 times where "
          "arithmetic does; float scales 3.15 to 0.5 times",
-         "`python benchmarks/gemm_variants.py`", kernel),
+         "`finescale bench gemm`", kernel),
     ),
 }  # fmt: skip
 
