@@ -179,14 +179,12 @@ struct Tokens {
     }
 
     // By one thread.
-    __device__ void copy(int item, int s) const {
+    __device__ void copy(int item, int s, int p) const {
         u32 barrier = full + 8 * s, bytes = a.inputs * static_cast<u32>(sizeof(Element));
         long long from = row(item);
         if (from < 0) return barrier_arrive(barrier);
-        barrier_expect(barrier, PARTS * bytes);
-#pragma unroll
-        for (int p = 0; p < PARTS; p++)
-            copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
+        barrier_expect(barrier, bytes);
+        copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
     }
 
     // Piece number `k` of this thread.
@@ -334,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
     let_next_kernel_start();
     Tokens tokens{a, shared_address(barriers)};
     if (STAGES > 0 && threadIdx.x == 0) {
-        for (int i = 0; i < SLOTS; i++) barrier_init(tokens.full + 8 * i, 1);
+        for (int i = 0; i < SLOTS; i++) barrier_init(tokens.full + 8 * i, PARTS);
         fence_barrier_init();
     }
     Parameters parameters{a};
@@ -351,7 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
     wait_for_previous_kernel();
     int stride = static_cast<int>(gridDim.x), filling = blockIdx.x;  // the next item to be copied
     if (STAGES > 0 && threadIdx.x == 0)
-        for (int i = 0; i < SLOTS && filling < a.items; i++, filling += stride) tokens.copy(filling, i);
+        for (int i = 0; i < SLOTS && filling < a.items; i++, filling += stride)
+            for (int p = 0; p < PARTS; p++) tokens.copy(filling, i, p);
     long long row_before = -1;
     float scale_before = 0;
     int parity = 0, slot = 0;
@@ -359,12 +358,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
     for (int item = blockIdx.x; item < a.items; item += stride) {
         long long row = tokens.row(item);
         if (STAGES > 0) barrier_wait(tokens.full + 8 * slot, phase);
-        auto fill_again = [&] {  // after a barrier of those who read the slot
-            if (STAGES > 0 && threadIdx.x == 0 && filling < a.items) tokens.copy(filling, slot), filling += stride;
+        // After a barrier of those who read them: the last parts of the slot, and then the first.
+        auto fill_again = [&](int first, int last) {
+            if (STAGES == 0 || threadIdx.x > 0 || filling >= a.items) return;
+            for (int p = first; p < last; p++) tokens.copy(filling, slot, p);
+            if (first == 0) filling += stride;
         };
         if (row < 0) {
             __syncthreads();
-            fill_again();
+            fill_again(0, PARTS);
         } else {
             Piece token[PIECES];
             u32 largest = 0;
@@ -389,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                 }
                 if (NORM) {
                     float mean = 0, inverse = norm_scale(a, token, mean, scratch[parity]);
-                    if (!GATHER && WARPS > 1) fill_again();
+                    if (!GATHER && WARPS > 1) fill_again(0, PARTS);
 #pragma unroll
                     for (int k = 0; k < PIECES; k++) token[k] = normed(token[k], mean, inverse, parameters, k);
                 }
@@ -401,6 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                     if (inside(k, a.inputs)) tokens.part(slot, 0)[piece_of(k)] = token[k];
                 fence_proxy_async();  // what is written here comes before what is copied here
                 __syncthreads();
+                fill_again(1, PARTS);
             }
 #pragma unroll
             for (int k = 0; k < PIECES; k++)
@@ -413,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
 #endif
             largest = largest_of_block(largest, scratch[parity][LARGEST]);
             if (WARPS == 1) __syncwarp();
-            if (GATHER || !NORM || WARPS == 1) fill_again();
+            if (GATHER || !NORM || WARPS == 1) fill_again(0, GATHER ? 1 : PARTS);
             if (WARPS > 1 && row_before >= 0)
                 write_facts_of_warps(a, row_before, scale_before, scratch[parity ^ 1][SUM]);
             Rounding rounding = rounding_of(largest);
