@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tools.docs_text import number, table
@@ -30,9 +31,7 @@ def _model(name: str, facts: dict[str, Any], ours: dict[str, dict[int, dict[str,
     least = {b: min(row[b]["perplexity"] for row in rows.values() if b in row) for b in bits}
     lines = [(label, *(_cell(row.get(b), least[b]) for b in bits)) for label, row in rows.items()]
     tools = {row["label"]: row["provenance"] for row in facts["peers"]}
-    made = "\n".join(
-        f"* {label}: {own['versions']}; {own['settings']}; `{own['command']}`" for label, own in tools.items()
-    )
+    made = "\n".join(f"* {label}: {own['versions']}; `{_without_bits(own['command'])}`" for label, own in tools.items())
     return (
         f"### {facts['model']}\n\n`benchmarks/results/{name}.json`. Calibration {setting['samples']} windows of "
         f"{setting['sample_length']} tokens, perplexity on {setting['windows']} windows of {setting['length']}, all "
@@ -40,6 +39,10 @@ def _model(name: str, facts: dict[str, Any], ours: dict[str, dict[int, dict[str,
         + table(("symmetric, groups of 64", *(f"{b} bits" for b in bits)), lines)
         + f"\nHow the other tools were run (each in an environment of its own):\n\n{made}\n"
     )
+
+
+def _without_bits(command: str) -> str:
+    return re.sub(r"--bits \d", "--bits BITS", command)
 
 
 def _cell(row: dict[str, Any] | None, least: float) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from tools.docs_peers import peers_tables
 
-PROVENANCE = {"versions": "tool 1", "settings": "bits 4", "command": "python tool.py", "processor_seconds": 1}
+PROVENANCE = {"versions": "tool 1", "settings": "bits 4", "command": "python tool.py --bits 4", "processor_seconds": 1}
 
 
 def peer(label, bits, perplexity, **more):
@@ -27,7 +27,7 @@ def test_ours_stand_beside_the_tools(results):
     text = peers_tables(results)
     assert "| tool | 26.5 (0.25) | **60** |" in text
     assert "| finescale: rounding from quantease | **22.7** (0.1) | – |" in text
-    assert "* tool: tool 1; bits 4; `python tool.py`" in text and "w4a8" not in text
+    assert "* tool: tool 1; `python tool.py --bits BITS`" in text and "w4a8" not in text
 
 
 @pytest.mark.parametrize("key", ["samples", "length", "windows", "window_length"])
