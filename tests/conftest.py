@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import pytest
 # Nothing here may reach for the network; a test that needs a model makes it or skips.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with suppress(ImportError):  # GPU tests run where hypothesis may be missing
+    from hypothesis import settings
+
+    # The same commit gives the same outcome, on however slow a machine; `--hypothesis-profile explore` looks further.
+    settings.register_profile("explore", deadline=None)
+    settings.register_profile("reproducible", deadline=None, derandomize=True)
+    settings.load_profile("reproducible")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -56,6 +65,14 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws must not depend on the tests before it."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,15 @@ def test_another_model_seed_or_text_is_other_settings(tiny, text, tmp_path):
             quantize(model, out, recipe(), words, **options)
 
 
+@pytest.mark.parametrize("package", ["finescale.pipeline.quantize", "torch"])
+def test_another_version_is_other_settings(tiny, text, tmp_path, monkeypatch, package):
+    """Blocks of two versions must not stand in one file."""
+    before = prepare(tiny("llama"), recipe(), tmp_path / "out", str(text)).signature
+    assert prepare(tiny("llama"), recipe(), tmp_path / "out", str(text)).signature == before
+    monkeypatch.setattr(f"{package}.__version__", "2.99.0")
+    assert prepare(tiny("llama"), recipe(), tmp_path / "out", str(text)).signature != before
+
+
 def test_an_unfinished_run_with_other_settings_is_refused(tiny, text, tmp_path):
     out = tmp_path / "out"
     stop_after_a_block(tiny, text, out)

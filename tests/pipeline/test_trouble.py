@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finescale.errors import CheckpointError, InputError, NumericsError
+from finescale.pipeline.layers import FEW_TOKENS_DAMPING, solve_together
 from finescale.pipeline.quantize import prepare
 from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
@@ -90,6 +91,27 @@ def test_experts_with_too_few_tokens_are_named(tiny, text, tmp_path):
             assert any(line.startswith(f"{name}: short of tokens: {record['tokens']} ") for line in report["fallbacks"])
     assert sum(record["tokens"] < record["shape"][1] for record in experts.values()) >= 16
     verify(out, path)
+
+
+def test_a_layer_short_of_tokens_is_solved_on_a_damped_hessian(tiny, text, tmp_path):
+    """As if the mean of its diagonal, times the damping, had been added to the Hessian of enough tokens."""
+    (plan, *_) = prepare(tiny("llama"), recipe("gptq", 3, 32), tmp_path / "out", str(text)).plan.layers
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = plan.shape_OI
+    weight_OI = torch.randn(rows, columns, generator=generator)
+    x_TI = torch.randn(8, columns, generator=generator)
+    hessian_II = x_TI.T @ x_TI / 8
+    damped_II = hessian_II + FEW_TOKENS_DAMPING * hessian_II.diagonal().mean() * torch.eye(columns)
+
+    def solved(matrix_II, tokens):
+        layers = [(plan, weight_OI)]
+        (result,) = solve_together(layers, matrix_II, tokens, recipe("gptq", 3, 32), torch.float32, 0)
+        return result
+
+    few, enough = solved(hessian_II, columns - 1), solved(damped_II, columns)
+    assert torch.equal(few.weight.codes_OI, enough.weight.codes_OI)
+    assert not torch.equal(few.weight.codes_OI, solved(hessian_II, columns).weight.codes_OI)
+    assert few.record["notes"] and not enough.record["notes"]
 
 
 def test_an_expert_without_any_token_is_still_quantized(tiny, text, tmp_path):
