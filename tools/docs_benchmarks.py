@@ -306,6 +306,16 @@ def load_memory(facts: dict[str, Any]) -> str:
     )
 
 
+def launch_cost(facts: dict[str, Any]) -> str:
+    """Host time of calls that launch nothing."""
+    ways = list(next(iter(facts["microseconds"].values())))
+    rows = [(name, *(number(found[way]) for way in ways)) for name, found in facts["microseconds"].items()]
+    return (
+        "Microseconds of the host for a call of an operator whose driver does nothing, beside the same function as a "
+        "`torch.library.custom_op`.\n\n" + table(("operator", *ways), rows)
+    )
+
+
 def attention_tiles(facts: dict[str, Any]) -> str:
     """Forms of attention of one token."""
     forms = ["/".join(map(str, form["tiles"])) for form in facts["rows"][0]["forms"]]
@@ -345,6 +355,7 @@ KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "decode": ("Whole models", decode),
     "serving": ("Whole models in vLLM", serving),
     "load_memory": ("Loading a large model", load_memory),
+    "launch_cost": ("Host time of a call", launch_cost),
     "attention_tiles": ("Attention of one token", attention_tiles),
 }
 

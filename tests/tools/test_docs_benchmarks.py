@@ -7,6 +7,7 @@ from tools.docs_benchmarks import (
     attention_tiles,
     benchmark_tables,
     decode_cpu,
+    launch_cost,
     load_memory,
     mixtures,
     products,
@@ -90,3 +91,8 @@ def test_forms_of_attention():
     row = {"batch": 16, "kv_heads": 8, "group": 4, "rounded": True, "reading": 5.0}
     text = attention_tiles({"rows": [row | {"forms": [{"tiles": [64, 528, 4, 2], "microseconds": 9.0}]}]})
     assert "| 16 | 8 x 4 | int8 | 5 | 9 |" in text and "64/528/4/2" in text
+
+
+def test_host_time_of_a_call():
+    text = launch_cost({"microseconds": {"product": {"operator": 11.7, "custom_op": 14.1}}})
+    assert "| operator | operator | custom_op |" in text and "| product | 11.7 | 14.1 |" in text
