@@ -292,6 +292,7 @@ def test_evaluate_uses_the_whole_text_and_the_models_length(cli, tiny, tmp_path)
         (("--windows", "0"), ["at least 1"]),
         (("--length", "1"), ["at least 2"]),
         (("--length", "0"), ["at least 2"]),
+        (("--integer",), ["--integer", "has none"]),
         (("--length", "100000"), ["256 positions"]),
         (("--dtype", "int3"), ["--dtype"]),
         (("--device", "warp"), ["--device"]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finescale.errors import CheckpointError
-from finescale.runtime.checkpoint import open_quantized, with_amplifier
+from finescale.runtime.checkpoint import open_quantized
 from tests.helpers import W4A8, quantize, read_tensors, recipe
 
 
@@ -30,12 +30,3 @@ def test_activations_and_amplifiers_come_back(tiny, text, tmp_path):
     for name, weight in quantized.layers():
         assert weight.grid.amplifier == quantized.metadata["layers"][name]["amplifier"]
         assert weight.grid.integer_scale_OG().dtype == torch.int32
-
-
-def test_with_amplifier_changes_only_the_claim(tiny, text, tmp_path):
-    quantize(tiny("llama"), tmp_path / "out", recipe("rtn", 4, 32, weights={"symmetric": True}), text)
-    quantized = open_quantized(tmp_path / "out")
-    weight = quantized.read(quantized.layer_names()[0])
-    claimed = with_amplifier(weight, 1024)
-    assert claimed.grid.amplifier == 1024 and weight.grid.amplifier is None
-    assert torch.equal(claimed.dequantize(), weight.dequantize())

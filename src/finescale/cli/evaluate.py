@@ -43,7 +43,9 @@ def evaluate(
     from finescale.evaluate.harness import check_installed
     from finescale.evaluate.tasks import find_tasks, task_file
     from finescale.formats.gguf import local_folder
+    from finescale.formats.source import open_checkpoint
     from finescale.report.tables import task_table
+    from finescale.runtime.checkpoint import has_integer_scales
     from finescale.runtime.load import load
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -58,6 +60,8 @@ def evaluate(
     elif task_data is not None or limit is not None:
         raise InputError("--task-data and --limit belong to --tasks; name the tasks.")
     folder = local_folder(model)
+    if integer and not has_integer_scales(open_checkpoint(folder)):
+        raise InputError(f"--integer is for checkpoints with integer scales, and {model} has none; leave it out.")
     value: torch.dtype = getattr(torch, dtype)
     loaded = load(folder, value, device, "integer" if integer else "float")
     result: dict[str, Any] = {"model": model, "template": None}

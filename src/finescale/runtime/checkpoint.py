@@ -125,6 +125,17 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
     return QuantizedCheckpoint(source, fmt, registry.activation_scheme(source.config), metadata)
 
 
+def has_integer_scales(source: SourceCheckpoint) -> bool:
+    """Whether a checkpoint has layers whose sums stay in int32.
+
+    Raises:
+        CheckpointError: what finescale stored there is damaged, or of a newer version.
+    """
+    quantization = source.config.get("quantization_config")
+    layers = _metadata(quantization, source.name).get("layers", {}) if isinstance(quantization, dict) else {}
+    return any(facts.get("amplifier") for facts in layers.values())
+
+
 def _metadata(quantization: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """What finescale stored under its own key; raises like ``open_quantized``."""
     metadata = quantization.get("finescale") or {}
@@ -148,8 +159,3 @@ def _are_facts(facts: Any) -> bool:
         return False
     amplifier, bound = facts.get("amplifier"), facts.get("bound")
     return (amplifier is None or (type(amplifier) is int and amplifier > 0)) and (bound is None or type(bound) is int)
-
-
-def with_amplifier(weight: QuantizedWeight, amplifier: int) -> QuantizedWeight:
-    """The same weight with its scales declared to be integers over ``amplifier``."""
-    return QuantizedWeight(weight.codes_OI, replace(weight.grid, amplifier=amplifier))
