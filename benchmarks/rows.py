@@ -157,7 +157,8 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     """Quantize, prove and evaluate one row."""
     recipe = recipe_of(row, setting)
     out = work / re.sub(r"\W+", "-", f"{setting.name}-{row.part}-{row.name}")
-    calibration = calibration_of(setting, recipe.calibration.samples, work)
+    part = recipe.calibration
+    calibration = calibration_of(setting, -(-part.samples * part.length // LENGTH), work)
     tokens_T = tokens_of(setting.model, str(calibration))
     clock, processor = time.perf_counter(), time.process_time()
     job = prepare(setting.model, recipe, out, str(calibration), device=setting.device, tokens_T=tokens_T)

@@ -30,7 +30,8 @@ ONE_SHOT = (
 )  # fmt: skip
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
-    "tuning:2/rounding from quantease, balanced", "tuning:3/rounding from quantease, 512 steps",
+    "tuning:2/rounding from quantease, balanced", "tuning:[32]/rounding from quantease, balanced, windows*",
+    "tuning:2/quantease, windows*", "tuning:3/rounding from quantease, 512 steps",
     "tuning:4/rounding from quantease, 512 steps", "tuning:2/quantease", "tuning:2/gptq",
     "tuning:2/rounding from quantease, mse",
     "tuning:[342]/rounding from quantease", "tuning:[34]/rounding from quantease, balanced",

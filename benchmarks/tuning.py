@@ -47,12 +47,18 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "rounding from gptq": method(GPTQ_DAMPED, [], [ROUNDING]),
     "rounding from quantease": method(QUANTEASE, [], [ROUNDING]),
 }
+SHORT = {"samples": 256, "length": 128, "batch_size": 32}
+"""The same text in shorter windows: four times as many first tokens, which models use as attention sinks."""
 MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, 512 steps": method(QUANTEASE, [], [part("rounding", iterations=512)]),
     "rounding from quantease, balanced": method(QUANTEASE, [], [part("rounding", loss="balanced")]),
     "rounding from quantease, balanced, 512 steps": method(
         QUANTEASE, [], [part("rounding", loss="balanced", iterations=512)]
     ),
+    "rounding from quantease, balanced, windows of 128": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", batch_size=8)], calibration=SHORT
+    ),
+    "quantease, windows of 128": method(QUANTEASE, calibration=SHORT),
     "rounding from quantease, mse": method(QUANTEASE, [], [part("rounding", loss="mse")]),
     "rounding from quantease, learned clipping": method(QUANTEASE, [CLIPPING], [ROUNDING]),
     "rounding from quantease, coarser steps": method(
