@@ -372,6 +372,15 @@ def test_interrupt_says_how_to_go_on(cli, tiny, tmp_path, monkeypatch):
     assert code == 130 and err.count("same command again") == 1
 
 
+@pytest.mark.parametrize(("error", "words"), [(torch.OutOfMemoryError, "the GPU's memory"), (MemoryError, "memory")])
+def test_memory_that_is_used_up(cli, monkeypatch, error, words):
+    def exhausted():
+        raise error("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(entry, "app", exhausted)
+    refused(cli("quantize"), words, "--samples")
+
+
 def test_a_defect_is_not_hidden(cli, monkeypatch):
     def broken():
         raise RuntimeError("a defect")

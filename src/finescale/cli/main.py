@@ -56,6 +56,17 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         stderr.print(f"[bold red]Error:[/] {_escaped(place)}{_escaped(error.strerror or str(error))}.", soft_wrap=True)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        # By its name: this file must not load torch, which raises it for GPUs.
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        place = "memory" if isinstance(error, MemoryError) else "the GPU's memory"
+        stderr.print(
+            f"[bold red]Error:[/] {place} is used up; finished blocks are kept, so start again when other programs "
+            "need less, or with fewer --samples or a shorter --length.",
+            soft_wrap=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         _say_stopped()
         sys.exit(130)
