@@ -209,3 +209,25 @@ def test_remote_code_is_never_run(tiny, tmp_path, tokenizer):
         open_skeleton(open_checkpoint(folder), allow_unknown=True)
     assert_sentence(str(caught.value))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel@main:attention"},
+        {"text_config": {"attn_implementation": {"": "someone/kernel"}}},
+        {"experts_implementation": "someone/kernel"},
+    ],
+)
+def test_code_of_the_hub_is_never_fetched(tiny, tmp_path, monkeypatch, change):
+    """transformers loads attention from a hub repository that config.json names, without asking."""
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
+    open_skeleton(open_checkpoint(folder))
+    (folder / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr("finescale.models.skeleton.build_empty", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="code of the hub") as caught:
+        open_skeleton(open_checkpoint(folder))
+    assert_sentence(str(caught.value))

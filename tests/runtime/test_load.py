@@ -140,3 +140,12 @@ def test_a_device_beyond_the_last(tiny, monkeypatch):
     with pytest.raises(InputError, match="cuda:0 to cuda:1") as caught:
         load(tiny("llama"), device="cuda:2")
     assert_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("content", ["{", '{"max_new_tokens": -4}'])
+def test_a_damaged_generation_config(tiny, tmp_path, content):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json") as caught:
+        load(path)
+    assert_sentence(str(caught.value))

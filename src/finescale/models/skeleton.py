@@ -61,11 +61,22 @@ def open_skeleton(source: SourceCheckpoint, allow_unknown: bool = False) -> Skel
         InputError: unknown family, a config that transformers cannot build, or no list of blocks in it.
     """
     family = find_family(source.config, allow_unknown)
+    check_no_foreign_kernels(source.config, source.name)
     model = build_empty(source.path, source.name)
     if family.experts is not None:
         unfuse_experts(model, family.experts)
     path, blocks = find_blocks(model)
     return Skeleton(model, source, family, path, len(blocks))
+
+
+def check_no_foreign_kernels(config: Any, name: str) -> None:
+    """Raises InputError for a config that names attention or experts of a hub repository: transformers would download
+    and run that repository's code, with no flag of the user's."""
+    values = config.items() if isinstance(config, dict) else ()
+    for key, value in values:
+        if str(key).endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise InputError(f"{name}: config.json asks for code of the hub ({key}: {value}); remove that key.")
+        check_no_foreign_kernels(value, name)
 
 
 def build_empty(path: Path, name: str) -> PreTrainedModel:

@@ -86,8 +86,16 @@ def load(
     if fuse:
         fuse_on_kernels(loaded)
     if (source.path / "generation_config.json").is_file():
-        loaded.generation_config = GenerationConfig.from_pretrained(source.path)
+        loaded.generation_config = _generation_config(source.path)
     return loaded
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # each wrong value raises what its own check raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
+        raise CheckpointError(f"{folder}/generation_config.json is damaged ({reason}); repair or remove it.") from error
 
 
 def install_quantized(
