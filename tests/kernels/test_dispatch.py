@@ -3,8 +3,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from finescale.grid import (
+    ActivationScheme,
+    InputRule,
+    QuantizedWeight,
+    WeightScheme,
+    fit_grid,
+    quantize_to_grid,
+    with_integer_scales,
+)
+from finescale.grid.outliers import single_outliers
 from finescale.kernels import dispatch
-from finescale.kernels.dispatch import LayerFacts, choose_kernel
+from finescale.kernels.dispatch import LayerFacts, choose_kernel, layer_facts
 
 W4A8 = LayerFacts(4, 128, True, True, 400, 8, True, False)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -20,6 +30,9 @@ def triton_is_there(monkeypatch):
     [
         (W4A8, CUDA, (9, 0), "hopper", "exactly"),
         (replace(W4A8, largest_scale=15), CUDA, (9, 0), "hopper-folded", "up to 15"),
+        (replace(W4A8, largest_scale=16), CUDA, (9, 0), "hopper", "exactly"),
+        (replace(W4A8, largest_scale=2**15 - 1), CUDA, (9, 0), "hopper", "exactly"),
+        (replace(W4A8, largest_scale=2**15), CUDA, (9, 0), "triton", "16 bits"),
         (W4A8, CUDA, (8, 0), "triton", "capability 8.0"),
         (replace(W4A8, group_size=-1), CUDA, (8, 6), "triton", "capability 8.6"),
         (W4A8, CUDA, (10, 0), "triton", "capability 10.0"),
@@ -60,3 +73,23 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     choice = choose_kernel(W4A8, CUDA, (8, 0))
     assert choice.kernel == "reference" and "triton is not installed" in choice.why
+
+
+def test_facts_of_a_layer():
+    """Each fact follows what it is of; scattered groups and fixed or asymmetric ranges would be multiplied wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(8, 64, generator=generator)
+    grid = with_integer_scales(fit_grid(weight_OI, WeightScheme(4, 32, True)), weight_OI, 1024)
+    weight = QuantizedWeight(quantize_to_grid(weight_OI, grid), grid)
+    plain = layer_facts(weight, InputRule(ActivationScheme(8)))
+    largest = int(grid.integer_scale_OG().max())
+    assert plain == LayerFacts(4, 32, True, True, largest, 8, True, False)
+    scattered = replace(grid, group_of_I=grid.group_of_I.flip(0))
+    assert not layer_facts(replace(weight, grid=scattered), InputRule(ActivationScheme(8))).contiguous_groups
+    for scheme in (ActivationScheme(8, symmetric=False), ActivationScheme(8, "tensor", False)):
+        assert layer_facts(weight, InputRule(scheme)) == replace(plain, symmetric_activations=False)
+    assert layer_facts(weight, InputRule()) == replace(plain, activation_bits=None, symmetric_activations=False)
+    floats = replace(weight, grid=replace(grid, amplifier=None))
+    assert layer_facts(floats, InputRule(ActivationScheme(8))) == replace(plain, integer_scales=False, largest_scale=0)
+    outliers = single_outliers(weight_OI, weight_OI > 2, torch.float32)
+    assert layer_facts(replace(weight, outliers=outliers), InputRule()).outliers

@@ -76,7 +76,10 @@ def test_refusals():
     with pytest.raises(InputError, match="must be"):
         layout.pack_weight(codes, scale, 32)
     codes, scale = random_weight(8, 96, 32)
-    with pytest.raises(InputError, match="4-bit codes"):
-        layout.pack_weight(codes + 1, scale, 32)
+    for outside in (8, -9):
+        codes[3, 5] = outside
+        with pytest.raises(InputError, match="4-bit codes"):
+            layout.pack_weight(codes, scale, 32)
+    codes[3, 5] = -8
     with pytest.raises(InputError, match="exceeds 32767"):
         layout.pack_weight(codes, scale.abs() + 32768, 32)

@@ -11,6 +11,7 @@ from finescale.bench.solver import plain_quantease
 from finescale.grid import contiguous_groups, dequantize, quantize_to_grid
 from finescale.solvers import quantease as module
 from finescale.solvers.columns import column_order, regroup, row_slabs
+from finescale.solvers.products import Products
 from finescale.solvers.quantease import is_relaxed
 from tests.solvers.examples import error_of, grid_of, layer, slow_quantease, solve
 
@@ -199,6 +200,17 @@ def test_an_input_that_is_almost_dead_does_no_harm(dtype):
     hessian_II[4, 5] = hessian_II[5, 4] = 1e-30
     codes_OI = solve("quantease", weight_OI.to(dtype), hessian_II.to(dtype), grid, sweeps=4).weight.codes_OI
     assert torch.equal(codes_OI, expected_OI)
+
+
+@pytest.mark.parametrize(("start", "sweeps", "expected"), [("weight", 10, 0), ("weight", 11, 1), ("gptq", 31, 4)])
+def test_running_targets_are_made_anew_against_drift(monkeypatch, start, sweeps, expected):
+    """Every tenth sweep, and at the beginning unless the weight itself is the start."""
+    calls = []
+    original = Products.targets_
+    monkeypatch.setattr(Products, "targets_", lambda self, *args: (calls.append(1), original(self, *args)))
+    weight_OI, hessian_II = layer(8, 24)
+    solve("quantease", weight_OI, hessian_II, grid_of(weight_OI, 3, 8), sweeps=sweeps, start=start)
+    assert len(calls) == expected
 
 
 # --- the schedule
