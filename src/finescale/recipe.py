@@ -353,7 +353,11 @@ class Recipe(_Part):
 
     @classmethod
     def load(cls, name_or_file: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
-        """A named recipe or a YAML file, with ``key=value`` settings laid over it (dots descend into parts)."""
+        """A named recipe or a YAML file, with ``key=value`` settings laid over it (dots descend into parts).
+
+        Raises:
+            InputError: no such recipe or file, unknown keys, or values that cannot work.
+        """
         path = Path(name_or_file)
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
@@ -364,7 +368,11 @@ class Recipe(_Part):
         return recipe.with_settings(settings)
 
     def with_settings(self, settings: tuple[str, ...]) -> Recipe:
-        """This recipe with ``key=value`` settings, values in YAML: ``weights.bits=3``, ``solver.name=gptq``."""
+        """This recipe with ``key=value`` settings, values in YAML: ``weights.bits=3``, ``solver.name=gptq``.
+
+        Raises:
+            InputError: a setting of another form, unknown keys, or values that cannot work.
+        """
         if not settings:
             return self
         values = self.model_dump(mode="json", exclude_unset=True) | {"name": self.name}

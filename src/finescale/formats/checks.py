@@ -102,7 +102,8 @@ def expect_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
 
 
 def read_groups(index_I: Tensor, columns: int, groups: int, what: str) -> Tensor:
-    """Check the group of each input column in a file and give it as int64 [I]."""
+    """Check the group of each input column in a file and give it as int64 [I]. Raises CheckpointError for another shape
+    or a group that is not there."""
     expect_shape(index_I, (columns,), what)
     index_I = index_I.to(torch.int64)
     if columns and (int(index_I.min()) < 0 or int(index_I.max()) >= groups):
@@ -111,7 +112,8 @@ def read_groups(index_I: Tensor, columns: int, groups: int, what: str) -> Tensor
 
 
 def read_scale(scale_OG: Tensor, rows: int, columns: int, scheme: WeightScheme) -> Tensor:
-    """Check the scales of a file and give them in float32 [O, G]."""
+    """Check the scales of a file and give them in float32 [O, G]. Raises CheckpointError for another shape or type, or
+    a scale that is not finite."""
     expect_shape(scale_OG, (rows, number_of_groups(columns, scheme.group_size)), "the scale tensor")
     if scale_OG.dtype not in SCALE_DTYPES:
         raise CheckpointError(f"the scales are of type {scale_OG.dtype}; float16, bfloat16 or float32 is needed.")

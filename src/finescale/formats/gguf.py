@@ -64,7 +64,8 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float16) ->
 
 
 def local_folder(model: str | Path) -> str | Path:
-    """The argument itself, or for a GGUF file the folder it is unpacked to, once, in the user's cache."""
+    """The argument itself, or for a GGUF file the folder it is unpacked to, once, in the user's cache. Raises like
+    ``unpack_gguf``."""
     if not is_gguf(model):
         return model
     file = Path(model).expanduser()

@@ -77,7 +77,8 @@ class SourceCheckpoint:
         return _DTYPES[name]
 
     def float_dtype(self) -> torch.dtype:
-        """The type of most of the floating-point values: what new scales are stored in."""
+        """The type of most of the floating-point values: what new scales are stored in. Raises CheckpointError when
+        there are none."""
         counts: dict[torch.dtype, int] = {}
         for key in self.files:
             dtype = self.dtype(key)

@@ -150,6 +150,10 @@ def with_integer_scales(grid: Grid, weight_OI: Tensor, amplifier: Amplifier, act
         amplifier: a power of two, ``heuristic`` (the paper's rule) or ``auto`` (the largest whose exact int32 bound
             holds for the nearest codes; the codes a solver picks must be proved again afterwards).
         activation_max: largest activation magnitude.
+
+    Raises:
+        InputError: an amplifier that is no power of two up to 2**24.
+        NumericsError: an asymmetric grid, or no amplifier with which the sums stay in int32.
     """
     if not grid.scheme.symmetric:
         raise NumericsError("integer scales need symmetric weights; set weights.symmetric true.")
@@ -171,8 +175,8 @@ def integerized(grid: Grid, amplifier: int) -> Grid:
 
 def refit_group(grid: Grid, weight_OI: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scale and zero of one group fitted to ``weight_OI`` [O, columns of the group], under the rules of ``grid``:
-    its scheme, its stored type and, when it has one, its amplifier. Folded scales depend on each other and are never
-    fitted one by one."""
+    its scheme, its stored type and, when it has one, its amplifier. Raises NumericsError for folded scales: they depend
+    on each other and are never fitted one by one."""
     if grid.folded:
         raise NumericsError("folded scales cannot be fitted group by group; set solver.static_groups true.")
     scale_O, zero_O = fit_group(weight_OI, grid.scheme, grid.scale_dtype)

@@ -54,6 +54,9 @@ def heuristic_amplifier(scale_OG: Tensor) -> int:
     The published loop returns 1/2 when every scale is already at least 1; this one never goes below 1
     (arXiv 2405.14597, section on the adaptive amplifier). Scales that even 2**24 barely lifts belong to groups of zeros
     and do not count.
+
+    Raises:
+        NumericsError: a scale that is not positive and finite.
     """
     if not bool((scale_OG > 0).all()) or not bool(torch.isfinite(scale_OG).all()):
         raise NumericsError("group scales must be positive and finite before they become integers.")
@@ -72,6 +75,9 @@ def integer_scales(scale_OG: Tensor, amplifier: int, scale_dtype: torch.dtype, c
 
     S is rounded to the significant bits of ``scale_dtype`` so that S / amplifier is stored without error
     (bfloat16 holds 8 bits, float16 11). Without ``check`` the caller knows, or will see, that they fit int32.
+
+    Raises:
+        NumericsError: an S of 2**31 or more.
     """
     target_OG = (scale_OG.double() * amplifier).round().clamp(min=1)
     excess_OG = torch.clamp(torch.floor(torch.log2(target_OG)) + 1 - significand_bits(scale_dtype), min=0)

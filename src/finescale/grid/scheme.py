@@ -179,7 +179,8 @@ class Grid:
         return integer_OG.to(torch.int32)
 
     def rows_slice(self, rows: slice) -> Grid:
-        """The grid of some output rows; columns and groups stay."""
+        """The grid of some output rows; columns and groups stay. Raises NumericsError for scales that are quantized
+        themselves, over several rows."""
         if self.bilevel is not None:
             raise NumericsError("rows of a layer with quantized scales cannot be cut apart.")
         zero_OG = None if self.zero_OG is None else self.zero_OG[rows]

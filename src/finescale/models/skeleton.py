@@ -80,7 +80,8 @@ def check_no_foreign_kernels(config: Any, name: str) -> None:
 
 
 def build_empty(path: Path, name: str) -> PreTrainedModel:
-    """The transformers model of a folder on the meta device; remote code is never run."""
+    """The transformers model of a folder on the meta device; remote code is never run. Raises InputError for a config
+    that transformers cannot build."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.use_cache = False
@@ -100,7 +101,8 @@ def build_empty(path: Path, name: str) -> PreTrainedModel:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the module list as long as the config says, all of one class."""
+    """The list of decoder blocks: the module list as long as the config says, all of one class. Raises InputError when
+    there is none."""
     depth = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         is_list = isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts)

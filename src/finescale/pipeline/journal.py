@@ -34,7 +34,7 @@ def signature(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence; what is already written stays."""
+    """Turns a full or read-only disk into one sentence, an InputError; what is already written stays."""
     try:
         yield
     except OSError as error:

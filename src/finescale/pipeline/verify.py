@@ -292,6 +292,9 @@ class _Original:
             quantized: the tensors of the result.
             names: its quantized layers.
             owned: the tensors of these layers, and those that a transform changed.
+
+        Raises:
+            CheckpointError: a tensor is missing, differs, or is not the original's.
         """
         fused = {key for key in self.source if key.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
         count = 0

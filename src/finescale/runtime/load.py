@@ -107,7 +107,8 @@ def install_quantized(
     cache: bool,
     rounding: Rounding,
 ) -> None:
-    """Replace every layer that the checkpoint holds in quantized form, and its attention where the cache is rounded."""
+    """Replace every layer that the checkpoint holds in quantized form, and its attention where the cache is rounded.
+    Raises CheckpointError for a quantized layer that the model does not have, and as reading each of them does."""
     if quantized.metadata.get("kv_cache") and rounding == "finescale":
         quantize_kv_cache(skeleton.model, quantized.metadata["kv_cache"])
     names = set(quantized.layer_names())
