@@ -194,6 +194,7 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
         for split, cluster in SHARING
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
         if cluster == 1 or (width >= 64 and not (width == 256 and cluster == groups == 4))
+        if (width, warpgroups, cluster) != (128, 3, 2)
     ]
 
 
