@@ -8,7 +8,7 @@ import torch
 
 from finescale.calibration.spill import Batches, SpilledTensors
 from finescale.errors import InputError
-from finescale.pipeline.quantize import prepare, run
+from finescale.pipeline.quantize import prepare
 from finescale.pipeline.verify import verify
 from finescale.ranks import ALONE, Ranks
 from finescale.recipe import Recipe
@@ -137,16 +137,8 @@ def test_only_the_first_blocks(tiny, text, tmp_path):
         recipe("gptq", blocks=1, transforms=[{"name": "smoothquant"}])
 
 
-def test_too_little_text_for_the_processes(tiny, text, tmp_path):
-    from dataclasses import replace
-
-    job = prepare(tiny("llama"), recipe("gptq"), tmp_path / "out", str(text))
+def test_too_little_text_for_the_processes_is_refused_before_the_work(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("finescale.pipeline.quantize.join", lambda device, _: (Ranks(0, 9), device))
     with pytest.raises(InputError, match="cannot be shared by 9 processes"):
-        run(replace(job, ranks=_Silent(0, 9)))
-
-
-class _Silent(Ranks):
-    """Many processes of which no other one is there."""
-
-    def tell(self, value):
-        return value
+        prepare(tiny("llama"), recipe("gptq"), tmp_path / "out", str(text))
+    assert not (tmp_path / "out").exists()

@@ -114,6 +114,12 @@ def prepare(
     if tensor_parallel > 1:
         check_tensor_parallel(plan, tensor_parallel)
     data, notes = _calibration(skeleton, recipe, calibration or BUILTIN, seed, tokens_T)
+    batches = len(data.batches(recipe.calibration.batch_size))
+    if batches < ranks.count:
+        raise InputError(
+            f"{batches} batches of text cannot be shared by {ranks.count} processes; use more --samples or a "
+            "smaller calibration.batch_size."
+        )
     if unread:
         notes += (
             f"by its config.json the model has no place for {len(unread)} weights of the checkpoint "
@@ -270,11 +276,6 @@ def _block_inputs(job: Job, journal: journals.Journal) -> BlockInputs:
     if job.statistics is not None:  # nothing has to run through the blocks
         return BlockInputs([], {})
     batches = job.calibration.batches(job.recipe.calibration.batch_size)
-    if len(batches) < job.ranks.count:
-        raise InputError(
-            f"{len(batches)} batches of text cannot be shared by {job.ranks.count} processes; use more --samples or a "
-            "smaller calibration.batch_size."
-        )
     hidden = SpilledTensors(journal.folder / f"activations-{job.ranks.rank}") if job.spill else []
     return capture_block_inputs(
         job.skeleton,
