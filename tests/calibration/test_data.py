@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,6 +161,15 @@ def test_a_folder_without_tokenizer(tiny, tmp_path):
     (tmp_path / "config.json").write_text((tiny("llama") / "config.json").read_text())
     with pytest.raises(CheckpointError, match="tokenizer") as caught:
         open_tokenizer(tmp_path)
+    assert_sentence(str(caught.value))
+
+
+def test_a_damaged_setting_of_a_tokenizer(tiny, tmp_path):
+    path = shutil.copytree(tiny("llama"), tmp_path / "model")
+    facts = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(facts | {"model_max_length": "many"}))
+    with pytest.raises(CheckpointError, match="tokenizer") as caught:
+        open_tokenizer(path)
     assert_sentence(str(caught.value))
 
 

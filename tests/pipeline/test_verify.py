@@ -352,6 +352,13 @@ DAMAGED_CONFIGS = {
     "targets": lambda config: config["config_groups"]["group_0"].update(targets=5),
     "target": lambda config: config["config_groups"]["group_0"].update(targets=[None]),
     "pattern": lambda config: config["config_groups"]["group_0"].update(targets=["re:("]),
+    "group": lambda config: config["config_groups"]["group_0"].update(weights=[None]),
+    "activations": lambda config: config["config_groups"]["group_0"].update(input_activations=7),
+    "format": lambda config: config["config_groups"]["group_0"].update(format={"a": 1}),
+    "formats": lambda config: config.update(format=["pack-quantized"]),
+    "cache": lambda config: config["finescale"].update(kv_cache=7),
+    "cache bits": lambda config: config["finescale"].update(kv_cache={"bits": 99, "symmetric": True}),
+    "cache symmetry": lambda config: config["finescale"].update(kv_cache={"bits": 8}),
     "ignore": lambda config: config.update(ignore=5),
     "ignored pattern": lambda config: config.update(ignore=["re:*"]),
 }
@@ -363,6 +370,12 @@ def test_a_damaged_quantization_config(damaged, name):
     folder = damaged("integer")
     change_config(folder, DAMAGED_CONFIGS[name])
     found(folder, error=CheckpointError, match=r"damaged")
+
+
+def test_a_damaged_awq_config(damaged):
+    folder = damaged("awq")
+    change_config(folder, lambda config: config.update(modules_to_not_convert=[True]))
+    found(folder, error=CheckpointError, match="modules_to_not_convert")
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_packed", "weight_shape"])

@@ -124,6 +124,7 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises CheckpointError when it cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        encode(tokenizer, "a")  # some settings fail only now
     except Exception as error:  # a damaged file fails in many ways, each of which means the same to the user
         raise CheckpointError(f"{path} has no tokenizer that transformers can read; add tokenizer.json.") from error
     return tokenizer

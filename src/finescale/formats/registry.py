@@ -148,6 +148,8 @@ def detect(config: Mapping[str, Any]) -> str:
         version = str(quantization.get("version", "gemm")).lower()
         if version != "gemm":
             raise CheckpointError(f"finescale reads the awq version gemm, not {version!r}.")
+        if not _are_patterns(quantization.get("modules_to_not_convert")):
+            raise CheckpointError("modules_to_not_convert in the quantization_config of config.json is damaged.")
         return "awq"
     raise CheckpointError(
         f"finescale does not read models quantized by {method!r}; it reads compressed-tensors, gptq and awq."
@@ -162,9 +164,10 @@ def _detect_compressed_tensors(quantization: Mapping[str, Any]) -> str:
         or not all(isinstance(group, Mapping) for group in groups.values())
     ):
         raise CheckpointError("the quantization_config of config.json has no config_groups; the file is damaged.")
-    if not all(map(_are_patterns, [quantization.get("ignore"), *(group.get("targets") for group in groups.values())])):
-        raise CheckpointError("targets or ignore in the quantization_config of config.json are damaged.")
-    top = quantization.get("format")
+    top = quantization.get("format") or ""
+    parts = (isinstance(top, str), _are_patterns(quantization.get("ignore")), *map(_is_group, groups.values()))
+    if not all(parts):
+        raise CheckpointError("the parts of the quantization_config of config.json are damaged; quantize again.")
     layouts = {group.get("format") or top for group in groups.values() if group.get("weights") is not None}
     unknown = layouts - {compressed_tensors.PACKED, compressed_tensors.INT8, "naive-quantized"}
     if unknown or not layouts:
@@ -174,6 +177,13 @@ def _detect_compressed_tensors(quantization: Mapping[str, Any]) -> str:
         )
     # Both layouts are read by the same function, so a mixture needs no name of its own.
     return "compressed-tensors" if compressed_tensors.PACKED in layouts else "int-quantized"
+
+
+def _is_group(group: Mapping[str, Any]) -> bool:
+    """Whether each part of a config group is of its kind; what the parts say is looked at where they are used."""
+    parts = (group.get("weights"), group.get("input_activations"))
+    kinds = all(isinstance(part or {}, Mapping) for part in parts) and isinstance(group.get("format") or "", str)
+    return kinds and _are_patterns(group.get("targets"))
 
 
 def _are_patterns(value: Any) -> bool:

@@ -147,10 +147,18 @@ def _metadata(quantization: dict[str, Any], path: str | Path) -> dict[str, Any]:
     layers = metadata.get("layers", {}) if isinstance(version, int) else None
     if not isinstance(layers, dict):
         raise CheckpointError(f"what {path}/config.json holds under finescale is damaged; quantize again.")
+    if not _is_kv_cache(metadata.get("kv_cache")):
+        raise CheckpointError(f"what {path}/config.json holds of the key-value cache is damaged; quantize again.")
     for name, facts in layers.items():
         if not _are_facts(facts):
             raise CheckpointError(f"what {path}/config.json holds of {name} is damaged; quantize again.")
     return metadata
+
+
+def _is_kv_cache(facts: Any) -> bool:
+    """Whether this may be a recipe's part of that name, or nothing."""
+    known = isinstance(facts, dict) and facts.get("bits") in (4, 6, 8) and isinstance(facts.get("symmetric"), bool)
+    return facts is None or known
 
 
 def _are_facts(facts: Any) -> bool:
