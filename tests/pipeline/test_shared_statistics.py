@@ -22,9 +22,12 @@ def shared(job, folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-def test_the_same_bytes_with_and_without_sharing(tiny, text, tmp_path, kind, monkeypatch):
-    chosen = recipe("gptq", 3, 32, calibration=FLOAT)
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("llama", {}), ("gpt2", {}), ("mixtral", {}), ("llama", {"activations": {"bits": 4}})]
+)
+def test_the_same_bytes_with_and_without_sharing(tiny, text, tmp_path, kind, parts, monkeypatch):
+    """Inputs that are rounded at run time too: the original's are not."""
+    chosen = recipe("gptq", 3, 32, calibration=FLOAT, **parts)
     alone = quantize(tiny(kind), tmp_path / "alone", chosen, text)
     job = prepare(tiny(kind), chosen, tmp_path / "shared", str(text))
     statistics = shared(job, tmp_path / "statistics")
