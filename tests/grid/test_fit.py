@@ -21,6 +21,8 @@ from finescale.grid import (
     fit_grid,
     number_of_groups,
     quantize_to_grid,
+    row_pieces,
+    scheme,
 )
 from finescale.grid.fit import smallest_scale
 
@@ -342,3 +344,18 @@ def test_groups_fitted_together_are_those_fitted_one_by_one(monkeypatch, group_s
     together = fit_grid(weight_OI, scheme, torch.float16)
     assert torch.equal(single.scale_OG, together.scale_OG)
     assert symmetric or torch.equal(single.zero_OG, together.zero_OG)
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(-1, False), (8, True), (7, False)])
+def test_pieces_of_rows_change_no_bit(monkeypatch, group_size, symmetric, clip):
+    weight_OI = torch.randn(11, 20, generator=torch.Generator().manual_seed(5))
+    found = []
+    for together in (2**22, 60, 1):
+        monkeypatch.setattr(scheme, "WEIGHTS_TOGETHER", together)
+        grid = fit_grid(weight_OI, WeightScheme(3, group_size, symmetric, clip), torch.float16)
+        codes_OI = quantize_to_grid(weight_OI, grid)
+        found.append((grid.scale_OG, codes_OI, dequantize(codes_OI, grid)))
+    assert [len(list(row_pieces(weight_OI))), len(list(row_pieces(weight_OI[:0])))] == [11, 0]
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))

@@ -231,3 +231,12 @@ def test_code_of_the_hub_is_never_fetched(tiny, tmp_path, monkeypatch, change):
     with pytest.raises(InputError, match="code of the hub") as caught:
         open_skeleton(open_checkpoint(folder))
     assert_sentence(str(caught.value))
+
+
+def test_files_stay_mapped_only_while_they_are_read(tiny):
+    skeleton = open_skeleton(open_checkpoint(tiny("llama")))
+    fill_except_blocks(skeleton, CPU, torch.float64)
+    block = fill_module(skeleton, skeleton.block_path(0), CPU, torch.float64)
+    assert not any(parameter.device.type == "meta" for parameter in block.parameters())
+    with open("/proc/self/maps") as stream:
+        assert not [line for line in stream if str(skeleton.source.path) in line]

@@ -223,3 +223,27 @@ def test_a_full_disk_keeps_finished_blocks_and_the_run_goes_on(deep, text, tmp_p
     assert read_json(out / "run.json")["resumed_from_block"] == 3
     quantize(deep, tmp_path / "whole", chosen, text)
     assert facts(out) == facts(tmp_path / "whole")
+
+
+def test_another_version_of_ones_own_solver_does_not_go_on(deep, text, tmp_path, monkeypatch):
+    plugin = tmp_path / "resume_test_solver.py"
+    body = "from finescale.solvers import SOLVERS\nMINE = SOLVERS['rtn']\n"
+    plugin.write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen, out = recipe("resume_test_solver:MINE", 4, 32), tmp_path / "out"
+
+    class StopError(Exception):
+        pass
+
+    def stop(label, done, total):
+        if done == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(prepare(deep, chosen, out, str(text)), on_progress=stop)
+    plugin.write_text(body + "# another version\n")
+    with pytest.raises(InputError, match="unfinished run with another model, recipe"):
+        run(prepare(deep, chosen, out, str(text)))
+    plugin.write_text(body)
+    run(prepare(deep, chosen, out, str(text)))
+    assert read_json(out / "run.json")["resumed_from_block"] == 2

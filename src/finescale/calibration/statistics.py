@@ -47,6 +47,10 @@ class Moments:
         """Mean of x x^T over the tokens, float32 [I, I]; zero when no token came."""
         return self.sum_II / max(self.tokens, 1)
 
+    def hessian_(self) -> Tensor:
+        """The same in the place of the sum, which it uses up: these are among the largest matrices of a run."""
+        return self.sum_II.div_(max(self.tokens, 1))
+
 
 def collect_moments(
     block: nn.Module,

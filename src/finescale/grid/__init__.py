@@ -21,6 +21,7 @@ from finescale.grid.scheme import (
     dequantize,
     number_of_groups,
     quantize_to_grid,
+    row_pieces,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "quantize_activations",
     "quantize_to_grid",
     "quantize_tokens",
+    "row_pieces",
     "static_range",
     "with_folded_scales",
     "with_integer_scales",

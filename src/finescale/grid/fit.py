@@ -19,7 +19,14 @@ from finescale.grid.integer_scale import (
     heuristic_amplifier,
     integer_scales,
 )
-from finescale.grid.scheme import Grid, WeightScheme, contiguous_groups, number_of_groups, quantize_to_grid
+from finescale.grid.scheme import (
+    Grid,
+    WeightScheme,
+    contiguous_groups,
+    number_of_groups,
+    quantize_to_grid,
+    row_pieces,
+)
 
 CLIP_CANDIDATES = 40
 """Shrink factors tried by the clipping search: 1.0, 0.98, ... down to 0.22 of the range. Twice as many, or the exponent
@@ -75,10 +82,13 @@ def fit_grid(
         if zero_OG is not None and zero_R is not None:
             zero_OG[rows, :together] = zero_R.view(-1, together)
     for group in range(together, groups):
-        scale_O, zero_O = fit_group(weight_OI[:, group_of_I == group], scheme, scale_dtype)
-        scale_OG[:, group] = scale_O
-        if zero_OG is not None and zero_O is not None:
-            zero_OG[:, group] = zero_O
+        # A single group is all of the weight: no copy of it then.
+        members_OI = weight_OI[:, group_of_I == group] if groups > 1 else weight_OI
+        for rows in row_pieces(members_OI):
+            scale_O, zero_O = fit_group(members_OI[rows], scheme, scale_dtype)
+            scale_OG[rows, group] = scale_O
+            if zero_OG is not None and zero_O is not None:
+                zero_OG[rows, group] = zero_O
     return Grid(scheme, scale_OG, zero_OG, group_of_I, scale_dtype)
 
 

@@ -9,6 +9,7 @@ Codes are signed everywhere: a code and a zero point lie in ``[-2**(bits-1), 2**
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,8 @@ from finescale.grid.outliers import Outliers
 
 WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8)
+WEIGHTS_TOGETHER = 2**22
+"""How many are rounded at a time in host memory."""
 Clip = Literal["minmax", "mse"]
 
 
@@ -230,10 +233,13 @@ class QuantizedWeight:
 
 def dequantize(codes_OI: Tensor, grid: Grid) -> Tensor:
     """float32 [O, I] = scale * (code - zero) for int8 codes [O, I]."""
-    value_OI = codes_OI.to(torch.float32)
-    if grid.zero_OG is not None:
-        value_OI = value_OI - grid.zero_OG.to(torch.float32)[:, grid.group_of_I]
-    return value_OI * grid.scale_OG[:, grid.group_of_I]
+    value_OI = torch.empty(codes_OI.shape, dtype=torch.float32, device=codes_OI.device)
+    for rows in row_pieces(codes_OI):
+        part_OI = codes_OI[rows].to(torch.float32)
+        if grid.zero_OG is not None:
+            part_OI -= grid.zero_OG[rows].to(torch.float32)[:, grid.group_of_I]
+        value_OI[rows] = part_OI.mul_(grid.scale_OG[rows][:, grid.group_of_I])
+    return value_OI
 
 
 def quantize_to_grid(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -243,7 +249,19 @@ def quantize_to_grid(weight_OI: Tensor, grid: Grid) -> Tensor:
     """
     # A 16-bit division would round scale and quotient and pick other codes.
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    value_OI = weight_OI.to(dtype) / grid.scale_OG.to(dtype)[:, grid.group_of_I]
-    if grid.zero_OG is not None:
-        value_OI = value_OI + grid.zero_OG.to(dtype)[:, grid.group_of_I]
-    return value_OI.round_().clamp_(grid.scheme.code_min, grid.scheme.code_max).to(torch.int8)
+    codes_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    for rows in row_pieces(weight_OI):
+        part_OI = weight_OI[rows].to(dtype) / grid.scale_OG[rows].to(dtype)[:, grid.group_of_I]
+        if grid.zero_OG is not None:
+            part_OI += grid.zero_OG[rows].to(dtype)[:, grid.group_of_I]
+        codes_OI[rows] = part_OI.round_().clamp_(grid.scheme.code_min, grid.scheme.code_max)
+    return codes_OI
+
+
+def row_pieces(matrix_OI: Tensor) -> Iterator[slice]:
+    """Rows that are computed together. Each step makes a matrix as large as its operands, and of a whole layer these
+    would be the largest that host memory ever holds."""
+    rows, columns = matrix_OI.shape
+    step = rows if matrix_OI.is_cuda else max(WEIGHTS_TOGETHER // max(columns, 1), 1)
+    for first in range(0, rows, max(step, 1)):
+        yield slice(first, first + step)

@@ -221,6 +221,7 @@ def fill_module(skeleton: Skeleton, path: str, device: torch.device, dtype: torc
     for prefix, module in root.named_modules(prefix=path):
         fill_parameters(skeleton, prefix, module, device, dtype)
         fill_buffers(skeleton, prefix, module, device)
+    skeleton.source.close()  # or the pages that were read would stay in memory beside the weights
     return root
 
 
@@ -229,6 +230,7 @@ def fill_except_blocks(skeleton: Skeleton, device: torch.device, dtype: torch.dt
     for prefix, module in _outside_blocks(skeleton):
         fill_parameters(skeleton, prefix, module, device, dtype)
         fill_buffers(skeleton, prefix, module, device)
+    skeleton.source.close()
 
 
 def release_except_blocks(skeleton: Skeleton) -> None:

@@ -94,8 +94,7 @@ def quantize_block(
             moments = timer.measure("load", statistics.moments, index, device)
         for step in members:
             moment = moments.pop(step.linears[0])
-            hessian_II, tokens = moment.hessian(), moment.tokens
-            del moment  # as large as the Hessian itself
+            hessian_II, tokens = moment.hessian_(), moment.tokens
             layers = [(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears]
             solved = timer.measure(
                 "solve", solve_together, layers, hessian_II, tokens, recipe, scale_dtype, index, ranks

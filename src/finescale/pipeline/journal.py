@@ -122,7 +122,7 @@ class Journal:
         if claim.is_file():
             if json.loads(claim.read_text())["signature"] != self.signature:
                 raise InputError(
-                    f"{self.out} holds an unfinished run with another model, recipe or calibration; "
+                    f"{self.out} holds an unfinished run with another model, recipe, solver code or calibration; "
                     "give the same settings to go on, --fresh to start over, or another --out."
                 )
         else:

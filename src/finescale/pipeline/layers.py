@@ -20,6 +20,7 @@ from finescale.grid import (
     fit_grid,
     integerized,
     quantize_to_grid,
+    row_pieces,
     with_folded_scales,
     with_integer_scales,
 )
@@ -320,7 +321,7 @@ def _record(
         "symmetric": plan.scheme.symmetric,
         "solver": recipe.solver.name,
         "relative_error": relative_error(weight_OI, value_OI, hessian_II),
-        "weight_mse": float((value_OI - weight_OI.float()).double().square().mean()),
+        "weight_mse": _mean_square(weight_OI, value_OI),
         "amplifier": grid.amplifier,
         "folded": grid.folded,
         "bound": bound,
@@ -336,6 +337,12 @@ def _record(
         "damping": solution.damping,
         "notes": list(notes),
     }
+
+
+def _mean_square(weight_OI: Tensor, value_OI: Tensor) -> float:
+    """Of the difference, in float64, piece by piece."""
+    squares = ((value_OI[rows] - weight_OI[rows].float()).double().square().sum() for rows in row_pieces(value_OI))
+    return float(sum(squares)) / value_OI.numel()
 
 
 def _histogram(scale_OG: Tensor) -> dict[str, list[float]]:

@@ -235,8 +235,9 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     inputs = [layer.shape_OI[1] for layer in plan.blocks[0].values()]
     experts = sum(isinstance(module, Expert) for module in block.modules())
     widest, narrowest = max(inputs, default=0), min(inputs, default=0)
-    # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes two in float64.
-    hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + 16 * widest**2
+    # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes one in float64
+    # and its copy in float32 (on a GPU two in float64, in memory of its own).
+    hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + 12 * widest**2
     hidden = hidden_bytes(skeleton, tokens, dtype)
     largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
     rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(

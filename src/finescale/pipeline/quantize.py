@@ -44,6 +44,7 @@ from finescale.ranks import join
 from finescale.recipe import Recipe
 from finescale.runtime.attention import check_kv_cache, quantize_kv_cache
 from finescale.runtime.load import usable_device
+from finescale.solvers import code_of
 
 RTN_SAMPLES = 8
 """Windows used where nothing is learned from the text: they only serve the error report."""
@@ -141,6 +142,8 @@ def prepare(
         "device": target.type,
         "compute_dtype": str(compute_dtype),
     } | ({"deterministic": True} if deterministic else {})
+    if own_code := code_of(recipe.solver.name):
+        facts["solver_code"] = own_code
     return Job(
         skeleton, recipe, fmt, plan, data, out, target, compute_dtype, scale_dtype,
         journals.signature(facts), memory, size, plan.notes + notes + (turned.notes() if turned else ()), turned, ranks,

@@ -66,18 +66,25 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = float(diagonal_I.mean()) or 1.0
     used = damping
     while used <= LARGEST_DAMPING:
-        # One after the other, and each dropped as soon as it may be: these are the largest matrices of all.
-        matrix_II = hessian_II.to(torch.float64, copy=True)
+        # One after the other in the same place: in host memory these are the largest matrices of all. Columns are
+        # contiguous as LAPACK wants them (the matrix is symmetric).
+        matrix_II = hessian_II.to(torch.float64, copy=True).T
         matrix_II.diagonal().add_(used * mean + dead_I.double())
-        matrix_II, failed = torch.linalg.cholesky_ex(matrix_II)
+        matrix_II, failed = _cholesky_(matrix_II)
         if not int(failed):
-            matrix_II = torch.cholesky_inverse(matrix_II)
-            upper_II, failed = torch.linalg.cholesky_ex(matrix_II, upper=True)
-            del matrix_II
-            if not int(failed) and bool(torch.isfinite(upper_II).all()):
-                return upper_II, used
+            matrix_II = torch.cholesky_inverse(matrix_II, out=None if matrix_II.is_cuda else matrix_II)
+            matrix_II, failed = _cholesky_(matrix_II, upper=True)
+            if not int(failed) and bool(torch.isfinite(matrix_II).all()):
+                return matrix_II, used
         used = max(used * 10, 1e-6)
     raise NumericsError("the Hessian cannot be factorized at any damping; calibrate with more or other text.")
+
+
+def _cholesky_(matrix_II: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """The factor, on the CPU in the place of the matrix, and a number that is not 0 when there is none."""
+    out = None if matrix_II.is_cuda else (matrix_II, torch.empty((), dtype=torch.int32))
+    factor_II, failed = torch.linalg.cholesky_ex(matrix_II, upper=upper, out=out)
+    return factor_II, failed
 
 
 def solve_gptq(

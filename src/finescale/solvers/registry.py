@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from finescale.errors import InputError
 from finescale.solvers.gptq import GptqOptions, solve_gptq
@@ -58,3 +61,26 @@ def _imported(name: str) -> SolverEntry:
     if not isinstance(entry, SolverEntry):
         raise InputError(f"solver.name is {name!r}, which is no SolverEntry; see docs/adding.md for an example.")
     return entry
+
+
+def code_of(name: str) -> str | None:
+    """What tells versions of a solver apart that finescale's own version does not: the SHA-256 of the file that holds
+    ``module:NAME``, of all Python files where that lies in a package; None for finescale's own solvers.
+
+    Raises:
+        InputError: the module has no source file.
+    """
+    if ":" not in name:
+        return None
+    find_solver(name)
+    module = name.partition(":")[0]
+    file = getattr(sys.modules[module.partition(".")[0]], "__file__", None)
+    if file is None or Path(file).suffix != ".py":
+        raise InputError(f"solver.name is {name!r}, which has no source file; a run could not tell its versions apart.")
+    path = Path(file)
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    digest = hashlib.sha256()
+    for part in files:
+        content = hashlib.sha256(part.read_bytes()).hexdigest()
+        digest.update(f"{part.relative_to(path.parent)} {content}\n".encode())
+    return digest.hexdigest()

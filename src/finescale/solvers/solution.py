@@ -74,5 +74,6 @@ def squared_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tenso
 
 def relative_error(weight_OI: Tensor, approximation_OI: Tensor, hessian_II: Tensor) -> float:
     """||(W - Q) X||^2 / ||W X||^2 from H = X X^T (QuantEase, arXiv 2309.01885); 0 when the layer saw only zeros."""
-    reference = squared_error(weight_OI, torch.zeros_like(weight_OI), hessian_II)
+    zero_OI = weight_OI.new_zeros(1, 1).expand_as(weight_OI)
+    reference = squared_error(weight_OI, zero_OI, hessian_II)
     return squared_error(weight_OI, approximation_OI, hessian_II) / reference if reference > 0 else 0.0
