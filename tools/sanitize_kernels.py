@@ -5,9 +5,10 @@
 Needs a Hopper GPU and compute-sanitizer of the CUDA toolkit. All cases run without it first, in several processes;
 that compiles their kernels and compares every result with an exact one; the sanitizer then finds them on disk.
 
-Blocks of a cluster hand sums to each other by stores into each other's shared memory, and an arrival at a barrier
-there, which releases them. Whether racecheck sees that order is what CONTROL shows, which does nothing else; products
-that do so are a family of their own.
+The products order accesses in two ways of which CONTROL shows whether racecheck sees them, by doing nothing else: one
+lane arrives at a barrier for all of its warp, after __syncwarp; and blocks of a cluster store into each other's shared
+memory and arrive at a barrier there, without which no block ends. Products that do the latter are a family of their
+own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +58,22 @@ extern "C" __global__ void hand_over(const __grid_constant__ Arguments a) {
     cluster_barrier_wait(barrier, 0);
     uint4 got = load_shared16(place);
     a.out[rank * 32 + threadIdx.x] = got.x + 100 * got.y;
+}
+extern "C" __global__ void one_lane_arrives(const __grid_constant__ Arguments a) {
+    __shared__ u32 given[32];
+    __shared__ u64 storage;
+    u32 barrier = shared_address(&storage), lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) barrier_init(barrier, 1), fence_barrier_init();
+    if (threadIdx.x < 32) given[lane] = lane;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        a.out[lane] = given[31 - lane];
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barrier);
+    } else {
+        barrier_wait(barrier, 0);
+        given[lane] = 0;
+    }
 }
 """
 
@@ -121,25 +139,28 @@ def alone_or_shared(clusters: bool) -> list[Case]:
 
 
 def control() -> list[Case]:
-    """CONTROL, launched once."""
+    """The kernels of CONTROL, launched once."""
     import ctypes
 
-    def run() -> None:
+    class Arguments(ctypes.Structure):
+        _fields_ = [("out", ctypes.c_void_p)]
+
+    def run(entry: str, grid: int, threads: int, cluster: int, expected: list[int]) -> None:
         import torch
 
         from finescale.kernels.jit import load_kernel
         from finescale.kernels.launch import launch
 
-        class Arguments(ctypes.Structure):
-            _fields_ = [("out", ctypes.c_void_p)]
+        out = torch.zeros(len(expected), dtype=torch.int32, device="cuda")
+        function = load_kernel("control.cu", (), (("control.cu", CONTROL),), entry, out.device.index, 0)
+        launch(function, grid, threads, 0, Arguments(out.data_ptr()), out.device, cluster)
+        assert out.tolist() == expected, "what was handed over is wrong"
 
-        out = torch.zeros(64, dtype=torch.int32, device="cuda")
-        function = load_kernel("control.cu", (), (("control.cu", CONTROL),), "hand_over", out.device.index, 0)
-        launch(function, 2, 32, 0, Arguments(out.data_ptr()), out.device, 2)
-        lanes = torch.arange(32)
-        assert torch.equal(out.cpu(), torch.cat([lanes + 100, lanes]).int()), "what was handed over is wrong"
-
-    return [("hand over", run)]
+    lanes = list(range(32))
+    return [
+        ("one lane arrives", partial(run, "one_lane_arrives", 1, 64, 1, lanes[::-1])),
+        ("hand over", partial(run, "hand_over", 2, 32, 2, [lane + 100 for lane in lanes] + lanes)),
+    ]
 
 
 def quantizer(
@@ -307,7 +328,7 @@ FAMILIES: dict[str, Callable[[], list[Case]]] = {
     "sweeps": sweeps,
     "control": control,
 }
-PROCESSES = {"quantizers": 2, "products": 3, "products of clusters": 2}
+PROCESSES = {"quantizers": 2, "products": 3, "products of clusters": 2, "control": 2}
 
 
 def run_share(share: Share) -> None:
@@ -362,6 +383,8 @@ def summary_of(family: str, texts: list[str]) -> dict[str, object]:
         "cases_run": sum(line.startswith("ran ") for line in lines),
         "cases": len(FAMILIES[family]()),
         "failures": [line for line in lines if line.startswith("failed")][:20],
+        "races_by_kernel": dict(Counter(match for line in found for match in re.findall(r"Race.* at (\w+)\+", line))),
+        "blocks_may_have_ended": sum("might have already exited" in line for line in found),
         "first_messages": [] if clean else found[1:20],
     }
 

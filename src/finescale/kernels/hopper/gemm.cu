@@ -69,6 +69,7 @@ struct Computer {
     }
 
     __device__ __forceinline__ void release() {
+        __syncwarp();  // what its lanes have read comes before what is copied there
         if (thread % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
         ring.advance();
         remaining--;
