@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -309,6 +310,7 @@ def main() -> None:
         # While one arm loads its model the next one imports vLLM; what is timed runs alone.
         names = [PREPARE, *options.arms]
         waiting = [_start(name, options, folder) for name in names[:2]]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_end_all(running)))
         for place, name in enumerate(names):
             process = waiting.pop(0)
             _say_go(process)
@@ -342,6 +344,18 @@ def summary_table(arms: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+running: list[subprocess.Popen[bytes]] = []
+"""Processes of arms, each of which leads a group of its own."""
+
+
+def _end_all(processes: list[subprocess.Popen[bytes]]) -> str:
+    """Ends them with all that they started; says so."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+    return "stopped; what was measured is in the file"
+
+
 def _start(name: str, options: argparse.Namespace, folder: Path) -> subprocess.Popen[bytes]:
     arm = ARMS.get(name, {})
     # The engine in the process that asks it: with few sequences a step is shorter than what two processes say to each
@@ -356,9 +370,11 @@ def _start(name: str, options: argparse.Namespace, folder: Path) -> subprocess.P
     options_of_child += ["--memory", str(options.memory), "--arms", *options.arms]
     options_of_child += ["--profiled", *options.profiled]
     command = [sys.executable, __file__, "--one", name, "--folder", str(folder), *options_of_child]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
     )  # fmt: skip
+    running.append(process)
+    return process
 
 
 def _say_go(process: subprocess.Popen[bytes]) -> None:
@@ -374,8 +390,7 @@ def _finish(name: str, process: subprocess.Popen[bytes], seconds: float, folder:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         print(f"{name}: stopped", flush=True)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)  # what is left of it: vLLM's own processes
+    _end_all([process])  # what is left of it: vLLM's own processes
     process.wait()
     answer = folder / f"{name}.json"
     taken = round(time.time() - started, 1)

@@ -102,13 +102,14 @@ def test_another_result_is_not_taken(kind):
 @pytest.fixture
 def engine(monkeypatch):
     """Stand-ins of vLLM's forward context and of the kernel; what they were asked for."""
-    found = SimpleNamespace(slots={}, calls=[], usual=[])
+    found = SimpleNamespace(slots={}, calls=[], usual=[], capturing=True)
     context, kernel = ModuleType("vllm.forward_context"), ModuleType("triton_pages")
     context.get_forward_context = lambda: SimpleNamespace(slot_mapping=found.slots)
     kernel.rotate_into_pages = lambda *arguments: found.calls.append(arguments)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
     monkeypatch.setitem(sys.modules, "finescale.kernels.triton_pages", kernel)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     found.attention = SimpleNamespace(
         layer_name="layer", impl=SimpleNamespace(do_kv_cache_update=lambda *arguments: found.usual.append(arguments))
     )
@@ -133,9 +134,10 @@ def test_the_update_of_the_cache_rotates(engine):
     assert len(engine.usual) == 1 and len(engine.calls) == 1
 
 
-@pytest.mark.parametrize("slots", [None, {}, {"other": torch.tensor([1])}, {"layer": None}])
-def test_without_a_cache_it_rotates_at_once(engine, slots):
-    rotary = Rotary()
+@pytest.mark.parametrize("slots", [None, {}, {"other": torch.tensor([1])}, {"layer": None}, "eager"])
+def test_without_a_cache_or_a_graph_it_rotates_at_once(engine, slots):
+    rotary, engine.capturing = Rotary(), slots != "eager"
+    slots = slots if engine.capturing else {"layer": torch.tensor([5, 7, -1])}
     stand_in, engine.slots = RotaryIntoCache(rotary, engine.attention), slots
     tokens = [torch.randn(3, 16).bfloat16() for _ in range(2)]
     want = rotary(torch.arange(3), *[x.clone() for x in tokens])

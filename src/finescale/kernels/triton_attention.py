@@ -42,7 +42,17 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles(64, 528, 4, 2)
-"""Four programs for each multiprocessor of an H100."""
+"""Four programs for each multiprocessor of an H100 (benchmarks/attention_tiles.py)."""
+ROUNDED_TILES = Tiles(32, 528, 2, 3)
+"""The same for a cache of int8."""
+
+
+def splits_of(pairs: int, capacity: int, tiles: Tiles) -> int:
+    """Programs that share a sequence and head, of which there are ``pairs``; one where these nearly fill the GPU."""
+    if 4 * pairs >= 3 * tiles.programs:
+        return 1
+    return max(1, min(triton.cdiv(tiles.programs, pairs), triton.cdiv(capacity, tiles.keys), 64))
+
 
 # Triton reads the signatures below: annotations other than its own are errors there.
 
@@ -324,7 +334,7 @@ def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
     scaling: float, key_scale_BKS: Tensor | None = None, value_scale_BKS: Tensor | None = None,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.attention.attend_token``."""
     batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
@@ -332,7 +342,8 @@ def attend(
     if batch == 0:
         return out_BC
     pairs, group = batch * kv_heads, heads // kv_heads
-    splits = max(1, min(triton.cdiv(tiles.programs, pairs), triton.cdiv(capacity, tiles.keys), 64))
+    tiles = tiles or (TILES if key_scale_BKS is None else ROUNDED_TILES)
+    splits = splits_of(pairs, capacity, tiles)
     partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, key_scale_BKS, value_scale_BKS, slot,

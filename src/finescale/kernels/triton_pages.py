@@ -22,8 +22,8 @@ HEADS_OF_TILE = 8
 @triton.jit
 def _rotate_into_pages(  # type: ignore[no-untyped-def]
     position, table, query, key, value, keys, values, slot_of_token,
-    query_stride, key_stride, value_stride, page_stride, slot_stride, head_stride,
-    heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, slots: tl.constexpr, tile: tl.constexpr,
+    query_stride, key_stride, value_stride, page_stride, slot_stride, head_stride, slots,
+    heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, tile: tl.constexpr,
     overlap: tl.constexpr,
 ):  # fmt: skip
     # The next kernel may not start early: attention of others would not wait for what is written here.
@@ -109,5 +109,5 @@ def rotate_into_pages(
     _rotate_into_pages[(tokens, (heads + 2 * kv_heads) // tile)](
         position_T, table_PD, query_TC, key_TKD, value_TKD, keys_NSKD, values_NSKD, slot_T,
         query_TC.stride(0), key_TKD.stride(0), value_TKD.stride(0), *keys_NSKD.stride()[:3],
-        heads=heads, kv_heads=kv_heads, width=width, slots=keys_NSKD.shape[1], tile=tile, num_warps=4, **overlap,
+        keys_NSKD.shape[1], heads=heads, kv_heads=kv_heads, width=width, tile=tile, num_warps=4, **overlap,
     )  # fmt: skip

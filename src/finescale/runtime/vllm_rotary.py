@@ -7,11 +7,13 @@ Shape legend: T tokens, K heads of keys and values, D channels of a head, N page
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger("vllm.finescale")
 PAGED = ("FlashAttentionImpl",)
 """Attention of vLLM that reads keys and values from pages alone, [2, N, S, K, D] whatever their order in memory."""
 
@@ -21,7 +23,7 @@ def rotate_on_the_way(attention: Any) -> None:
     read."""
     rotary, inner = getattr(attention, "rotary_emb", None), getattr(attention, "attn", None)
     keep_table_wide(rotary)
-    if fits(rotary, inner):
+    if fits(rotary, inner) and same_in_pages(rotary, inner.num_heads, inner.num_kv_heads):
         attention.rotary_emb = RotaryIntoCache(rotary, inner)
 
 
@@ -50,6 +52,34 @@ def fits(rotary: Any, attention: Any) -> bool:
     )
 
 
+def same_in_pages(rotary: Any, heads: int, kv_heads: int) -> bool:
+    """Whether the kernel runs here and rotates as vLLM's does, up to a rounding.
+
+    It is compiled by this, for nothing may be compiled while a CUDA graph is recorded.
+    """
+    from finescale.kernels.triton_pages import rotate_into_pages
+
+    table, width = rotary.cos_sin_cache, rotary.head_size
+    generator = torch.Generator(table.device).manual_seed(0)
+    channels = (heads + 2 * kv_heads) * width
+    ours = torch.randn(2, channels, generator=generator, device=table.device).to(table.dtype)
+    theirs = ours.clone()
+    positions, slots = torch.arange(2, device=table.device), torch.tensor([3, 17]).to(table.device)
+    cache = torch.zeros(2, 2, 16, kv_heads, width, dtype=table.dtype, device=table.device)
+    (query, key, value), (their_query, their_key, _) = (
+        x.split([heads * width, kv_heads * width, kv_heads * width], -1) for x in (ours, theirs)
+    )
+    key, value = (x.view(-1, kv_heads, width) for x in (key, value))
+    try:
+        rotate_into_pages(positions, table.float().contiguous(), query, key, value, *cache.unbind(0), slots)
+        rotary.forward_cuda(positions, their_query, their_key)
+    except Exception as error:  # whatever it is, vLLM's own way remains
+        logger.warning("finescale: rotary embedding stays vLLM's own here: %s", error)
+        return False
+    stored = torch.stack((cache[:, 0, 3], cache[:, 1, 1]), 1)
+    return torch.allclose(ours, theirs, rtol=2.0**-6, atol=2.0**-6) and torch.equal(stored, torch.stack((key, value)))
+
+
 class RotaryIntoCache(nn.Module):
     """Stands where a rotary embedding stood: the cache's update, which follows it, rotates too.
 
@@ -68,9 +98,12 @@ class RotaryIntoCache(nn.Module):
         attention.impl.do_kv_cache_update = self.update
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, which are rotated when the cache is updated, or at once if it will not be."""
+        """Queries and keys, which are rotated when the cache is updated, or at once if it will not be.
+
+        Outside of a CUDA graph, where launching takes the host's time, vLLM's own operators are called faster.
+        """
         self._waiting = None
-        if positions.dim() != 1 or not self._cache_follows():
+        if positions.dim() != 1 or not torch.cuda.is_current_stream_capturing() or not self._cache_follows():
             rotated: tuple[Tensor, Tensor] = self.rotary(positions, query, key)
             return rotated
         self._waiting = (positions, query)
