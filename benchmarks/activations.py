@@ -57,6 +57,7 @@ LEARNED = {"batch_size": 4, "iterations": 320}
 OMNIQUANT = part("omniquant", alpha=0.75, **LEARNED)
 CORRECTION = part("low_rank", batch_size=4, iterations=160)
 RELATIVE = part("low_rank", batch_size=4, iterations=160, loss="relative")
+PUBLISHED_QLLM = part("qllm", max_expansion=0.2)
 BALANCED = part("low_rank", batch_size=4, iterations=160, loss="balanced")
 ROUNDING = part("rounding")
 BALANCED_ROUNDING = part("rounding", loss="balanced", iterations=256)
@@ -82,32 +83,32 @@ METHODS: dict[str, dict[str, Any]] = {
     "QuaRot, fused": method(transforms=[part("quarot")]),
     "QuaRot, online too": method(transforms=[ROTATION]),
     "OmniQuant": method(transforms=[OMNIQUANT]),
-    "QLLM, reassembly": method(transforms=[part("qllm")]),
+    "QLLM, reassembly": method(transforms=[PUBLISHED_QLLM]),
     "QLLM, correction": method(tuning=[CORRECTION]),
-    "QLLM": method(transforms=[part("qllm")], tuning=[CORRECTION]),
-    "QLLM, relative loss": method(transforms=[part("qllm")], tuning=[RELATIVE]),
-    "QLLM, balanced loss": method(transforms=[part("qllm")], tuning=[BALANCED]),
+    "QLLM": method(transforms=[PUBLISHED_QLLM], tuning=[CORRECTION]),
+    "QLLM, relative loss": method(transforms=[PUBLISHED_QLLM], tuning=[RELATIVE]),
+    "QLLM, balanced loss": method(transforms=[PUBLISHED_QLLM], tuning=[BALANCED]),
     "OmniQuant, relative loss": method(transforms=[part("omniquant", alpha=0.75, loss="relative", **LEARNED)]),
     "GPTQ": method(GPTQ),
     "QuantEase": method(QUANTEASE),
     "AWQ + GPTQ": method(GPTQ, [AWQ_SCALES]),
-    "QLLM + GPTQ": method(GPTQ, [part("qllm")]),
+    "QLLM + GPTQ": method(GPTQ, [PUBLISHED_QLLM]),
     "QuaRot, fused + GPTQ": method(GPTQ, [part("quarot")]),
     "QuaRot, online too + GPTQ": method(GPTQ, [ROTATION]),
     "QuaRot, online too + QuantEase": method(QUANTEASE, [ROTATION]),
-    "QuaRot, online too + QLLM + GPTQ": method(GPTQ, [ROTATION, part("qllm")]),
+    "QuaRot, online too + QLLM + GPTQ": method(GPTQ, [ROTATION, PUBLISHED_QLLM]),
     "QuantEase + rounding": method(QUANTEASE, [], [ROUNDING]),
     "AWQ + QuantEase + rounding": method(QUANTEASE, [AWQ_SCALES], [ROUNDING]),
     "SmoothQuant 0.5 + QuantEase + rounding": method(QUANTEASE, [part("smoothquant")], [ROUNDING]),
     "OmniQuant scales + QuantEase + rounding": method(
         QUANTEASE, [part("omniquant", clip=False, loss="relative", **LEARNED)], [ROUNDING]
     ),
-    "QLLM + QuantEase + rounding": method(QUANTEASE, [part("qllm")], [ROUNDING]),
-    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [part("qllm")], [RELATIVE, ROUNDING]),
+    "QLLM + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [ROUNDING]),
+    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [RELATIVE, ROUNDING]),
     "QuaRot, fused + QuantEase + rounding": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
     "QuaRot, online too + QuantEase + balanced rounding": method(QUANTEASE, [ROTATION], [BALANCED_ROUNDING]),
-    "QuaRot, online too + QLLM + QuantEase + rounding": method(QUANTEASE, [ROTATION, part("qllm")], [ROUNDING]),
+    "QuaRot, online too + QLLM + QuantEase + rounding": method(QUANTEASE, [ROTATION, PUBLISHED_QLLM], [ROUNDING]),
 }  # fmt: skip
 OURS = {"W4A4": "w4a4-best", "W4A8": "w4a8-best"}
 """Our own recipes, as they come with finescale."""
@@ -154,8 +155,9 @@ def ablation_rows() -> list[Row]:
         for mode in ("disassembly", "assembly", "pruning"):
             transforms = [part("qllm", mode=mode, expansion=expansion)]
             rows.append(Row("expansion", f"{mode} {expansion:g}", BITS["W4A4"] | method(transforms=transforms)))
-    adaptive = {"adaptive": {}, "adaptive, score of the public code": {"distance": "public"}}
-    adaptive |= {"adaptive, not of down projections": {"down": False}}
+    bound: dict[str, Any] = {"max_expansion": 0.2}
+    adaptive = {"adaptive": bound, "adaptive, score of the public code": bound | {"distance": "public"}}
+    adaptive |= {"adaptive, not of down projections": bound | {"down": False}}
     adaptive |= {f"adaptive, at most {share:g} more": {"max_expansion": share} for share in (0.3, 0.5)}
     for name, options in adaptive.items():
         rows.append(Row("expansion", name, BITS["W4A4"] | method(transforms=[part("qllm", **options)])))
@@ -173,7 +175,7 @@ def ablation_rows() -> list[Row]:
     rows.append(Row("correction", "trained beside the rounded weight", corrected(fixed, forward="sum", **short)))
     rows.append(Row("correction", "trained as merged", corrected(fixed, **short)))
     rows.append(Row("correction", "error relative to each token", corrected(fixed, loss="relative", **short)))
-    rows.append(Row("correction", "adaptive, 40 passes", corrected({}, iterations=640)))
+    rows.append(Row("correction", "adaptive, 40 passes", corrected(bound, iterations=640)))
     return rows
 
 

@@ -36,9 +36,9 @@ def part(name: str, **options: Any) -> dict[str, Any]:
     return {"name": name, "options": options}
 
 
-def corrected(loss: str) -> dict[str, Any]:
+def corrected(**options: Any) -> dict[str, Any]:
     """QLLM with its correction of four blocks at a time."""
-    correction = part("low_rank", iterations=160, batch_size=4, loss=loss)
+    correction = part("low_rank", iterations=160, batch_size=4, **options)
     return {"transforms": [part("qllm")], "tuning": [correction]}
 
 
@@ -52,9 +52,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLLM, a fifth more channels": {"transforms": [part("qllm", max_expansion=0.2)]},
     "QLLM, 0.3 more channels": {"transforms": [part("qllm", max_expansion=0.3)]},
     "QLLM, 0.5 more channels": {"transforms": [part("qllm", max_expansion=0.5)]},
-    "QLLM with correction": corrected("mse"),
-    "QLLM with correction, relative loss": corrected("relative"),
-    "QLLM with correction, balanced loss": corrected("balanced"),
+    "QLLM with correction": corrected(),
+    "QLLM with correction, round to nearest": corrected() | {"solver": {"name": "rtn"}},
+    "QLLM with correction of rounded inputs": corrected(forward="unrounded", loss="balanced", unseen=True),
 }
 
 

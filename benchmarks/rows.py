@@ -207,6 +207,7 @@ def stored(folder: Path, setting: Setting, row: Row) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    facts["recipe"] = json.loads(json.dumps(Recipe.from_dict(facts["recipe"]).to_dict()))  # with options that are new
     wanted = json.loads(json.dumps(_signature(row, setting)))
     return facts if all(facts.get(key) == value for key, value in wanted.items()) else None
 

@@ -49,6 +49,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 SHORT = {"samples": 256, "length": 128, "batch_size": 32}
 """The same text in shorter windows: four times as many first tokens, which models use as attention sinks."""
+SHORTEST = {"samples": 1024, "length": 32, "batch_size": 128}
 MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, 512 steps": method(QUANTEASE, [], [part("rounding", iterations=512)]),
     "rounding from quantease, balanced": method(QUANTEASE, [], [part("rounding", loss="balanced")]),
@@ -59,6 +60,15 @@ MORE: dict[str, dict[str, Any]] = {
         QUANTEASE, [], [part("rounding", loss="balanced", batch_size=8)], calibration=SHORT
     ),
     "quantease, windows of 128": method(QUANTEASE, calibration=SHORT),
+    "rounding from quantease, unseen": method(QUANTEASE, [], [part("rounding", loss="balanced", unseen=True)]),
+    "rounding from quantease, unseen, 512 steps": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", unseen=True, iterations=512, checks=8)]
+    ),
+    "rounding from quantease, half steps": method(QUANTEASE, [], [part("rounding", loss="balanced", rate=0.01)]),
+    "rounding from quantease, windows of 32": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", batch_size=32)], calibration=SHORTEST
+    ),
+    "quantease, windows of 32": method(QUANTEASE, calibration=SHORTEST),
     "rounding from quantease, mse": method(QUANTEASE, [], [part("rounding", loss="mse")]),
     "rounding from quantease, learned clipping": method(QUANTEASE, [CLIPPING], [ROUNDING]),
     "rounding from quantease, coarser steps": method(

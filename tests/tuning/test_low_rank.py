@@ -79,3 +79,19 @@ def test_the_same_seed_gives_the_same_weights():
     rules = {"up": InputRule(ActivationScheme(4)), "down": InputRule(ActivationScheme(4))}
     found = [corrected(*setup(), rules=rules, seed=seed, iterations=10)[0]["up"] for seed in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_a_correction_for_other_solvers_is_of_rounded_inputs_alone():
+    block, windows = setup()
+    weights, facts = corrected(block, windows, forward="unrounded")
+    assert facts["error_before"] == pytest.approx(0.0, abs=1e-9)  # nothing is rounded: there is nothing to correct
+    rules = {path: InputRule(ActivationScheme(4)) for path in ("up", "down")}
+    weights, facts = corrected(block, windows, rules, forward="unrounded")
+    assert facts["error_after"] < 0.95 * facts["error_before"]
+    for path, weight_OI in weights.items():
+        linear = block.get_submodule(path)
+        linear.weight.data.copy_(weight_OI)
+        linear.register_forward_pre_hook(lambda _, args, rule=rules[path]: rule.round(args[0]))
+    pairs = zip(windows.inputs, windows.targets, strict=True)
+    after = sum(float((block(x)[0] - y).square().mean()) for x, y in pairs) / len(windows.inputs)
+    assert facts["error_after"] == pytest.approx(after, rel=1e-4)

@@ -9,7 +9,7 @@ from torch import nn
 from finescale.errors import NumericsError
 from finescale.grid import ActivationScheme, InputRule, QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.tuning import RoundingOptions, TuningLayer, Windows, tune_rounding
-from finescale.tuning.reconstruction import block_loss
+from finescale.tuning.reconstruction import block_loss, fixed_windows, window_batches
 
 CPU = torch.device("cpu")
 
@@ -163,6 +163,22 @@ def test_losses_are_those_of_their_definitions(loss):
     options = RoundingOptions(loss=loss, precision="float32")
     found = block_loss(lambda x_BTC: x_BTC, output_BTC, target_BTC, {}, options)
     assert float(found) == pytest.approx(expected[loss], rel=1e-5)
+
+
+def test_windows_that_judge_are_not_learned_from_if_asked():
+    fixed = fixed_windows(8, 4, 2)
+    judges = {number for numbers in fixed for number in numbers}
+    order = window_batches(8, 2, 0, fixed)
+    learned = {number for _ in range(6) for number in next(order)}
+    assert learned == set(range(8)) - judges
+    order = window_batches(4, 2, 0, fixed_windows(4, 4, 2))  # nothing would remain
+    assert {number for _ in range(2) for number in next(order)} == set(range(4))
+    found = []
+    for unseen in (False, True):
+        block, layers, windows = setup()
+        weights, _ = tuned(block, layers, windows, held=4, unseen=unseen)
+        found.append([weight.sha256() for weight in weights])
+    assert found[0] != found[1]
 
 
 def test_nan_is_named():

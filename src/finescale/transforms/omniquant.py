@@ -209,10 +209,8 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
         value.requires_grad_()
     optimizer = adamw([(learned.scales(), options.scale_rate), (learned.ends(), options.clip_rate)], device)
     size = min(options.batch_size, len(windows))
-    fixed, order = (
-        fixed_windows(len(windows), options.held, size),
-        window_batches(len(windows), size, view.learning.seed),
-    )
+    fixed = fixed_windows(len(windows), options.held, size)
+    order = window_batches(len(windows), size, view.learning.seed, fixed if options.unseen else ())
     hooks = round_inputs(view.block, {path: target.rule() for path, target in view.targets.items()})
 
     def as_it_is(values: Mapping[str, Tensor]) -> Any:

@@ -32,13 +32,15 @@ _STEP = 0.5
 class QllmOptions(TransformOptions):
     """Options of the reassembly.
 
-    ``max_expansion`` bounds the channels that splitting may add, as a share of the width (published scripts: 0.2).
+    ``max_expansion`` bounds the channels that splitting may add, as a share of the width (published scripts: 0.2, which
+    recovers less where outliers are many; among the candidates the least error decides, so that a wide bound costs
+    nothing).
     ``expansion`` sets the share instead of searching. ``candidates`` bounds how many numbers of extra channels are
     scored, next to none at all; 0 scores every one. ``mode`` and ``distance`` are for ablations. ``down`` also
     reassembles the input of the down projection. ``sequences`` of the calibration text judge the candidates.
     """
 
-    max_expansion: float = Field(default=0.2, gt=0, le=1)
+    max_expansion: float = Field(default=0.5, gt=0, le=1)
     expansion: float | None = Field(default=None, ge=0, le=1)
     candidates: int = Field(default=20, ge=0)
     mode: Mode = "assembly"

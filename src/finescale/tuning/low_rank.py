@@ -49,7 +49,8 @@ class LowRankOptions(ReconstructionOptions):
         rate: first step of AdamW.
         iterations: steps per block (10 passes over 128 windows).
         scaling: c; the authors' code has 1 / rank.
-        forward: see above.
+        forward: see above; ``unrounded`` tunes W + c * B A beside rounded inputs alone, for solvers that round in
+            another way than to nearest.
         norms: tune the gains and biases of norms too.
         blocks: consecutive blocks that are corrected together, by the output of the last.
     """
@@ -60,7 +61,7 @@ class LowRankOptions(ReconstructionOptions):
     iterations: int = Field(default=1280, ge=1)
     batch_size: int = Field(default=1, ge=1)
     scaling: float = Field(default=0.25, gt=0.0)
-    forward: Literal["merged", "sum"] = "merged"
+    forward: Literal["merged", "sum", "unrounded"] = "merged"
     norms: bool = True
     blocks: int = Field(default=4, ge=1)
 
@@ -119,7 +120,7 @@ def correct_weights(
     factors = [factor for layer in layers for factor in (layer.a_RI, layer.b_OR)]
     size = min(options.batch_size, len(windows))
     fixed = fixed_windows(len(windows), options.held, size)
-    order = window_batches(len(windows), size, seed)
+    order = window_batches(len(windows), size, seed, fixed if options.unseen else ())
     hooks = round_inputs(block, rules)
     try:
         with weights_with_gradients(block, modules, options, device):
@@ -178,7 +179,10 @@ def _start(weight_OI: Tensor, scheme: WeightScheme, options: LowRankOptions, gen
 def _show(modules: Sequence[nn.Module], layers: Sequence[_Correction], options: LowRankOptions, merged: bool) -> None:
     for module, layer in zip(modules, layers, strict=True):
         addition_OI = layer.addition(options.scaling)
-        value_OI = rounded(layer.weight_OI + addition_OI, layer.scheme) if merged else layer.base_OI + addition_OI
+        if options.forward == "unrounded":
+            value_OI = layer.weight_OI + addition_OI
+        else:
+            value_OI = rounded(layer.weight_OI + addition_OI, layer.scheme) if merged else layer.base_OI + addition_OI
         shown_weight(module).copy_(value_OI)
 
 

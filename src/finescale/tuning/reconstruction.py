@@ -36,6 +36,7 @@ class ReconstructionOptions(TunerOptions):
         batch_size: windows per step.
         checks: how often the error on some fixed windows is measured; the best of these iterates is kept.
         held: the number of these windows.
+        unseen: these windows are not learned from; the best iterate is then the one that does best on other text.
     """
 
     loss: Loss = "relative"
@@ -45,6 +46,7 @@ class ReconstructionOptions(TunerOptions):
     batch_size: int = Field(default=2, ge=1)
     checks: int = Field(default=4, ge=1)
     held: int = Field(default=8, ge=1)
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,12 +186,14 @@ def gradient_of(module: nn.Module) -> Tensor | None:
     return gradient if gradient is None or isinstance(module, nn.Linear) else gradient.T
 
 
-def window_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of different windows, each pass in a new order."""
+def window_batches(count: int, size: int, seed: int, left_out: Sequence[Sequence[int]] = ()) -> Iterator[list[int]]:
+    """Endless batches of different windows, each pass in a new order; some are ``left_out`` if enough others remain."""
     generator = torch.Generator().manual_seed(seed)
+    never = {number for numbers in left_out for number in numbers}
+    never = never if count - len(never) >= size else set()
     while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count - size + 1, size):
+        order = [number for number in torch.randperm(count, generator=generator).tolist() if number not in never]
+        for start in range(0, len(order) - size + 1, size):
             yield order[start : start + size]
 
 

@@ -99,7 +99,7 @@ def tune_rounding(
     modules = [block.get_submodule(layer.path) for layer in layers]
     size = min(options.batch_size, len(windows))
     fixed = fixed_windows(len(windows), options.held, size)
-    order = window_batches(len(windows), size, seed)
+    order = window_batches(len(windows), size, seed, fixed if options.unseen else ())
     hooks = round_inputs(block, rules)
     try:
         with weights_with_gradients(block, modules, options, device):
