@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finescale.errors import InputError
+from finescale.errors import CheckpointError, InputError
 from finescale.pipeline.convert import convert
 from finescale.pipeline.inspect import inspect_layers
 from finescale.pipeline.quantize import prepare
@@ -11,7 +11,7 @@ from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
 from finescale.runtime.checkpoint import open_quantized
 from finescale.runtime.load import load
-from tests.helpers import assert_same_logits, quantize, read_json, recipe, some_tokens
+from tests.helpers import assert_same_logits, change_tensor, quantize, read_json, recipe, some_tokens
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,22 @@ def test_dense_output_runs_everywhere(llama, text, tmp_path):
     with torch.no_grad():
         one, other = (load(tmp_path / name)(tokens_BT).logits for name in ("packed", "dense"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_dense_weights_may_leave_the_grid_as_often_as_there_are_outliers(llama, text, tmp_path, structured):
+    chosen = recipe(
+        "quantease", 3, 32, format="dense", options={"start": "weight", "outliers": 0.05, "structured": structured}
+    )
+    report = quantize(llama, tmp_path / "out", chosen, text)
+    assert verify(tmp_path / "out", llama).layers == 14
+    name = report["layers"][0]["name"]
+    noise = torch.Generator().manual_seed(0)
+    change_tensor(
+        tmp_path / "out", f"{name}.weight", lambda tensor: tensor + 1e-3 * torch.randn(tensor.shape, generator=noise)
+    )
+    with pytest.raises(CheckpointError, match="more values in a group"):
+        verify(tmp_path / "out", llama)
 
 
 def test_what_cannot_be_is_refused(llama, text, tmp_path):

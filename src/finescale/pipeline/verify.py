@@ -63,7 +63,7 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     the tokens that reach the bound. The files must have the hashes of the report. With ``against`` every tensor that
     was not quantized must equal the original's, and weights must lie near the original's, unless a transform of the
     recipe changed them. A dense checkpoint holds neither codes nor scales: its weights must
-    lie on a grid of the bits and groups in the report.
+    lie on a grid of the bits and groups in the report, but for as many as that names outliers.
 
     Raises:
         CheckpointError, NumericsError: the first thing that does not hold.
@@ -123,12 +123,14 @@ def _check_on_a_grid(name: str, weight_OI: Tensor, record: dict[str, Any]) -> No
         raise CheckpointError(f"{name}: not the finite {record['shape']} of the report; the file was changed.")
     columns = weight_OI.shape[1]
     size = columns if record["group_size"] == -1 else record["group_size"]
+    beyond = 0  # values that do not fit on the grids, whichever they are
     for part_OI in weight_OI.split(size, dim=1):
-        steps_O = part_OI.sort(dim=1).values.diff(dim=1).ne(0).sum(1)
-        if int(steps_O.max()) >= 2 ** record["bits"]:
-            raise CheckpointError(
-                f"{name}: more values in a group than {record['bits']} bits can tell apart; the file was changed."
-            )
+        values_O = 1 + part_OI.sort(dim=1).values.diff(dim=1).ne(0).sum(1)
+        beyond += int((values_O - 2 ** record["bits"]).clamp(min=0).sum())
+    if beyond > (record.get("outliers") or 0):
+        raise CheckpointError(
+            f"{name}: more values in a group than {record['bits']} bits can tell apart; the file was changed."
+        )
 
 
 def _check_files(folder: Path, facts: dict[str, Any]) -> int:
