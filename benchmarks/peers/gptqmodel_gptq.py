@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 if (os.cpu_count() or 1) < 4:  # version 7.6 cannot start its pools of threads on two cores
     os.cpu_count = lambda: 4  # type: ignore[method-assign]
 
-from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -41,14 +42,14 @@ def main() -> None:
     config = QuantizeConfig(
         bits=arguments.bits, group_size=arguments.group, sym=True, offload_to_disk=False, pack_impl="original"
     )
-    model = GPTQModel.load(arguments.model, config, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(arguments.model, config, device=arguments.device, dtype=torch.float32)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     wall, processor = time.perf_counter(), time.process_time()
-    model.quantize(rows, batch_size=1)
+    model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)  # of the packing alone
     facts = {
         "tool": "GPTQModel GPTQ",
         "versions": {name: version(name) for name in ("gptqmodel", "torch", "transformers")},
-        "settings": {"bits": arguments.bits, "group": arguments.group, "symmetric": True},
+        "settings": {"bits": arguments.bits, "group": arguments.group, "symmetric": True, "device": arguments.device},
         "cpu_seconds": time.process_time() - processor,
         "seconds": time.perf_counter() - wall,
     }

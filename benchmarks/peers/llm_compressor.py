@@ -30,12 +30,14 @@ from transformers import AutoModelForCausalLM
 
 def dequantized(layer: Any, bits: int, group: int) -> Tensor:
     """(code - zero point) * scale in float32, with the code nearest to the weight that the tool left in the layer."""
-    weight = layer.weight.detach().float()
+    weight = layer.weight.detach().cpu().float()
     rows, columns = weight.shape
     size = columns if group == -1 else group
-    scale = layer.weight_scale.detach().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
+    scale = layer.weight_scale.detach().cpu().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
     zero = getattr(layer, "weight_zero_point", None)
-    offset = 0.0 if zero is None else zero.detach().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
+    offset = (
+        0.0 if zero is None else zero.detach().cpu().reshape(rows, -1).float().repeat_interleave(size, 1)[:, :columns]
+    )
     codes = ((weight / scale).round() + offset).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     value: Tensor = ((codes - offset) * scale).contiguous()
     return value
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="the tool takes a GPU by itself where it sees one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     windows = load_file(arguments.tokens)["calibration"]
@@ -80,7 +82,8 @@ def main() -> None:
         "tool": "llm-compressor GPTQ",
         "versions": {name: version(name) for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")},
         "settings": {key: getattr(arguments, key) for key in ("bits", "group", "damping")}
-        | {"block_size": modifier.block_size, "actorder": "static"},
+        | {"block_size": modifier.block_size, "actorder": "static"}
+        | {"device": "cuda" if torch.cuda.is_available() else "cpu"},
         "cpu_seconds": time.process_time() - processor,
         "seconds": time.perf_counter() - wall,
     }

@@ -69,11 +69,11 @@ def row_of(
     }
 
 
-def changed(model: str, out: Path) -> PreTrainedModel:
+def changed(model: str, out: Path, device: str) -> PreTrainedModel:
     """The model as a tool left it: dequantized weights put into the original, or a checkpoint that finescale reads."""
     if (out / "checkpoint").is_dir():
-        return load(out / "checkpoint")
-    found = load(model)
+        return load(out / "checkpoint", device=device)
+    found = load(model, device=device)
     for name, weight_OI in load_file(out / "weights.safetensors").items():
         module: Any = found.get_submodule(name)
         module.weight.data.copy_(weight_OI)
@@ -84,7 +84,7 @@ def quality_of(model: PreTrainedModel, folder: str, work: Path, setting: dict[st
     """Perplexity; with ``kl`` also the mean divergence from the original and the agreement of the first guess."""
     found = evaluate(
         model, str(work / "evaluation.txt"), windows=setting["windows"], length=setting["length"],
-        against=load(folder) if kl else None, tokenizer_from=folder,
+        against=load(folder, device=model.device) if kl else None, tokenizer_from=folder,
     )  # fmt: skip
     return {"perplexity": found.perplexity} | ({"kl": found.kl, "top1": found.top1} if kl else {})
 
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--tool", action="append", required=True, help="'SCRIPT=PYTHON more words', a script in here")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="64")
+    parser.add_argument("--device", default="cpu", help="of the evaluation, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the evaluation")
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="twice as long")
     arguments = parser.parse_args()
@@ -116,7 +117,7 @@ def main() -> None:
             for group in map(int, arguments.groups.split(",")):
                 out, command = made(tool, model, work, bits, group)
                 facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
-                quality = quality_of(changed(model, out), model, work, setting, arguments.kl)
+                quality = quality_of(changed(model, out, arguments.device), model, work, setting, arguments.kl)
                 row = row_of(facts, quality, command, bits, group)
                 keep(path, row, setting, arguments.name)
                 print(f"{row['label']}, {bits} bits, group {group}: {row['perplexity']:.3f}", flush=True)
