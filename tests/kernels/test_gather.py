@@ -95,6 +95,6 @@ def test_a_packed_layer_with_a_gather_is_one_kernel_and_a_product():
     inputs = InputRule(ActivationScheme(8), gather=random_gather(512, 640, 3))
     packed = PackedLinear(weight, None, inputs, torch.device("cuda"))
     assert packed.gather is not None
-    exact = QuantizedLinear(weight, None, inputs, "integer").to("cuda")
+    exact = QuantizedLinear(weight, None, inputs.to(torch.device("cuda")), "integer").to("cuda")
     x_TI = torch.randn(33, 512, generator=generator).cuda()
     torch.testing.assert_close(packed(x_TI), exact(x_TI), rtol=1e-6, atol=1e-6)

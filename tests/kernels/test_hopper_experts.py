@@ -229,7 +229,7 @@ def test_compiled_captured_and_on_another_stream():
 
 
 def test_refusals():
-    x, chosen, weight, gate_up, down = mixture(4, 2, 4, 128, 64)
+    x, chosen, weight, gate_up, down = mixture(4, 2, 4, 256, 64)
     with pytest.raises(InputError, match="int32 or int64"):
         moe.route_tokens(chosen.float(), 4)
     with pytest.raises(InputError, match="1 to 1024"):

@@ -223,3 +223,13 @@ def test_what_does_not_fit_is_refused(changes, words):
 def test_factors_that_do_not_fit_are_refused(channel_scale_O):
     with pytest.raises(InputError, match="channel scales"):
         integer_scale_linear(*arguments(), channel_scale_O)
+
+
+def test_autocast_does_not_round_the_sums():
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randint(-127, 128, (3, 256), dtype=torch.int8, generator=generator)
+    codes_OI = torch.randint(-8, 8, (5, 256), dtype=torch.int8, generator=generator)
+    scale_OG = torch.randint(1, 400, (5, 4), dtype=torch.int32, generator=generator)
+    expected_TO = grouped_int32_product(x_TI, codes_OI, scale_OG, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(grouped_int32_product(x_TI, codes_OI, scale_OG, 64), expected_TO)

@@ -38,7 +38,7 @@ def test_packed_experts_are_the_exact_product(quantized, kind, mode, monkeypatch
     tokens = torch.arange(24).view(2, 12)
     expected = load(folder, path="integer")(tokens).logits
     monkeypatch.setattr(import_module("finescale.runtime.load"), "has_hopper_kernels", lambda device: True)
-    monkeypatch.setattr(experts, "choose_experts_kernel", lambda facts, device: GROUPED)
+    monkeypatch.setattr(experts, "choose_experts_kernel", lambda gate_up, down, device: GROUPED)
     model = load(folder, path="kernel")
     mixtures = [module for module in model.modules() if isinstance(module, experts.PackedMixture)]
     assert len(mixtures) == 2 and "4 experts" in repr(mixtures[0])
@@ -77,11 +77,11 @@ def facts(**changes):
 
 def test_all_layers_decide():
     def chosen(*layers):
-        return choose_experts_kernel(layers, torch.device("cuda"), (9, 0))
+        return choose_experts_kernel(layers, [facts(group_size=-1, largest_scale=9)], torch.device("cuda"), (9, 0))
 
     assert chosen(facts(), facts()).kernel == "hopper-grouped"
     assert "multiplied into" in chosen(facts(largest_scale=15), facts(largest_scale=9)).why
     assert "exactly" in chosen(facts(largest_scale=15), facts()).why
     assert chosen(facts(), facts(bits=8)).kernel not in ("hopper", "hopper-folded", "hopper-grouped")
     assert "different sizes" in chosen(facts(), facts(group_size=64)).why
-    assert choose_experts_kernel([facts()], torch.device("cuda"), (8, 0)).kernel != "hopper-grouped"
+    assert choose_experts_kernel([facts()], [facts()], torch.device("cuda"), (8, 0)).kernel != "hopper-grouped"

@@ -115,19 +115,24 @@ def choose_kernel(layer: LayerFacts, device: torch.device, capability: tuple[int
 
 
 def choose_experts_kernel(
-    layers: Sequence[LayerFacts], device: torch.device, capability: tuple[int, int] | None = None
+    gate_up: Sequence[LayerFacts],
+    down: Sequence[LayerFacts],
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
 ) -> Choice:
     """Whether all experts of a block run in grouped products (``hopper-grouped``), or each of their layers by itself.
 
     Args:
-        layers: of all experts; silu * up and rounding are all that stands between them.
+        gate_up, down: layers of all experts, of the one product and of the other; silu * up and rounding are all that
+            stands between them.
         device, capability: see ``choose_kernel``.
     """
+    layers = [*gate_up, *down]
     for layer in layers:
         choice = choose_kernel(layer, device, capability)
         if choice.kernel not in ("hopper", "hopper-folded"):
             return choice
-    if len({layer.group_size for layer in layers}) > 1:
+    if any(len({layer.group_size for layer in product}) > 1 for product in (gate_up, down)):
         return Choice("hopper", "experts with groups of different sizes run layer by layer")
     if all(layer.largest_scale <= LARGEST_FOLDED_SCALE for layer in layers):
         return Choice("hopper-grouped", "all experts in one product, scales multiplied into int8 weights")

@@ -32,7 +32,8 @@ def grouped_int32_product(x_TI: Tensor, codes_OI: Tensor, integer_scale_OG: Tens
     total_TO = torch.zeros(x_TI.shape[0], codes_OI.shape[0], dtype=torch.int32, device=x_TI.device)
     for group, start in enumerate(range(0, columns, max(size, 1))):
         part = slice(start, min(start + size, columns))
-        partial_TO = (x_TI[:, part].to(dtype) @ codes_OI[:, part].to(dtype).T).to(torch.int32)
+        with torch.autocast(x_TI.device.type, enabled=False):  # which would round the codes' sums
+            partial_TO = (x_TI[:, part].to(dtype) @ codes_OI[:, part].to(dtype).T).to(torch.int32)
         total_TO += partial_TO * integer_scale_OG[:, group]
     return total_TO
 

@@ -102,8 +102,10 @@ def pack_mixture(experts: UnfusedExperts, layers: Mapping[str, Layer], device: t
     """
     members = [expert for expert in experts if isinstance(expert, Expert)]
     plain = all(inputs.is_plain for _, inputs in layers.values()) and all(_is_silu(expert) for expert in members)
-    facts = [layer_facts(weight, inputs) for weight, inputs in layers.values()]
-    choice = choose_experts_kernel(facts, device) if plain else None
+    downs_of = {f"{index}.{expert.names.down}" for index, expert in enumerate(members)}
+    facts = {path: layer_facts(weight, inputs) for path, (weight, inputs) in layers.items()}
+    gate_up_facts = [fact for path, fact in facts.items() if path not in downs_of]
+    choice = choose_experts_kernel(gate_up_facts, [facts[path] for path in downs_of], device) if plain else None
     if choice is None or choice.kernel != "hopper-grouped":
         return None
     gates, ups, downs = (

@@ -103,8 +103,8 @@ class FinescaleMoEMethod(FusedMoEMethodBase):
             layer.register_buffer(f"finescale_{name}_factor_EO", packed.factor_EO, persistent=False)
         layer.finescale_folded = gate_up.folded, down.folded
         device = gate_up.packed.device
-        facts = [self.experts[0][0].facts(largest_gate_up), self.experts[0][1].facts(largest_down)]
-        choice = choose_experts_kernel(facts, device)
+        first_gate_up, first_down = self.experts[0]
+        choice = choose_experts_kernel([first_gate_up.facts(largest_gate_up)], [first_down.facts(largest_down)], device)
         if device.type == "cuda" and not has_hopper_kernels(device) and not self.enforce_eager:
             raise InputError(
                 f"experts run in parts on this GPU ({choice.why}), not in CUDA graphs: add --enforce-eager."
