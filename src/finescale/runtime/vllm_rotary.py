@@ -21,7 +21,8 @@ PAGED = ("FlashAttentionImpl",)
 def rotate_on_the_way(attention: Any) -> None:
     """Let rotary embedding and cache of an attention module be one kernel, or at least rotate with a table as it is
     read."""
-    rotary, inner = getattr(attention, "rotary_emb", None), getattr(attention, "attn", None)
+    rotary: Any = getattr(attention, "rotary_emb", None)
+    inner: Any = getattr(attention, "attn", None)
     keep_table_wide(rotary)
     if fits(rotary, inner) and same_in_pages(rotary, inner.num_heads, inner.num_kv_heads):
         attention.rotary_emb = RotaryIntoCache(rotary, inner)
@@ -71,7 +72,7 @@ def same_in_pages(rotary: Any, heads: int, kv_heads: int) -> bool:
     )
     key, value = (x.view(-1, kv_heads, width) for x in (key, value))
     try:
-        rotate_into_pages(positions, table.float().contiguous(), query, key, value, *cache.unbind(0), slots)
+        rotate_into_pages(positions, table.float().contiguous(), query, key, value, cache[0], cache[1], slots)
         rotary.forward_cuda(positions, their_query, their_key)
     except Exception as error:  # whatever it is, vLLM's own way remains
         logger.warning("finescale: rotary embedding stays vLLM's own here: %s", error)
