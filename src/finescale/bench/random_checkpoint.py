@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,12 @@ class LlamaShape:
 
 OPEN_LLAMA_3B = LlamaShape(3200, 8640, 26, 32)
 LLAMA_2_7B = LlamaShape(4096, 11008, 32, 32)
-SHAPES = {"open-llama-3b": OPEN_LLAMA_3B, "llama-2-7b": LLAMA_2_7B, "tiny": LlamaShape(64, 96, 4, 4, 2000)}
+SHAPES = {
+    "open-llama-3b": OPEN_LLAMA_3B,
+    "llama-2-7b": LLAMA_2_7B,
+    "llama-2-7b-6-blocks": replace(LLAMA_2_7B, blocks=6),
+    "tiny": LlamaShape(64, 96, 4, 4, 2000),
+}
 
 
 def write_random_llama(folder: Path, shape: LlamaShape, dtype: torch.dtype, device: str = "cpu") -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finescale.errors import NumericsError
+from finescale.finite import all_finite
 from finescale.kernels.half import add_half_product_
 from finescale.ranks import ALONE, Ranks
 
@@ -93,7 +94,7 @@ def collect_moments(
         for handle in handles:
             handle.remove()
     for name, moment in moments.items():
-        if not bool(torch.isfinite(moment.sum_II).all()):
+        if not all_finite(moment.sum_II):
             raise NumericsError(
                 f"the input of {leaders[name]} holds NaN or Inf; the checkpoint is damaged, or the model overflows on "
                 "this text."

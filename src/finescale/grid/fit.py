@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import NumericsError
+from finescale.finite import all_finite
 from finescale.grid.integer_scale import (
     Amplifier,
     auto_amplifier,
@@ -63,7 +64,7 @@ def fit_grid(
         NumericsError: NaN or Inf in the weight, or a scale that ``scale_dtype`` cannot hold.
     """
     weight_OI = weight_OI.float()
-    if not bool(torch.isfinite(weight_OI).all()):
+    if not all_finite(weight_OI):
         raise NumericsError("the weight holds NaN or Inf; repair or re-download the checkpoint.")
     columns = weight_OI.shape[1]
     groups = number_of_groups(columns, scheme.group_size)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import NumericsError
+from finescale.finite import all_finite
 from finescale.grid import (
     Grid,
     QuantizedWeight,
@@ -137,7 +138,7 @@ def with_tuned_weight(result: LayerResult, tuned: QuantizedWeight, recipe: Recip
 
 def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) -> None:
     for member, weight_OI in members:
-        if member is plan and not bool(torch.isfinite(weight_OI).all()):
+        if member is plan and not all_finite(weight_OI):
             raise NumericsError(f"{plan.name} holds NaN or Inf in its weight; repair or re-download the checkpoint.")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import NumericsError
+from finescale.finite import all_finite
 from finescale.grid import Grid, QuantizedWeight, fit_grid, number_of_groups
 from finescale.grid.fit import integerized
 from finescale.grid.outliers import stack_outliers
@@ -53,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 def check_finite_weight(weight_OI: Tensor) -> None:
     """Raises NumericsError when the weight holds NaN or Inf."""
-    if not bool(torch.isfinite(weight_OI).all()):
+    if not all_finite(weight_OI):
         raise NumericsError("the weight holds NaN or Inf; repair or re-download the checkpoint.")
 
 
@@ -64,7 +65,7 @@ def check_finite(weight_OI: Tensor, hessian_II: Tensor) -> None:
             f"the Hessian is {tuple(hessian_II.shape)} for a weight of {tuple(weight_OI.shape)}; it must be [I, I]."
         )
     check_finite_weight(weight_OI)
-    if not bool(torch.isfinite(hessian_II).all()):
+    if not all_finite(hessian_II):
         raise NumericsError(
             "the calibration statistics hold NaN or Inf; the model's activations overflow on this text."
         )

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from finescale.errors import NumericsError
+from finescale.finite import all_finite
 from finescale.grid import Grid, QuantizedWeight
 from finescale.grid.fit import refit_group
 from finescale.grid.outliers import single_outliers
@@ -74,7 +75,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
         if not int(failed):
             matrix_II = torch.cholesky_inverse(matrix_II, out=None if matrix_II.is_cuda else matrix_II)
             matrix_II, failed = _cholesky_(matrix_II, upper=True)
-            if not int(failed) and bool(torch.isfinite(matrix_II).all()):
+            if not int(failed) and all_finite(matrix_II):
                 return matrix_II, used
         used = max(used * 10, 1e-6)
     raise NumericsError("the Hessian cannot be factorized at any damping; calibrate with more or other text.")
