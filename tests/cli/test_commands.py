@@ -372,6 +372,21 @@ def test_interrupt_says_how_to_go_on(cli, tiny, tmp_path, monkeypatch):
     assert code == 130 and err.count("same command again") == 1
 
 
+def test_a_log_gets_a_line_a_minute(capsys, monkeypatch):
+    """Where there is no terminal a run of hours would say nothing until it ends."""
+    from types import SimpleNamespace
+
+    from finescale.cli import common
+
+    clock = iter([0.0, 59.0, 60.0, 61.0, 125.0])
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with common.progress_bar("blocks") as update:
+        for done in range(4):
+            update(f"block {done}", done, 9)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines == ["block 1 (1 of 9 blocks done, 1 min)", "block 3 (3 of 9 blocks done, 2 min)", ""]
+
+
 @pytest.mark.parametrize(("error", "words"), [(torch.OutOfMemoryError, "the GPU's memory"), (MemoryError, "memory")])
 def test_memory_that_is_used_up(cli, monkeypatch, error, words):
     def exhausted():

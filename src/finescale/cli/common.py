@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 60.0
 
 console = Console()
 if not console.is_terminal and console.width == 80:
@@ -26,7 +29,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with ETA, on a terminal only; yields ``(label, done, total)``."""
+    """A bar with ETA on a terminal, elsewhere (a batch job's log) a line a minute; yields ``(label, done, total)``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,9 +42,16 @@ def progress_bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     options: dict[str, Any] = {"transient": True, "speed_estimate_period": 3600, "disable": not stderr.is_terminal}
     with Progress(*columns, console=stderr, **options) as progress:
         task = progress.add_task("starting", total=None)
+        start = said = time.monotonic()
 
         def update(label: str, done: int, total: int) -> None:
+            nonlocal said
             progress.update(task, description=label, completed=done, total=total)
+            now = time.monotonic()
+            if not stderr.is_terminal and now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                passed = f"{(now - start) / 60:.0f} min"
+                stderr.print(f"{label} ({done} of {total} {unit} done, {passed})", markup=False, highlight=False)
 
         yield update
 
