@@ -35,10 +35,13 @@ def test_spare_pieces_are_used_first(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_is_made_while_a_graph_is_recorded():
-    device = torch.device("cuda", 0)
-    pieces = Workspaces(lambda device: torch.zeros(1000, device=device))
+    made: list[torch.Tensor] = []
+    device, graph = torch.device("cuda", 0), torch.cuda.CUDAGraph()
+    pieces = Workspaces(lambda device: made.append(torch.zeros(1000, device=device)) or made[-1])
     pieces.reserve(device)
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_allocated()
     with torch.cuda.graph(graph):
-        pieces.of(device, torch.cuda.current_stream().cuda_stream).add_(1)
-    assert torch.cuda.memory_allocated() == before
+        piece = pieces.of(device, torch.cuda.current_stream().cuda_stream)
+        piece.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert len(made) == workspace.SPARE and bool((piece == 1).all())
