@@ -197,30 +197,31 @@ def _random_bits_in_dummy_weights() -> None:
 
 
 def compare_with_finescale(folder: Path, arm: dict[str, Any], memory: float) -> dict[str, Any]:
-    """Greedy tokens of the small model by the plugin, with CUDA graphs, and by `finescale.load`, on the same GPU."""
+    """Greedy tokens of the small model by the plugin, with CUDA graphs, beside `finescale.load` on the same GPU, which
+    says what it makes of the same tokens; and how far finescale in bfloat16 is from itself in float32."""
     import torch
 
     import finescale
 
     prompts = random_prompts(3, 24, SHAPES["tiny"]["vocab_size"], seed=1)
-    outputs = generated(engine(folder, arm, memory), prompts, 24, logprobs=1)
-    model = finescale.load(folder, dtype=torch.bfloat16, device="cuda", path="kernel")
-    equal, worst, total = 0, 0.0, 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        tokens = list(output.outputs[0].token_ids)
+    outputs = [output.outputs[0] for output in generated(engine(folder, arm, memory), prompts, 24, logprobs=1)]
+    tokens_PT = torch.tensor([list(output.token_ids) for output in outputs])
+    found_PT = torch.tensor([[row[t].logprob for row, t in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
+    whole = torch.cat((torch.tensor(prompts), tokens_PT), 1).cuda()
+    expected = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = finescale.load(folder, dtype=dtype, device="cuda", path="kernel")
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1].float()
-        expected = logits.log_softmax(-1)
-        for step, token in enumerate(tokens):
-            total += 1
-            equal += int(expected[step].argmax()) == token
-            found = output.outputs[0].logprobs[step][token].logprob
-            worst = max(worst, abs(found - float(expected[step, token])))
+            logits = torch.cat([model(ids[None]).logits[:, len(prompts[0]) - 1 : -1].float() for ids in whole])
+        expected.append(logits.log_softmax(-1).cpu())
+    own_PT, exact_PT = (logprobs.gather(-1, tokens_PT[..., None])[..., 0] for logprobs in expected)
     return {
         "machine": _machine(),
-        "tokens": total,
-        "same_token": equal,
-        "largest_logprob_difference": round(worst, 4),
+        "tokens": tokens_PT.numel(),
+        "same_token": int((expected[0].argmax(-1) == tokens_PT).sum()),
+        "largest_logprob_difference": round(float((found_PT - own_PT).abs().max()), 4),
+        "same_token_in_bfloat16_and_float32": int((expected[0].argmax(-1) == expected[1].argmax(-1)).sum()),
+        "largest_difference_of_bfloat16_and_float32": round(float((own_PT - exact_PT).abs().max()), 4),
     }
 
 
