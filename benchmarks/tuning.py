@@ -87,14 +87,21 @@ W4A8: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def weights_of(bits: int) -> dict[str, Any]:
-    return {"weights": {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": "mse"}}
+SIGNED: dict[str, dict[str, Any]] = {
+    "quantease, signed scales": SOLVERS["quantease"],
+    "rounding from quantease, signed scales": SOLVERS["rounding from quantease"],
+}
+
+
+def weights_of(bits: int, clip: str = "mse") -> dict[str, Any]:
+    return {"weights": {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": clip}}
 
 
 def all_rows(peer: bool) -> list[Row]:
     """Rows of every part; AutoRound's are marked by their name."""
     rows = [Row(str(bits), name, weights_of(bits) | SOLVERS[name]) for bits in (4, 3, 2) for name in SOLVERS]
     rows += [Row(str(bits), name, weights_of(bits) | MORE[name]) for bits in (4, 3, 2) for name in MORE]
+    rows += [Row(str(bits), name, weights_of(bits, "signed") | SIGNED[name]) for bits in (4, 3, 2) for name in SIGNED]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
         rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]

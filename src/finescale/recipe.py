@@ -29,12 +29,13 @@ class _Part(BaseModel):
 
 
 class WeightsPart(_Part):
-    """``group_size: auto`` is the largest standard group (128, 64, 32) that divides the inputs of every layer."""
+    """``group_size: auto`` is the largest standard group (128, 64, 32) that divides the inputs of every layer; ``clip:
+    signed`` searches the range as ``mse`` does, and lets scales be negative."""
 
     bits: int = 4
     group_size: int | Literal["auto"] = -1
     symmetric: bool = False
-    clip: Literal["minmax", "mse"] = "minmax"
+    clip: Literal["minmax", "mse", "signed"] = "minmax"
 
     @model_validator(mode="after")
     def _check(self) -> WeightsPart:
@@ -255,6 +256,8 @@ class Recipe(_Part):
         if self.integer_scale.mode != "off":
             if not self.weights.symmetric:
                 raise ValueError("integer_scale needs weights.symmetric true")
+            if self.weights.clip == "signed":
+                raise ValueError("integer_scale needs scales above zero; set weights.clip mse")
             if self.activations is None:
                 raise ValueError("integer_scale needs activations.bits (8 for W4A8)")
             if self.solver.options().keeps_outliers:
@@ -268,6 +271,8 @@ class Recipe(_Part):
         for override in self.overrides:
             self.activations_for_override(override)
             weights = self.weights_for_override(override)
+            if self.integer_scale.mode != "off" and weights.clip == "signed" and not override.skip:
+                raise ValueError(f"integer_scale needs clip mse, also in the override of {override.pattern}")
             if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:
                 raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
             if not override.skip:

@@ -218,6 +218,24 @@ def test_mse_is_never_worse_than_minmax_in_its_own_measure(layer):
     assert bool((error_of(narrow) <= error_of(wide) * (1 + 1e-4) + 1e-30).all())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signed_scales_are_the_better_of_a_weight_and_its_mirror(bits):
+    """The negative of a weight has its one code more on the other side."""
+    weight_OI = weight_of(9, 64)
+    plain, mirrored = (fit_grid(w_OI, WeightScheme(bits, 16, True, "mse")) for w_OI in (weight_OI, -weight_OI))
+    signed = fit_grid(weight_OI, WeightScheme(bits, 16, True, "signed"))
+
+    def error_of(grid, w_OI):
+        difference_OI = dequantize(quantize_to_grid(w_OI, grid), grid) - w_OI
+        return difference_OI.square().view(-1, 4, 16).sum(2)
+
+    one_OG, other_OG = error_of(plain, weight_OI), error_of(mirrored, -weight_OI)
+    torch.testing.assert_close(error_of(signed, weight_OI), torch.minimum(one_OG, other_OG), rtol=1e-4, atol=1e-9)
+    taken_OG = signed.scale_OG < 0
+    assert torch.equal(signed.scale_OG, torch.where(taken_OG, -mirrored.scale_OG, plain.scale_OG))
+    assert bool(taken_OG.any()) and bool((~taken_OG).any())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
 @pytest.mark.parametrize("symmetric", [True, False])

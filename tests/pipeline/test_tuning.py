@@ -70,6 +70,22 @@ def test_other_formats_hold_what_was_tuned(fmt, tiny, text, tmp_path):
     verify(tmp_path / "out", tiny("llama"))
 
 
+@pytest.mark.parametrize("fmt", ["compressed-tensors", "gptq"])
+def test_scales_may_be_negative(fmt, tiny, text, tmp_path):
+    """Lower errors than with positive ones, solved, tuned, stored and loaded."""
+    errors = []
+    for clip in ("mse", "signed"):
+        chosen = tuned("quantease", 3, group=16, format=fmt, weights={"symmetric": True, "clip": clip})
+        report = quantize(tiny("llama"), tmp_path / clip, chosen, text)
+        errors.append(sum(layer["weight_mse"] for layer in report["layers"]))
+        assert all(block[0]["error_after"] < block[0]["error_before"] for block in report["tuning"])
+    assert errors[1] < 0.97 * errors[0]
+    scales = [weight.grid.scale_OG for _, weight in open_quantized(tmp_path / "signed").layers()]
+    assert all(bool((scale_OG < 0).any()) and bool((scale_OG > 0).any()) for scale_OG in scales)
+    verify(tmp_path / "signed", tiny("llama"))
+    assert_same_logits(tiny("llama"), tmp_path / "signed")
+
+
 @pytest.mark.parametrize("options", [{"inputs": "float"}, {"target": "quantized"}, {"start": "weight", "loss": "mse"}])
 def test_other_inputs_and_targets_give_other_weights(options, tiny, text, tmp_path):
     usual = quantize(tiny("llama"), tmp_path / "usual", tuned(), text)

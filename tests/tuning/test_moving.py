@@ -18,14 +18,15 @@ from finescale.tuning import moving
 from finescale.tuning.moving import EDGE, finish, render, rounded_values, start_from, step, stored_scales
 from tests.solvers.examples import layer, solve
 
-SCHEMES = [(2, 8, True), (3, 7, False), (4, -1, True), (4, 5, True), (4, 8, False)]
+SCHEMES = [(2, 8, True), (3, 7, False), (4, -1, True), (4, 5, True), (4, 8, False), (3, 8, "signed")]
 
 
 def solved(bits, group, symmetric, integer=False, seed=0, dtype=torch.float32):
     """A weight rounded to its grid, not always to the nearest code."""
     generator = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(6, 21, generator=generator)
-    grid = fit_grid(weight_OI, WeightScheme(bits, group, symmetric), dtype)
+    clip = "signed" if symmetric == "signed" else "minmax"
+    grid = fit_grid(weight_OI, WeightScheme(bits, group, bool(symmetric), clip), dtype)
     if integer:
         grid = with_integer_scales(grid, weight_OI, 256)
     away_OI = weight_OI + 0.8 * grid.scale_OG[:, grid.group_of_I] * torch.randn(6, 21, generator=generator)
@@ -61,8 +62,8 @@ def traced(state, offset_OGP, scale_OG):
 @pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
 def test_the_start_is_the_solution_itself(bits, group, symmetric, integer):
-    if integer and not symmetric:
-        pytest.skip("integer scales are symmetric")
+    if integer and symmetric is not True:
+        pytest.skip("integer scales are symmetric and above zero")
     weight_OI, weight = solved(bits, group, symmetric, integer)
     state = start_from(weight, weight_OI)
     assert torch.equal(shown(state), weight.dequantize())
@@ -82,7 +83,7 @@ def test_a_step_follows_the_signs_of_the_traced_gradients(scheme, seed, small_pi
     scale_OG = stored_scales(state.grid, state.factor_OG).requires_grad_()
     (traced(state, offset_OGP, scale_OG) * gradient_OI).sum().backward()
     expected_offset = (offset_OGP.detach() - 0.01 * offset_OGP.grad.sign()).clamp(-0.5, 0.5)
-    expected_factor = state.factor_OG - 0.002 * scale_OG.grad.sign()
+    expected_factor = state.factor_OG - 0.002 * scale_OG.grad.sign() * state.grid.scale_OG.sign()
     whole = moving.PIECE["cpu"]
     moving.PIECE["cpu"] = 30 if small_pieces else whole
     try:
@@ -109,6 +110,14 @@ def test_what_is_stored_is_what_was_shown():
     assert int(result.codes_OI.min()) >= -4 and int(result.codes_OI.max()) <= 3
     assert not torch.equal(result.codes_OI, weight.codes_OI)
     assert float(state.offset_OGP.abs().max()) <= 0.5
+
+
+def test_negative_scales_stay_negative():
+    weight_OI, weight = solved(3, 8, "signed")
+    state = start_from(weight, weight_OI)
+    state.factor_OG[:] = torch.linspace(-0.1, 1.2, state.factor_OG.numel()).view_as(state.factor_OG)
+    assert bool((weight.grid.scale_OG < 0).any()) and bool((weight.grid.scale_OG > 0).any())
+    assert torch.equal(stored_scales(state.grid, state.factor_OG).sign(), weight.grid.scale_OG.sign())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

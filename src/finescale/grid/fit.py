@@ -110,9 +110,11 @@ def fit_group(weight_OI: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype)
         return _range_to_grid(low_O, high_O, scheme, scale_dtype)
     best_scale_O, best_zero_O = _range_to_grid(low_O, high_O, scheme, scale_dtype)  # smaller ranges fit if this does
     best_error_O = rounding_error(weight_OI, best_scale_O, best_zero_O, scheme)
-    for candidate in range(1, CLIP_CANDIDATES):
-        shrink = 1.0 - candidate * CLIP_STEP
+    for candidate in range(1, CLIP_CANDIDATES if scheme.clip == "mse" else 2 * CLIP_CANDIDATES):
+        shrink = 1.0 - candidate % CLIP_CANDIDATES * CLIP_STEP
         scale_O, zero_O = _range_to_grid(low_O * shrink, high_O * shrink, scheme, scale_dtype, check=False)
+        if candidate >= CLIP_CANDIDATES:
+            scale_O = -scale_O
         error_O = rounding_error(weight_OI, scale_O, zero_O, scheme)
         better_O = error_O < best_error_O
         best_error_O = torch.where(better_O, error_O, best_error_O)

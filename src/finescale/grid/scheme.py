@@ -25,7 +25,7 @@ WEIGHT_BITS = (2, 3, 4, 6, 8)
 ACTIVATION_BITS = (4, 6, 8)
 WEIGHTS_TOGETHER = 2**22
 """How many are rounded at a time in host memory."""
-Clip = Literal["minmax", "mse"]
+Clip = Literal["minmax", "mse", "signed"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class WeightScheme:
         group_size: consecutive inputs that share one scale; -1 is one scale per output channel. The last group may be
             shorter when the inputs do not divide.
         symmetric: no zero point; the step is absmax / ((2**bits - 1) / 2), so that -2**(bits-1) is used too.
-        clip: ``minmax`` keeps the whole range, ``mse`` shrinks it where that lowers the weight error.
+        clip: ``minmax`` keeps the whole range, ``mse`` shrinks it where that lowers the weight error, ``signed`` also
+            lets scales be negative, so that the one code more is on the side of each group that needs it (symmetric).
     """
 
     bits: int = 4
@@ -52,8 +53,10 @@ class WeightScheme:
             raise InputError(
                 f"weights.group_size is {self.group_size}; use -1 (per channel) or a number of at least 2."
             )
-        if self.clip not in ("minmax", "mse"):
-            raise InputError(f"weights.clip is {self.clip!r}; choose minmax or mse.")
+        if self.clip not in ("minmax", "mse", "signed"):
+            raise InputError(f"weights.clip is {self.clip!r}; choose minmax, mse or signed.")
+        if self.clip == "signed" and not self.symmetric:
+            raise InputError("weights.clip signed is for symmetric weights; set weights.symmetric true or clip mse.")
 
     @property
     def code_min(self) -> int:

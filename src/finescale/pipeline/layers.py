@@ -311,7 +311,7 @@ def _record(
 ) -> dict[str, Any]:
     value_OI = weight.dequantize()
     grid = weight.grid
-    scale_OG = grid.scale_OG if grid.amplifier is None else grid.integer_scale_OG().float()
+    scale_OG = grid.scale_OG.abs() if grid.amplifier is None else grid.integer_scale_OG().float()
     bound = None if grid.amplifier is None else _bound(plan, weight)
     return {
         "name": plan.name,

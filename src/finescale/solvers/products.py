@@ -98,7 +98,7 @@ class Products:
         them. Every row is solved in its own unit: the largest step of the grid becomes about one."""
         if self.kind != "3xfp16":
             return None
-        largest_O = torch.maximum(scale_GO.amax(0), weight_IO.abs().amax(0) * 2.0**-13)
+        largest_O = torch.maximum(scale_GO.abs().amax(0), weight_IO.abs().amax(0) * 2.0**-13)
         return torch.exp2(-torch.frexp(largest_O).exponent.float().clamp(-100, 100))
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -24,7 +24,7 @@ def refit_scales(
     """The grid with the best scales for the codes at hand, one group after the other, and the values on it.
 
     Zero points and codes stay. Scales are rounded as they are stored, to integers over the amplifier where the grid has
-    one; a scale that would not be positive stays.
+    one; a scale that would change its sign stays.
 
     Args:
         weight_OI: the original weight, float.
@@ -56,8 +56,9 @@ def refit_scales(
         curve_O = ((code_OC @ of_group_IC[members_C]) * code_OC).sum(1)
         old_O = scale_OG[:, group]
         found_O = old_O + torch.where(curve_O > 0, slope_O / curve_O, torch.zeros_like(slope_O)).float()
-        stored_O = _stored(torch.where(found_O > 0, found_O, old_O), grid)
-        stored_O = torch.where(stored_O > 0, stored_O, old_O)
+        sign_O = old_O.sign()
+        stored_O = _stored(torch.where(found_O * sign_O > 0, found_O, old_O), grid)
+        stored_O = torch.where(stored_O * sign_O > 0, stored_O, old_O)
         change_OC = (stored_O - old_O).to(dtype)[:, None] * code_OC
         value_OI[:, members_C] += change_OC
         rest_OI[:, members_C] -= change_OC

@@ -103,7 +103,14 @@ def stored_scales(grid: Grid, factor_OG: Tensor, check: bool = True) -> Tensor:
     scale_OG = grid.scale_OG * factor_OG
     if grid.amplifier is not None:
         return (integer_scales(scale_OG, grid.amplifier, grid.scale_dtype, check).double() / grid.amplifier).float()
-    return scale_OG.clamp(min=smallest_scale(grid.scale_dtype)).to(grid.scale_dtype).float()
+    sign_OG = _signs(grid)
+    magnitude_OG = (scale_OG * sign_OG).clamp(min=smallest_scale(grid.scale_dtype)).to(grid.scale_dtype).float()
+    return magnitude_OG * sign_OG
+
+
+def _signs(grid: Grid) -> Tensor | float:
+    """Of the scales [O, G]; 1 where none can be negative."""
+    return grid.scale_OG.sign() if grid.scheme.clip == "signed" else 1.0
 
 
 def _clipped(rounded_OGP: Tensor, grid: Grid, rows: slice) -> Tensor:
@@ -159,6 +166,8 @@ def step(state: MovingWeight, gradient_OI: Tensor, rate: Any, scale_rate: Any, b
     groups, width = state.position_OGP.shape[1:]
     for rows in _pieces(state):
         gradient_OGP = grouped(gradient_OI[rows].float(), groups, width)
+        if state.grid.scheme.clip == "signed":  # offsets and factors count along the scale
+            gradient_OGP = gradient_OGP * state.grid.scale_OG[rows].sign()[:, :, None]
         scale_OG = _scales(state, rows)
         place_OGP, rounded_OGP, code_OGP = _codes(state, rows, scale_OG)
         inside_OGP = rounded_OGP == code_OGP
