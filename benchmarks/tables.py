@@ -30,6 +30,7 @@ ONE_SHOT = (
 )  # fmt: skip
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
+    "tuning:2/rounding from quantease, first tokens*", "tuning:[34]/rounding from quantease, first tokens",
     "tuning:[234]/rounding from quantease, unseen", "tuning:[23]/rounding from quantease, windows of 32",
     "tuning:2/quantease, windows of 32", "tuning:[342]/rounding from quantease",
     "tuning:[34]/rounding from quantease, balanced",

@@ -64,6 +64,13 @@ MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, unseen, 512 steps": method(
         QUANTEASE, [], [part("rounding", loss="balanced", unseen=True, iterations=512, checks=8)]
     ),
+    "rounding from quantease, first tokens": method(QUANTEASE, [], [part("rounding", loss="balanced", first=0.1)]),
+    "rounding from quantease, first tokens, windows of 128": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", first=0.1, batch_size=8)], calibration=SHORT
+    ),
+    "rounding from quantease, first tokens, windows of 32": method(
+        QUANTEASE, [], [part("rounding", loss="balanced", first=0.2, batch_size=32)], calibration=SHORTEST
+    ),
     "rounding from quantease, half steps": method(QUANTEASE, [], [part("rounding", loss="balanced", rate=0.01)]),
     "rounding from quantease, windows of 32": method(
         QUANTEASE, [], [part("rounding", loss="balanced", batch_size=32)], calibration=SHORTEST

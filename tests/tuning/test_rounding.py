@@ -148,8 +148,9 @@ def test_relative_errors_do_not_let_one_token_rule():
     assert errors["relative"] < errors["mse"]
 
 
+@pytest.mark.parametrize("first", [0.0, 0.3])
 @pytest.mark.parametrize("loss", ["mse", "relative", "balanced"])
-def test_losses_are_those_of_their_definitions(loss):
+def test_losses_are_those_of_their_definitions(loss, first):
     output_BTC, target_BTC = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     target_BTC[0, 0] *= 100
     each, whole, size = [], 0.0, 0.0
@@ -159,8 +160,10 @@ def test_losses_are_those_of_their_definitions(loss):
         each.append(error / of_token)
         whole, size = whole + error, size + of_token
     relative = sum(each) / len(each)
+    if first:  # two windows of three tokens
+        relative = first * (each[0] + each[3]) / 2 + (1 - first) * (each[1] + each[2] + each[4] + each[5]) / 4
     expected = {"mse": whole / output_BTC.numel(), "relative": relative, "balanced": (relative + whole / size) / 2}
-    options = RoundingOptions(loss=loss, precision="float32")
+    options = RoundingOptions(loss=loss, first=first, precision="float32")
     found = block_loss(lambda x_BTC: x_BTC, output_BTC, target_BTC, {}, options)
     assert float(found) == pytest.approx(expected[loss], rel=1e-5)
 

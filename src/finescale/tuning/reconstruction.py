@@ -29,6 +29,9 @@ class ReconstructionOptions(TunerOptions):
         loss: ``relative`` divides each token's squared error by the mean square of its output, ``mse`` does not;
             ``balanced`` is the mean of ``relative`` and of the squared error of all tokens over their squared size, in
             which a few huge tokens (attention sinks) weigh as much as all others together.
+        first: share of the relative error that the first tokens of the windows have; 0 counts them like all others.
+            What a model makes of a first token, its attention sink, spoils every token after it, and few of the
+            calibration's tokens are first ones.
         inputs: the block is fed the outputs of the ``quantized`` blocks before it, or of the ``float`` ones.
         target: the outputs to come close to are those of the float block on the ``float`` prefix's outputs or on the
             ``quantized`` prefix's.
@@ -40,6 +43,7 @@ class ReconstructionOptions(TunerOptions):
     """
 
     loss: Loss = "relative"
+    first: float = Field(default=0.0, ge=0.0, lt=1.0)
     inputs: Literal["quantized", "float"] = "quantized"
     target: Literal["quantized", "float"] = "float"
     precision: Literal["bfloat16", "float32"] = "bfloat16"
@@ -216,7 +220,10 @@ def block_loss(
         return error_BT.mean()
     size_BT = target_BTC.square().mean(-1)
     least = torch.finfo(torch.float32).tiny
-    relative = (error_BT / size_BT.clamp(min=least)).mean()
+    relative_BT = error_BT / size_BT.clamp(min=least)
+    relative = relative_BT.mean()
+    if options.first and relative_BT.shape[1] > 1:
+        relative = options.first * relative_BT[:, 0].mean() + (1 - options.first) * relative_BT[:, 1:].mean()
     if options.loss == "relative":
         return relative
     return (relative + error_BT.sum() / size_BT.sum().clamp(min=least)) / 2
