@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finescale.errors import InputError
 from finescale.evaluate.likelihood import longest_input
+from finescale.evaluate.perplexity import LARGEST_LOSS
 from finescale.evaluate.tasks import Task, TaskResult
 
 
@@ -94,4 +96,5 @@ def _result(task: Task, found: Mapping[str, Any], model: PreTrainedModel, bos: b
 
 
 def _optional(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """A number that JSON holds: a perplexity is cut off as our own are."""
+    return min(float(value), math.exp(LARGEST_LOSS)) if isinstance(value, int | float) else None

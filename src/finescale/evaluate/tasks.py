@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finescale.errors import InputError
 from finescale.evaluate.likelihood import Request, Score, longest_input, score_requests
+from finescale.evaluate.perplexity import LARGEST_LOSS
 from finescale.formats.source import read_utf8
 
 Progress = Callable[[str, int, int], None]
@@ -217,7 +218,7 @@ def run_task(
         standard_error=standard_error(right),
         accuracy=_share(by_sum),
         accuracy_norm=None if by_length is None else _share(by_length),
-        perplexity=None if choices else math.exp(min(700.0, sum(losses) / len(losses))),
+        perplexity=None if choices else math.exp(min(LARGEST_LOSS, sum(losses) / len(losses))),
         questions=len(questions),
         available=len(everything),
         source=f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}",
