@@ -1,4 +1,4 @@
-"""Host time of a call of the W4A8 kernels, on a CPU with a driver that launches nothing.
+"""Host (processor) time of a call of the W4A8 kernels, on a CPU with a driver that launches nothing.
 
     python benchmarks/launch_cost.py --json benchmarks/results/launch-cost-cpu.json
 
@@ -42,15 +42,15 @@ def without_a_gpu() -> None:
 
 
 def microseconds(call: Callable[[], Any], count: int = 2000, repeats: int = 7) -> float:
-    """The fastest of several runs, for other processes only ever make one slower."""
+    """Processor time of the fastest of several runs, for other processes only ever make one slower."""
     for _ in range(count // 4):
         call()
     times = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for _ in range(count):
             call()
-        times.append((time.perf_counter() - begin) / count * 1e6)
+        times.append((time.thread_time() - begin) / count * 1e6)
     return min(times)
 
 
