@@ -65,11 +65,11 @@ __device__ __forceinline__ float total_of_block(float value, u32* scratch) {
     if (WARPS == 1) return value;
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = __float_as_uint(value);
     __syncthreads();
-    value = threadIdx.x % 32 < WARPS ? __uint_as_float(scratch[threadIdx.x % 32]) : 0;
+    constexpr int LANES = WARPS > 16 ? 32 : WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : 2;  // every so many do the same
+    value = threadIdx.x % LANES < WARPS ? __uint_as_float(scratch[threadIdx.x % LANES]) : 0;
 #pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        if (offset < WARPS) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
-    return __shfl_sync(0xFFFFFFFF, value, 0);
+    for (int offset = LANES / 2; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
+    return value;
 }
 
 __device__ __forceinline__ u32 largest_of_block(u32 value, u32* scratch) {
