@@ -48,8 +48,8 @@ ROUNDED_TILES = Tiles(32, 528, 2, 3)
 
 
 def splits_of(pairs: int, capacity: int, tiles: Tiles) -> int:
-    """Programs that share a sequence and head, of which there are ``pairs``; one where these nearly fill the GPU."""
-    if 4 * pairs >= 3 * tiles.programs:
+    """Programs that share a sequence and head, of which there are ``pairs``; one where these have warps enough."""
+    if pairs * tiles.warps >= 3 * tiles.programs:
         return 1
     return max(1, min(triton.cdiv(tiles.programs, pairs), triton.cdiv(capacity, tiles.keys), 64))
 
