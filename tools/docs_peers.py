@@ -7,7 +7,7 @@ from typing import Any
 
 from tools.docs_text import number, table
 
-OURS = ("quantease", "rounding from quantease", "rounding from quantease, 512 steps")
+OURS = ("quantease", "rounding from quantease", "rounding from quantease, signed scales")
 """Rows of ``benchmarks/tuning.py`` that stand beside the tools: the solver alone, and our recipes' learned rounding."""
 
 
@@ -64,5 +64,5 @@ def _ours(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str
             for part, rows in entry["rows"].items():
                 for name in OURS:
                     if part.isdigit() and name in rows:
-                        found.setdefault(f"finescale: {name}", {})[int(part)] = rows[name]
+                        found.setdefault(f"finescale: {name}", {}).setdefault(int(part), rows[name])
     return dict(sorted(found.items(), key=lambda item: OURS.index(item[0].removeprefix("finescale: "))))

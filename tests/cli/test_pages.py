@@ -30,8 +30,9 @@ ELSEWHERE = {
     r"pip install .*finescale\[serve\]": ("gigabytes; `make test-vllm` installs the same for the CPU", "Makefile"),
     r"finescale serve ": ("needs vLLM", "tests/vllm/test_serve.py"),
     r"finescale evaluate MODEL --tasks [^-]*$": ("downloads questions", "tests/evaluate/test_tasks.py"),
+    r"from finescale.runtime.cache import rounded_cache": ("needs a Hopper GPU", "tests/runtime/test_cache.py"),
     r"python benchmarks/peers/rows\.py ": ("needs the tools' environments", "benchmarks/peers/rows.py"),
-    r"python benchmarks/(compare|activations|tuning|serving)\.py ": ("minutes to hours", r"benchmarks/\1.py"),
+    r"python (?:-m )?benchmarks[/.](\w+)(?:\.py)? ": ("minutes to hours", r"benchmarks/\1.py"),
 }
 EXAMPLES = re.compile(r'^--8<-- "examples/(\w+\.py)"$')
 CALIBRATION = {"--calibration": "short.txt", "--samples": "3"}
@@ -52,7 +53,7 @@ def runnable(page):
 
 
 def elsewhere(command):
-    """(reason, file) of a command that does not run here."""
+    """(reason, file) of a command, or of Python that begins so, that does not run here."""
     for pattern, (reason, file) in ELSEWHERE.items():
         match = re.match(pattern, command)
         if match:
@@ -171,9 +172,11 @@ def test_what_a_page_says_can_be_typed(page, small_model, short, tmp_path, cli, 
         example = EXAMPLES.match(part.text.strip())
         if part.kind == "python" and example:
             assert (ROOT / "examples" / example[1]).is_file(), f"{page.name}:{part.line}"  # tests/test_examples.py
-        elif part.kind == "python" and page.name != "adding.md":  # its code is run by test_docs.py
+        elif elsewhere(part.text) or (part.kind == "python" and page.name == "adding.md"):  # run by test_docs.py
+            continue
+        elif part.kind == "python":
             reader.run(part.text)
-        elif part.kind == "command" and not elsewhere(part.text):
+        else:
             reader.type(part.text)
 
 
@@ -181,7 +184,7 @@ def test_what_runs_elsewhere_is_there():
     used = set()
     for page in PAGES:
         for part in runnable(page):
-            if part.kind == "command" and elsewhere(part.text):
+            if elsewhere(part.text):
                 reason, file = elsewhere(part.text)
                 assert reason and (ROOT / file).is_file(), f"{page.name}:{part.line}: {file}"
                 used.add(next(pattern for pattern in ELSEWHERE if re.match(pattern, part.text)))
