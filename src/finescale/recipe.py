@@ -25,7 +25,7 @@ STANDARD_GROUPS = (128, 64, 32)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WeightsPart(_Part):

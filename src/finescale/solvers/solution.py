@@ -23,7 +23,7 @@ PIECE = 2048
 class SolverOptions(BaseModel):
     """Options of a solver: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def keeps_outliers(self) -> bool:

@@ -14,6 +14,7 @@ Shape legend: O outputs, I inputs, M columns of one group, B columns of one lazy
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -44,7 +45,7 @@ class SpqrOptions(SolverOptions):
 
     threshold: float = Field(default=0.2, gt=0.0)
     damping: float = Field(default=1.0, ge=0.0)
-    scale_bits: int = 3
+    scale_bits: Literal[2, 3, 4, 8] = 3
     scale_rows: int = Field(default=16, ge=1)
     block_size: int = Field(default=128, ge=1)
 

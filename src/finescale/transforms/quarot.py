@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
 from torch import nn
 
 from finescale.errors import InputError
@@ -29,7 +30,7 @@ class QuarotOptions(TransformOptions):
     online_down: bool = False
     online_o: bool = False
     heads: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 def prepare_quarot(skeleton: Skeleton, options: QuarotOptions) -> tuple[Rotation, Outside]:

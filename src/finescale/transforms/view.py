@@ -26,7 +26,7 @@ from finescale.tuning.reconstruction import ReconstructionOptions, Windows
 class TransformOptions(BaseModel):
     """Options of a transform: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

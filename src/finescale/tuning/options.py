@@ -8,4 +8,4 @@ from pydantic import BaseModel, ConfigDict
 class TunerOptions(BaseModel):
     """Options of a tuner."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
