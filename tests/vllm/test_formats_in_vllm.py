@@ -19,6 +19,8 @@ TOKENS = 8
 A8 = ActivationScheme(8)
 CASES = {
     "packed": ("compressed-tensors", WeightScheme(4, 64, True), None, {}),
+    "packed-negative-scales": ("compressed-tensors", WeightScheme(4, 64, True, "signed"), None, {}),
+    "gptq-negative-scales": ("gptq", WeightScheme(4, 64, True, "signed"), None, {}),
     "packed-per-channel": ("compressed-tensors", WeightScheme(4, -1, True), None, {}),
     "packed-asymmetric": ("compressed-tensors", WeightScheme(4, 32, False), None, {}),
     "packed-activations": ("compressed-tensors", WeightScheme(4, 64, True), A8, {}),
