@@ -26,7 +26,7 @@ def solver_gpu(facts: dict[str, Any]) -> str:
     models: list[tuple[Any, ...]] = [
         (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
     ]
-    estimate = facts.get("falcon_180b_estimate")
+    estimated = "".join(f"* {name}, estimated: {e['arithmetic']}\n" for name, e in facts.get("estimates", {}).items())
     sums = "".join(
         f"* {name}: {terms}\n"
         for name, times in facts["models"].items()
@@ -40,7 +40,7 @@ def solver_gpu(facts: dict[str, Any]) -> str:
         + "\nSeconds of the solver for all layers of a model, put together from the layers above:\n\n"
         + table(("model", *names), models)
         + (f"\nThe sums, 30 sweeps with {kind}:\n\n{sums}" if sums else "")
-        + (f"* Falcon-180B, estimated: {estimate['arithmetic']}\n" if estimate else "")
+        + estimated
     )
 
 

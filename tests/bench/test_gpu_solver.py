@@ -9,6 +9,7 @@ from finescale.bench.gpu_solver import (
     bench_gpu_solver,
     check_against_oracle,
     compare_objectives,
+    estimates,
     large_layer,
     model_seconds,
     row_objectives,
@@ -77,3 +78,14 @@ def test_whole_models_are_summed_over_their_layers():
         "32 blocks x 2 x (4 x 4096 x 4096^2 + 2 x 11008 x 4096^2 + 1 x 4096 x 11008^2)"
     )
     assert model_seconds(rows[:-1]) == {}
+
+
+def test_models_with_layers_that_were_not_timed_are_estimated_by_operations():
+    rows = [{"shape": [o, i], "sweeps": 30, "quantease_seconds": 1.0, "quantease_3xfp16_seconds": 1.0}
+            for o, i, _ in SHAPES["Llama-2-7B"].values()]  # fmt: skip
+    found = estimates(rows)
+    assert set(found) == set(SHAPES) - {"Llama-2-7B"}
+    share = sum(count * o * i**2 for o, i, count in SHAPES["Falcon-180B"].values()) / (4096 * 11008**2)
+    assert found["Falcon-180B"]["seconds"] == pytest.approx(80 * share)
+    assert found["Falcon-180B"]["arithmetic"].startswith("3.47e+17 operations; 4096x11008 takes 1.000 s")
+    assert estimates([]) == {}

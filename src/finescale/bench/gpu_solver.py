@@ -294,6 +294,33 @@ def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def estimates(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Seconds of 30 sweeps with float16 parts for models with layers that were not timed: their operations at the speed
+    of the timed layer with most of them, whose ``arithmetic`` is written out."""
+    if not rows:
+        return {}
+
+    def operations(outputs: int, inputs: int) -> float:
+        return 2.0 * outputs * inputs**2 * rows[0]["sweeps"]
+
+    largest = max(rows, key=lambda row: operations(*row["shape"]))
+    seconds = largest["quantease_3xfp16_seconds"]
+    speed = operations(*largest["shape"]) / seconds
+    shape = "x".join(map(str, largest["shape"]))
+    found = {}
+    for model, layers in SHAPES.items():
+        if model not in model_seconds(rows):
+            total = BLOCKS[model] * sum(
+                count * operations(outputs, inputs) for outputs, inputs, count in layers.values()
+            )
+            found[model] = {
+                "seconds": total / speed,
+                "arithmetic": f"{total:.2e} operations; {shape} takes {seconds:.3f} s for {speed * seconds:.2e}, "
+                f"{speed:.2e} a second; {total:.2e} / {speed:.2e} = {total / speed:.0f} s",
+            }
+    return found
+
+
 def bench_gpu_solver(
     device: str = "cuda",
     sweeps: int = 30,
@@ -329,7 +356,8 @@ def bench_gpu_solver(
         if outputs < ENOUGH_ROWS:
             row["objectives_of_more_rows"] = compare_products(inputs, sweeps, device)
         result["rows"].append(row)
-        result |= {"models": model_seconds(result["rows"]), "seconds": time.perf_counter() - started}
+        result |= {"models": model_seconds(result["rows"]), "estimates": estimates(result["rows"])}
+        result["seconds"] = time.perf_counter() - started
         if on_row is not None:
             on_row(result)
         if device.startswith("cuda"):
