@@ -153,7 +153,7 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
     elif support_OI is not None:
         grid = fit_grid(range_OI, grid.scheme, grid.scale_dtype, grid.group_of_I)
     # The start first: its factorization and the matrix of the sweeps are never in memory together.
-    start_OI, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
+    start, notes, start_damping = _start(weight_OI, hessian_II, grid, options, support_OI)
     damped_II = hessian_II.to(dtype)[order_I][:, order_I] if options.act_order else hessian_II.to(dtype, copy=True)
     if options.damping:
         damped_II.diagonal().add_(options.damping * float(damped_II.diagonal().mean()))
@@ -170,7 +170,10 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
     for rows in row_slabs(weight_OI.shape[0], most):
         part = grid.rows_slice(rows)
         target_IO = weight_OI[rows].to(dtype)[:, order_I].T.contiguous()
-        current_IO = target_IO.clone() if start_OI is None else start_OI[rows].to(dtype)[:, order_I].T.contiguous()
+        if start is None:
+            current_IO = target_IO.clone()
+        else:
+            current_IO = start.rows_slice(rows).dequantize().to(dtype)[:, order_I].T.contiguous()
         support: Support | None = None
         if support_OI is not None:
             free_IO = support_OI[:, order_I].T.contiguous()
@@ -230,8 +233,8 @@ def _from_spqr(
 
 def _start(
     weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions, support_OI: Tensor | None
-) -> tuple[Tensor | None, tuple[str, ...], float]:
-    """The starting point [O, I] (None: the weight itself), notes, and the damping it used.
+) -> tuple[QuantizedWeight | None, tuple[str, ...], float]:
+    """The starting point (None: the weight itself), notes, and the damping it used.
 
     GPTQ starts on the same fixed grid; the target of the descent stays the original weight.
     """
@@ -239,4 +242,4 @@ def _start(
         return None, (), 0.0
     gptq_options = GptqOptions(damping=options.gptq_damping, act_order=options.act_order, block_size=options.block_size)
     solution = solve_gptq(weight_OI, hessian_II, grid, gptq_options, support_OI)
-    return solution.weight.dequantize(), solution.notes, solution.damping
+    return solution.weight, solution.notes, solution.damping
