@@ -172,11 +172,11 @@ def test_a_rounded_cache_is_a_cache_of_rounded_values(case, device="cpu", dtype=
         for codes, new, scale, new_scale in zip(
             (keys, values), new_codes, (key_scale, value_scale), new_scales, strict=True
         ):
-            close(
-                dequantized(codes, scale, torch.float32)[:, :, start:],
-                dequantized(new, new_scale, dtype)[:, :, :3],
-                dtype,
-            )
+            # What is rounded may differ by a rounding of its type, and codes by one then.
+            there_BKSD, want_BKSD = dequantized(codes, scale, torch.float32), dequantized(new, new_scale, torch.float32)
+            step = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+            code = 0.0 if dtype == torch.float32 else 1.01 * float(new_scale.max())
+            torch.testing.assert_close(there_BKSD[:, :, start:].cpu(), want_BKSD[:, :, :3], rtol=step, atol=step + code)
             assert codes[:, :, start:].abs().amax(-1).eq(127).all()
 
 

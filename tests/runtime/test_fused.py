@@ -17,6 +17,8 @@ from finescale.grid import (
     with_integer_scales,
 )
 from finescale.kernels import plain
+from finescale.kernels.attention import reserve_workspaces
+from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import pack_weight
 from finescale.kernels.reference import integer_scale_linear
 from finescale.runtime.fused import FusedDecoder, fuse
@@ -278,6 +280,9 @@ def test_loading_needs_little_more_memory_than_the_model(text, tokenizer, tmp_pa
         "rtn", 4, 128, weights={"symmetric": True}, activations={"bits": 8}, integer_scale={"mode": "before"}
     )
     quantize(tmp_path / "model", tmp_path / "out", chosen, text, device="cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
+    gemm.WORKSPACES.reserve(device)  # once for all models of a process
+    reserve_workspaces(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
