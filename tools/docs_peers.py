@@ -28,8 +28,8 @@ def _model(name: str, facts: dict[str, Any], ours: dict[str, dict[int, dict[str,
             rows.setdefault(row["label"], {})[row["bits"]] = row
     rows |= ours
     bits = sorted({number for row in rows.values() for number in row}, reverse=True)
-    least = {b: min(row[b]["perplexity"] for row in rows.values() if b in row) for b in bits}
-    lines = [(label, *(_cell(row.get(b), least[b]) for b in bits)) for label, row in rows.items()]
+    columns = {b: [row[b] for row in rows.values() if b in row] for b in bits}
+    lines = [(label, *(_cell(row.get(b), columns[b]) for b in bits)) for label, row in rows.items()]
     tools = {row["label"]: row["provenance"] for row in facts["peers"]}
     made = "\n".join(f"* {label}: {own['versions']}; `{_without_bits(own['command'])}`" for label, own in tools.items())
     return (
@@ -45,12 +45,17 @@ def _without_bits(command: str) -> str:
     return re.sub(r"--bits \d", "--bits BITS", command)
 
 
-def _cell(row: dict[str, Any] | None, least: float) -> str:
+def _cell(row: dict[str, Any] | None, column: list[dict[str, Any]]) -> str:
     if row is None:
         return "–"
-    value = number(row["perplexity"], 4)
-    value = f"**{value}**" if row["perplexity"] == least else value
-    return value + (f" ({number(row['kl'])})" if row.get("kl") is not None else "")
+    text = _marked(row, column, "perplexity", 4)
+    return text + (f" ({_marked(row, column, 'kl', 3)})" if row.get("kl") is not None else "")
+
+
+def _marked(row: dict[str, Any], column: list[dict[str, Any]], key: str, digits: int) -> str:
+    """The number, in bold where it is the least of its column."""
+    text = number(row[key], digits)
+    return f"**{text}**" if row[key] == min(other[key] for other in column if other.get(key) is not None) else text
 
 
 def _ours(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:

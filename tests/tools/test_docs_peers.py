@@ -26,7 +26,7 @@ def results():
 def test_ours_stand_beside_the_tools(results):
     text = peers_tables(results)
     assert "| tool | 26.5 (0.25) | **60** |" in text
-    assert "| finescale: rounding from quantease | **22.7** (0.1) | – |" in text
+    assert "| finescale: rounding from quantease | **22.7** (**0.1**) | – |" in text
     assert "* tool: tool 1; `python tool.py --bits BITS`" in text and "w4a8" not in text
 
 
