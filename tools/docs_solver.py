@@ -132,6 +132,9 @@ def large_on_cpu(facts: dict[str, Any]) -> str:
 def two_gpus(facts: dict[str, Any]) -> str:
     """Two processes beside one."""
     same = "the same bytes" if facts["deterministic"].get("same_bytes") else "other bytes"
+    opening = f"With --deterministic one and two processes wrote {same}."
+    if not facts.get("rows"):
+        return f"{opening} The speed was not measured.\n"
     rows = [
         (row["model"], "x".join(map(str, row["shape"])), row["solver"], number(row["seconds_one"]),
          number(row["seconds_two"]), f"{row['speedup']:.2f} x")
@@ -139,4 +142,4 @@ def two_gpus(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     sums = [(name, "a block", "", "–", "–", f"{ratio:.2f} x") for name, ratio in facts["models"].items()]
     header = ("model", "outputs x inputs", "solver", "one, seconds", "two, seconds", "faster")
-    return f"With --deterministic one and two processes wrote {same}.\n\n" + table(header, rows + sums)
+    return f"{opening}\n\n" + table(header, rows + sums)
