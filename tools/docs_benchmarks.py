@@ -256,10 +256,16 @@ def serving(facts: dict[str, Any]) -> str:
         return number(time) if base is None or name.startswith("bf16") else f"{number(time)} ({base / time:.2f}x)"
 
     rows = [(name, *(cell(name, column) for column in ("prefill", *batches))) for name in arms]
+    note = f"{facts.get('note', '')}\n\n"
+    if not arms:
+        checks = {name: found for name, found in facts.items() if name.startswith("check")}
+        keys = dict.fromkeys(key for found in checks.values() for key in found)
+        cells = [(name, *(str(found.get(key, "–")) for key in keys)) for name, found in checks.items()]
+        return note + table(("check", *(key.replace("_", " ") for key in keys)), cells)
     return (
         f"vLLM {facts['machine'].get('vllm', '?')}, {setting['shape']}, random weights: milliseconds of a prefill "
         f"of {setting['prefill']} tokens and of a decode step by batch (after prompts of {setting['prompt']} tokens, "
-        f"{setting['tokens']} steps, medians of {setting['repeat']}), and times faster than bfloat16.\n\n"
+        f"{setting['tokens']} steps, medians of {setting['repeat']}), and times faster than bfloat16. {note}"
         + table(("arm", "prefill", *(f"batch {batch}" for batch in batches)), rows)
         + _steps(arms)
     )
@@ -328,7 +334,7 @@ def attention_tiles(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     return (
         "Microseconds of a layer's attention of one token to 192 others, by keys of a tile / programs / warps / "
-        "stages, and reading keys and values at 3 TB/s.\n\n"
+        f"stages, and reading keys and values at 3 TB/s. {facts.get('note', '')}\n\n"
         + table(("sequences", "heads of keys x queries", "cache", "reading", *forms), rows)
     )
 
