@@ -5,7 +5,8 @@
 makes ``compare-NAME.json`` (the methods of ``grids/``, mixed precision at three sizes, other tools' rows),
 ``tasks-NAME.json`` (eight tasks with float and integer scales) and figures, in ``--results``. Calibration is 64 windows
 of 512 tokens from the start of the text, evaluation 20 windows of 2048, the setting of the other tools' rows in
-``peers/NAME.json``. What ``WORK`` holds already is not made again; ``--minutes`` ends the run early with what it has.
+``results/peers-NAME.json``. What ``WORK`` holds already is not made again; ``--minutes`` ends the run early with what
+it has.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def methods(runner: Runner, name: str, results: Path, files: list[str]) -> None:
     """The grids, and beside them sensitivities and mixed recipes, whose size lies between the grid's; one table."""
     out, mixed = runner.work / "compare", runner.work / "mixed"
     grids = [word for file in files for word in ("--grid", runner.grids / f"{file}.yaml")]
-    peers = HERE / "peers" / f"{name}.json"
+    peers = HERE / "results" / f"peers-{name}.json"
     grid = runner.compare(out, *grids, *(["--peers", peers] if peers.is_file() else []))
     recipes = [path for path in map(runner.mix, runner.targets) if path.is_file()]
     if recipes:

@@ -7,7 +7,12 @@ from typing import Any
 
 from tools.docs_text import number, table
 
-OURS = ("quantease", "rounding from quantease", "rounding from quantease, signed scales")
+OURS = (
+    "quantease",
+    "quantease, signed scales",
+    "rounding from quantease",
+    "rounding from quantease, signed scales",
+)
 """Rows of ``benchmarks/tuning.py`` that stand beside the tools: the solver alone, and our recipes' learned rounding."""
 
 
