@@ -29,9 +29,9 @@ from finescale.kernels.layout import (
     BLOCK,
     SLAB,
     TOKEN_SLAB,
+    empty_tokens,
     groups_in_block,
     pack_weight,
-    packed_tokens_shape,
     unpack_weight,
 )
 from finescale.kernels.linear import OUT_DTYPES
@@ -182,11 +182,7 @@ def route_tokens(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def _empty_quantize_routed(x: Tensor, position_TK: Tensor, kind: str, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = routed_rows(position_TK.shape[0], position_TK.shape[1], experts)
     inputs = x.shape[1] // 2 if kind == "silu" else x.shape[1]
-    return (
-        x.new_empty(packed_tokens_shape(rows, inputs), dtype=torch.int8),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.int32),
-    )
+    return empty_tokens(x, rows, inputs)
 
 
 @operator("quantize_routed", _empty_quantize_routed)

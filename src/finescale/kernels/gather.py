@@ -16,7 +16,7 @@ from finescale.grid import ActivationScheme, Gather
 from finescale.grid import quantize_tokens as to_codes
 from finescale.kernels import plain
 from finescale.kernels.checks import check_tensors
-from finescale.kernels.layout import pack_tokens, packed_tokens_shape
+from finescale.kernels.layout import empty_tokens, pack_tokens
 from finescale.kernels.operators import operator
 
 
@@ -78,12 +78,7 @@ def _empty_quantize_gathered(
     more_index_M: Tensor,
     more_gain_M: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = x_TI.shape[0]
-    return (
-        x_TI.new_empty(packed_tokens_shape(tokens, index_J.shape[0]), dtype=torch.int8),
-        x_TI.new_empty(tokens, dtype=torch.float32),
-        x_TI.new_empty(tokens, dtype=torch.int32),
-    )
+    return empty_tokens(x_TI, x_TI.shape[0], index_J.shape[0])
 
 
 def _plain_quantize_gathered(

@@ -106,6 +106,15 @@ def packed_tokens_shape(tokens: int, inputs: int) -> tuple[int, int, int]:
     return -(-inputs // BLOCK), -(-tokens // TOKEN_SLAB), TOKEN_SLAB * BLOCK
 
 
+def empty_tokens(x: Tensor, tokens: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room on x's device for rounded tokens: packed codes int8, scales float32 [T], sums of codes int32 [T]."""
+    return (
+        x.new_empty(packed_tokens_shape(tokens, inputs), dtype=torch.int8),
+        x.new_empty(tokens, dtype=torch.float32),
+        x.new_empty(tokens, dtype=torch.int32),
+    )
+
+
 def pack_tokens(codes_TI: Tensor) -> Tensor:
     """int8 [T, I] activations as int8 [B, slabs, 1024], missing tokens and inputs filled with zeros."""
     padded = _padded(_padded(codes_TI, 1, BLOCK), 0, TOKEN_SLAB)

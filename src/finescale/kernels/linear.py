@@ -16,7 +16,7 @@ from finescale.kernels import plain
 from finescale.kernels.checks import check_tensors
 from finescale.kernels.gather import GatherTable, quantize_gathered
 from finescale.kernels.hopper import gemm, quantize
-from finescale.kernels.layout import BLOCK, SLAB, packed_tokens_shape
+from finescale.kernels.layout import BLOCK, SLAB, empty_tokens, packed_tokens_shape
 from finescale.kernels.operators import operator
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,13 +30,7 @@ def _empty_tokens(
     shift_I: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = x_TI.shape[0]
-    inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
-    return (
-        x_TI.new_empty(packed_tokens_shape(tokens, inputs), dtype=torch.int8),
-        x_TI.new_empty(tokens, dtype=torch.float32),
-        x_TI.new_empty(tokens, dtype=torch.int32),
-    )
+    return empty_tokens(x_TI, x_TI.shape[0], x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1])
 
 
 @operator("quantize_tokens", _empty_tokens, mutates=("residual_TI",), cpu=plain.quantize_tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from finescale.errors import InputError
 from finescale.kernels.jit import load_kernel
 from finescale.kernels.launch import blocks_on_multiprocessor, launch, multiprocessors_of
-from finescale.kernels.layout import packed_tokens_shape
+from finescale.kernels.layout import empty_tokens
 
 if TYPE_CHECKING:
     from finescale.kernels.gather import GatherTable
@@ -81,10 +81,7 @@ def run(
     inputs = x_TI.shape[1] // 2 if kind == "silu" else x_TI.shape[1]
     device = x_TI.device
     gathered = inputs if gather is None else gather.index_J.shape[0]
-    shape = packed_tokens_shape(given, gathered)
-    codes = torch.empty(shape, dtype=torch.int8, device=device)
-    scale_T = torch.empty(given, dtype=torch.float32, device=device)
-    sum_T = torch.empty(given, dtype=torch.int32, device=device)
+    codes, scale_T, sum_T = empty_tokens(x_TI, given, gathered)
     by_row = position_TK is not None and kind == "silu"
     items = position_TK.numel() if position_TK is not None and by_row else tokens
     if items == 0:
@@ -101,7 +98,7 @@ def run(
         None if position_TK is None else position_TK.data_ptr(),
         items,
         inputs,
-        shape[1],
+        codes.shape[1],
         0 if position_TK is None else position_TK.shape[1],
         epsilon,
         *((None,) * 5 if gather is None else (tensor.data_ptr() for tensor in gather.tensors())),
