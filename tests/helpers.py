@@ -189,6 +189,20 @@ def quantize(model: Path, out: Path, chosen: Recipe, text: Path, **checks: Any) 
     return run(prepare(model, chosen, out, str(text), **checks))
 
 
+class StopError(Exception):
+    """What ends a run in the middle, like a kill that leaves no time to clean up."""
+
+
+def stop_after(blocks: int) -> Callable[[str, int, int], None]:
+    """To be told of a run's progress: raises StopError once so many blocks are done."""
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done == blocks:
+            raise StopError
+
+    return stop
+
+
 def reference_model(original: Path, quantized: Path) -> PreTrainedModel:
     """The float model of transformers, loaded by transformers itself, with every quantized weight put in dequantized.
 

@@ -13,6 +13,7 @@ from finescale.pipeline.verify import verify
 from finescale.runtime.checkpoint import open_quantized
 from finescale.runtime.load import load
 from tests.helpers import (
+    StopError,
     assert_sentence,
     change_tensor,
     hashes,
@@ -23,6 +24,7 @@ from tests.helpers import (
     read_tensors,
     recipe,
     some_tokens,
+    stop_after,
 )
 
 SOURCES = {
@@ -271,15 +273,8 @@ def test_fresh_never_empties_the_folder_that_it_reads(source, tmp_path):
 def test_a_conversion_that_was_stopped_starts_again(source, tmp_path):
     path, out = source("compressed-tensors"), tmp_path / "out"
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 2:
-            raise StopError
-
     with pytest.raises(StopError):
-        convert(path, out, on_progress=stop)
+        convert(path, out, on_progress=stop_after(2))
     assert not (out / "config.json").exists() and list(out.glob("*.safetensors"))
     convert(path, tmp_path / "whole")
     convert(path, out)

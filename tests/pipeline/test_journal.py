@@ -13,7 +13,7 @@ from finescale.pipeline import journal as journals
 from finescale.pipeline.journal import Journal, clear_output, finished_signature, signature, write_json, write_shard
 from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
-from tests.helpers import assert_sentence, hashes, quantize, read_json, recipe
+from tests.helpers import StopError, assert_sentence, hashes, quantize, read_json, recipe, stop_after
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -127,15 +127,8 @@ def test_an_unfinished_run_with_other_settings_is_refused(tiny, text, tmp_path):
 
 
 def stop_after_a_block(tiny, text, out):
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 1:
-            raise StopError
-
     with pytest.raises(StopError):
-        run(prepare(tiny("llama"), recipe(), out, str(text)), on_progress=stop)
+        run(prepare(tiny("llama"), recipe(), out, str(text)), on_progress=stop_after(1))
     assert (out / ".finescale" / "block-00000.json").is_file()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from finescale.pipeline import walk as pipeline
 from finescale.pipeline.quantize import prepare, run
-from tests.helpers import make_model, recipe, save_model
+from tests.helpers import StopError, make_model, recipe, save_model, stop_after
 
 BLOCKS = 6
 
@@ -85,15 +85,8 @@ def test_only_the_blocks_in_work_hold_weights_and_gradients(tokenizer, text, tmp
 def test_replayed_blocks_are_released_too(tokenizer, text, tmp_path):
     path = save_model(make_model("llama", num_hidden_layers=4), tokenizer, tmp_path / "model")
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 3:
-            raise StopError
-
     with pytest.raises(StopError):
-        run(prepare(path, recipe("rtn"), tmp_path / "out", str(text)), on_progress=stop)
+        run(prepare(path, recipe("rtn"), tmp_path / "out", str(text)), on_progress=stop_after(3))
     job = prepare(path, recipe("rtn"), tmp_path / "out", str(text))
     labels = []
 

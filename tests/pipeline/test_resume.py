@@ -16,6 +16,7 @@ from finescale.errors import CheckpointError, InputError
 from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
 from tests.helpers import (
+    StopError,
     assert_sentence,
     command,
     hashes,
@@ -25,6 +26,7 @@ from tests.helpers import (
     read_json,
     recipe,
     save_model,
+    stop_after,
 )
 
 BLOCKS = 8
@@ -91,15 +93,8 @@ def test_killed_three_times_it_ends_with_the_same_bytes(deep, text, tmp_path):
 def stopped(model, text, out, chosen, after):
     """A run stopped when ``after`` blocks are done, as a kill leaves it."""
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == after:
-            raise StopError
-
     with pytest.raises(StopError):
-        run(prepare(model, chosen, out, str(text)), on_progress=stop)
+        run(prepare(model, chosen, out, str(text)), on_progress=stop_after(after))
 
 
 CHOSEN = {
@@ -232,15 +227,8 @@ def test_another_version_of_ones_own_solver_does_not_go_on(deep, text, tmp_path,
     monkeypatch.syspath_prepend(tmp_path)
     chosen, out = recipe("resume_test_solver:MINE", 4, 32), tmp_path / "out"
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 2:
-            raise StopError
-
     with pytest.raises(StopError):
-        run(prepare(deep, chosen, out, str(text)), on_progress=stop)
+        run(prepare(deep, chosen, out, str(text)), on_progress=stop_after(2))
     plugin.write_text(body + "# another version\n")
     with pytest.raises(InputError, match="unfinished run with another model, recipe"):
         run(prepare(deep, chosen, out, str(text)))

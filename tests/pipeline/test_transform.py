@@ -15,6 +15,7 @@ from finescale.transforms import registry
 from finescale.transforms.view import Changes
 from tests.helpers import (
     KINDS,
+    StopError,
     hashes,
     lasting_files,
     logits_of,
@@ -26,6 +27,7 @@ from tests.helpers import (
     reference_model,
     save_model,
     some_tokens,
+    stop_after,
 )
 
 
@@ -68,15 +70,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(tokenizer, text, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     quantize(model, whole, chosen, text)
 
-    class _StopError(Exception):
-        pass
-
-    def stop(what, done, total):
-        if done == 2:
-            raise _StopError
-
-    with pytest.raises(_StopError):
-        run(prepare(model, chosen, broken, str(text)), on_progress=stop)
+    with pytest.raises(StopError):
+        run(prepare(model, chosen, broken, str(text)), on_progress=stop_after(2))
     shutil.copytree(broken, tmp_path / "copy")
     assert (broken / ".finescale" / "block-00001.json").is_file()
     run(prepare(model, chosen, broken, str(text)))
@@ -189,15 +184,8 @@ def test_a_resumed_reassembly_ends_with_the_same_bytes(tiny, text, tmp_path):
                     transforms=[{"name": "qllm", "options": options}])  # fmt: skip
     broken = tmp_path / "broken"
 
-    class _StopError(Exception):
-        pass
-
-    def stop(what, done, total):
-        if done == 1:
-            raise _StopError
-
-    with pytest.raises(_StopError):
-        run(prepare(source, chosen, broken, str(text)), on_progress=stop)
+    with pytest.raises(StopError):
+        run(prepare(source, chosen, broken, str(text)), on_progress=stop_after(1))
     run(prepare(source, chosen, broken, str(text)))
     assert hashes(broken, lasting_files(broken)) == hashes(whole, lasting_files(whole))
 

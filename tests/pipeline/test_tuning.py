@@ -17,6 +17,7 @@ from finescale.runtime.checkpoint import open_quantized
 from finescale.solvers import Solution
 from tests.helpers import (
     W4A8,
+    StopError,
     assert_same_logits,
     assert_sentence,
     hashes,
@@ -27,6 +28,7 @@ from tests.helpers import (
     read_tensors,
     recipe,
     save_model,
+    stop_after,
 )
 from tests.tuning.test_moving import solved as rounded_weight
 
@@ -107,18 +109,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tokenizer, text, tmp_path):
     chosen = tuned(iterations=8)
     quantize(model, tmp_path / "whole", chosen, text)
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 2:
-            raise StopError
-
     from finescale.pipeline.quantize import prepare, run
 
     job = prepare(model, chosen, tmp_path / "out", str(text))
     with pytest.raises(StopError):
-        run(job, on_progress=stop)
+        run(job, on_progress=stop_after(2))
     run(prepare(model, chosen, tmp_path / "out", str(text)))
     assert read_json(tmp_path / "out" / "run.json")["resumed_from_block"] == 2
     files = lasting_files(tmp_path / "whole")
@@ -243,9 +238,6 @@ def test_a_run_broken_within_a_group_ends_with_the_same_bytes(tokenizer, text, t
     chosen = corrected(2, 4, transforms=transforms)
     quantize(model, tmp_path / "whole", chosen, text)
 
-    class StopError(Exception):
-        pass
-
     from finescale.pipeline import journal, walk
     from finescale.pipeline.quantize import prepare, run
 
@@ -276,17 +268,10 @@ def test_an_interrupted_omniquant_ends_with_the_same_bytes(tokenizer, text, tmp_
     assert any(".bias" in name for name in report["changed_tensors"])
     verify(tmp_path / "whole", model)
 
-    class StopError(Exception):
-        pass
-
-    def stop(label, done, total):
-        if done == 2:
-            raise StopError
-
     from finescale.pipeline.quantize import prepare, run
 
     with pytest.raises(StopError):
-        run(prepare(model, chosen, tmp_path / "out", str(text)), on_progress=stop)
+        run(prepare(model, chosen, tmp_path / "out", str(text)), on_progress=stop_after(2))
     run(prepare(model, chosen, tmp_path / "out", str(text)))
     files = lasting_files(tmp_path / "whole")
     assert hashes(tmp_path / "out", files) == hashes(tmp_path / "whole", files)
