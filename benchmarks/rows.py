@@ -65,12 +65,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: where it stands in the table (part, name), and what its recipe says."""
+    """A row: where it stands in the table (part, name), what its recipe says, and the seed of the windows' order."""
 
     part: str
     name: str
     values: Mapping[str, Any]
     samples: int | None = None
+    seed: int = 0
 
 
 def settings(
@@ -142,9 +143,15 @@ def evaluation_of(setting: Setting) -> tuple[Tensor, PreTrainedModel | Reference
 
 
 def quality(setting: Setting, model: PreTrainedModel) -> dict[str, Any]:
-    """Perplexity, and the mean KL divergence from the original in nats per token."""
+    """Perplexity, the mean KL divergence from the original in nats per token, and the loss of each window."""
     result = evaluate_windows(model, *evaluation_of(setting))
-    return {"perplexity": result.perplexity, "kl": result.kl, "original": result.reference_perplexity}
+    losses = [round(loss, 6) for loss in result.window_losses]
+    return {
+        "perplexity": result.perplexity,
+        "kl": result.kl,
+        "original": result.reference_perplexity,
+        "window_losses": losses,
+    }
 
 
 def recipe_of(row: Row, setting: Setting) -> Recipe:
@@ -161,7 +168,7 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     calibration = calibration_of(setting, -(-part.samples * part.length // LENGTH), work)
     tokens_T = tokens_of(setting.model, str(calibration))
     clock, processor = time.perf_counter(), time.process_time()
-    job = prepare(setting.model, recipe, out, str(calibration), device=setting.device, tokens_T=tokens_T)
+    job = prepare(setting.model, recipe, out, str(calibration), row.seed, setting.device, tokens_T=tokens_T)
     report = run(job, fresh=True)
     seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     if proof:

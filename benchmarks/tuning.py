@@ -98,6 +98,8 @@ SIGNED: dict[str, dict[str, Any]] = {
     "quantease, signed scales": SOLVERS["quantease"],
     "rounding from quantease, signed scales": SOLVERS["rounding from quantease"],
 }
+SEEDS = (1, 2)
+"""Of the order in which learned rounding sees the windows, besides 0; AutoRound's ``--seed`` is the same."""
 
 
 def weights_of(bits: int, clip: str = "mse") -> dict[str, Any]:
@@ -109,6 +111,12 @@ def all_rows(peer: bool) -> list[Row]:
     rows = [Row(str(bits), name, weights_of(bits) | SOLVERS[name]) for bits in (4, 3, 2) for name in SOLVERS]
     rows += [Row(str(bits), name, weights_of(bits) | MORE[name]) for bits in (4, 3, 2) for name in MORE]
     rows += [Row(str(bits), name, weights_of(bits, "signed") | SIGNED[name]) for bits in (4, 3, 2) for name in SIGNED]
+    name = "rounding from quantease, signed scales"
+    rows += [
+        Row(str(bits), f"{name}, seed {seed}", weights_of(bits, "signed") | SIGNED[name], seed=seed)
+        for bits in (4, 3, 2)
+        for seed in SEEDS
+    ]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
         rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]

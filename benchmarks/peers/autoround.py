@@ -90,7 +90,8 @@ def main() -> None:
     )
     tuned, _ = tuner.quantize()
     facts = {
-        "tool": f"AutoRound, {arguments.iterations} iterations",
+        "tool": f"AutoRound, {arguments.iterations} iterations"
+        + (f", seed {arguments.seed}" if arguments.seed else ""),
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
         "settings": {
             key: getattr(arguments, key) for key in ("bits", "group", "iterations", "batch", "seed", "device")

@@ -49,9 +49,7 @@ def made(tool: str, model: str, work: Path, bits: int, group: int) -> tuple[Path
     return out, [*shown, "OUT", *values[6:]]
 
 
-def row_of(
-    facts: dict[str, Any], quality: dict[str, float], command: list[str], bits: int, group: int
-) -> dict[str, Any]:
+def row_of(facts: dict[str, Any], quality: dict[str, Any], command: list[str], bits: int, group: int) -> dict[str, Any]:
     """What the table and ``finescale compare --peers`` need of one result."""
     return {
         "label": facts["tool"],
@@ -80,13 +78,15 @@ def changed(model: str, out: Path, device: str) -> PreTrainedModel:
     return found
 
 
-def quality_of(model: PreTrainedModel, folder: str, work: Path, setting: dict[str, Any], kl: bool) -> dict[str, float]:
-    """Perplexity; with ``kl`` also the mean divergence from the original and the agreement of the first guess."""
+def quality_of(model: PreTrainedModel, folder: str, work: Path, setting: dict[str, Any], kl: bool) -> dict[str, Any]:
+    """Perplexity and each window's loss; with ``kl`` also the mean divergence from the original and the agreement of
+    the first guess."""
     found = evaluate(
         model, str(work / "evaluation.txt"), windows=setting["windows"], length=setting["length"],
         against=load(folder, device=model.device) if kl else None, tokenizer_from=folder,
     )  # fmt: skip
-    return {"perplexity": found.perplexity} | ({"kl": found.kl, "top1": found.top1} if kl else {})
+    losses = {"window_losses": [round(loss, 6) for loss in found.window_losses]}
+    return {"perplexity": found.perplexity} | ({"kl": found.kl, "top1": found.top1} if kl else {}) | losses
 
 
 def main() -> None:
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--tool", action="append", required=True, help="'SCRIPT=PYTHON more words', a script in here")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="64")
+    parser.add_argument("--windows", type=int, help="of the evaluation, instead of the usual number")
     parser.add_argument("--device", default="cpu", help="of the evaluation, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the evaluation")
     parser.add_argument("--kl", action=argparse.BooleanOptionalAction, default=True, help="twice as long")
@@ -108,6 +109,7 @@ def main() -> None:
     model, work = str(Path(local_folder(arguments.model)).resolve()), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     setting = benchmark.setting_of(arguments.name, arguments.data, work, model)
+    setting["windows"] = arguments.windows or setting["windows"]
     tokens = encode(open_tokenizer(Path(model)), (work / "calibration.txt").read_text(encoding="utf-8"))
     count = benchmark.SAMPLES * benchmark.LENGTH
     save_file({"calibration": tokens[:count].view(benchmark.SAMPLES, benchmark.LENGTH)}, work / "tokens.safetensors")
