@@ -95,6 +95,26 @@ def test_fused_layers_must_agree():
     assert fused_conflict({"h.0.fc1": SYMMETRIC, "h.0.q_proj": SYMMETRIC}) == ""
 
 
+def test_transformers_decompresses_all_experts_by_one_scheme():
+    """Measured with transformers 5.23: experts of 8 bits in one block and 4 in another load, as other numbers."""
+    names = [f"model.layers.{b}.mlp.experts.{e}.{w}" for b in range(2) for e in range(4) for w in ("w1", "w2", "w3")]
+    same = dict.fromkeys(names, SYMMETRIC)
+    attention = {f"model.layers.0.self_attn.{part}_proj": WeightScheme(8, -1, True) for part in "qkvo"}
+    later_wide = {name: WeightScheme(8, 128, True) if ".1.mlp" in name else SYMMETRIC for name in names}
+    down_left = {name: None if name.endswith("w2") else SYMMETRIC for name in names}
+    for schemes, yes in ((same, True), (same | attention, True), (later_wide, False), (down_left, False)):
+        assert loads("compressed-tensors", schemes, None, "mixtral")["transformers"] is yes
+    assert fused_conflict(later_wide) == "" and fused_conflict(down_left) == "model.layers.0.mlp.experts"
+
+
+def test_only_finescale_rounds_keys_and_values():
+    table = engine_table("compressed-tensors", [SYMMETRIC], None, "llama", rounded_cache=True)
+    assert ["keys and values" in row["remark"] for row in table] == [row["engine"] != "finescale" for row in table]
+    assert not loads("compressed-tensors", [SYMMETRIC], A8, "llama", integer=True, rounded_cache=True)[
+        "vLLM with finescale"
+    ]
+
+
 def test_tensor_parallel():
     check_tensor_parallel((768, 512), 128, 4, "row")
     check_tensor_parallel((768, 500), 128, 4, "column")

@@ -30,6 +30,7 @@ _OUTLIERS = "only finescale reads outliers and quantized scales, and without the
 _OWN_INPUTS = "only finescale, in vLLM by its plugin, rearranges the inputs of layers (a gather or an online rotation)"
 _W8A8_ONLY = "int-quantized weights must be symmetric 8-bit per channel, with 8-bit activations"
 _ONE_SCHEME = "the schemes within {} differ, yet engines load these layers as one; give them one scheme"
+_FLOAT_CACHE = "keys and values are not rounded"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Model:
         own_inputs: whether inputs are rearranged before the product (a gather, an online rotation).
         other_inputs: whether inputs are rounded, and not to symmetric 8 bits per token.
         integer: whether group scales are integers over an amplifier.
+        mixed_experts: whether the experts of the model have more than one scheme, or some of them none.
+        rounded_cache: whether keys and values are rounded.
     """
 
     format_name: str
@@ -65,6 +68,8 @@ class Model:
     own_inputs: bool = False
     other_inputs: bool = False
     integer: bool = False
+    mixed_experts: bool = False
+    rounded_cache: bool = False
 
     @property
     def bits(self) -> set[int]:
@@ -89,7 +94,7 @@ Row = tuple[list[str], str, list[str]]
 
 def engine_table(
     format_name: str,
-    schemes: Mapping[str, WeightScheme] | Sequence[WeightScheme],
+    schemes: Mapping[str, WeightScheme | None] | Sequence[WeightScheme],
     activations: ActivationScheme | None,
     family: str,
     shapes: Mapping[str, tuple[int, int]] | None = None,
@@ -97,12 +102,13 @@ def engine_table(
     outliers: bool = False,
     own_inputs: bool = False,
     integer: bool = False,
+    rounded_cache: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per engine: ``{"engine", "loads": bool, "runs_as": str, "remark": str}``.
 
     Args:
         format_name: a name of `finescale.formats.FORMATS`.
-        schemes: scheme of each quantized layer; names allow to find fused layers that differ.
+        schemes: scheme of each layer, None for one left as it is; names allow to find fused layers that differ.
         activations: how inputs are quantized, or None.
         family: `model_type` of config.json.
         shapes: (O, I) of the layers, to find ragged groups and odd sizes.
@@ -110,9 +116,11 @@ def engine_table(
         outliers: whether some weights are kept beside the grid.
         own_inputs: whether inputs are rearranged before the product, by QLLM's gather or an online rotation.
         integer: whether group scales are integers over an amplifier.
+        rounded_cache: whether keys and values are rounded.
     """
-    named = schemes if isinstance(schemes, Mapping) else {}
-    values = list(schemes.values() if isinstance(schemes, Mapping) else schemes)
+    layers: Mapping[str, WeightScheme | None] = schemes if isinstance(schemes, Mapping) else {}
+    named = {name: scheme for name, scheme in layers.items() if scheme is not None}
+    values = list(named.values() if isinstance(schemes, Mapping) else schemes)
     shapes = {name: shape for name, shape in (shapes or {}).items() if name in named}
     model = Model(
         format_name=format_name,
@@ -124,12 +132,14 @@ def engine_table(
             named[name].group_size != -1 and shape[1] % named[name].group_size for name, shape in shapes.items()
         ),
         odd=any(size % 32 for shape in shapes.values() for size in shape),
-        conflict=fused_conflict(named),
+        conflict=fused_conflict(layers),
         desc_act=desc_act,
         outliers=outliers,
         own_inputs=own_inputs,
         other_inputs=activations not in (None, ActivationScheme(8)),
         integer=integer,
+        mixed_experts=len({_key(scheme) for name, scheme in layers.items() if ".experts." in name}) > 1,
+        rounded_cache=rounded_cache,
     )
     engines: dict[str, Callable[[Model], Row]] = {
         "finescale": _finescale,
@@ -148,6 +158,8 @@ def engine_table(
             reasons = [_OUTLIERS]
         if "finescale" not in engine and model.own_inputs:
             reasons = [_OWN_INPUTS]
+        if engine != "finescale" and model.rounded_cache:
+            remarks = [*remarks, _FLOAT_CACHE]
         loads = not reasons
         rows.append(
             {
@@ -160,22 +172,25 @@ def engine_table(
     return rows
 
 
-def fused_conflict(schemes: Mapping[str, WeightScheme]) -> str:
-    """The first layers that engines load as one matrix although their schemes differ; empty if there are none."""
+def _key(scheme: WeightScheme | None) -> SchemeKey | None:
+    return None if scheme is None else scheme_key(scheme)
+
+
+def fused_conflict(schemes: Mapping[str, WeightScheme | None]) -> str:
+    """The first layers that engines load as one matrix although their schemes differ, or only some are quantized; empty
+    if there are none."""
     leaves = {name.rpartition(".")[2] for name in schemes}
     fused: dict[str, set[SchemeKey | None]] = {}
     for name, scheme in schemes.items():
         if ".experts." in name:
-            fused.setdefault(f"{name.split('.experts.', 1)[0]}.experts", set()).add(scheme_key(scheme))
+            fused.setdefault(f"{name.split('.experts.', 1)[0]}.experts", set()).add(_key(scheme))
             continue
         parent, _, leaf = name.rpartition(".")
         for members in _FUSED:
             if leaf in members:
                 # A member left unquantized conflicts too, unless the model has no such layer at all.
-                found = [schemes.get(f"{parent}.{member}") for member in members if member in leaves]
-                fused[f"{parent}.({'|'.join(members)})"] = {
-                    None if each is None else scheme_key(each) for each in found
-                }
+                found = {_key(schemes.get(f"{parent}.{member}")) for member in members if member in leaves}
+                fused[f"{parent}.({'|'.join(members)})"] = found
     return next((label for label, keys in fused.items() if len(keys) > 1), "")
 
 
@@ -239,6 +254,8 @@ def _transformers(model: Model) -> Row:
         reasons.append("compressed-tensors needs a group size that divides the inputs of every layer")
     if model.experts and (model.asymmetric or model.format_name == INT8):
         reasons.append("experts load only as symmetric packed integers")
+    if model.experts and model.mixed_experts:
+        reasons.append("all experts of a model are decompressed by one scheme; give them one, or load with finescale")
     if model.asymmetric and model.format_name == PACKED and not model.experts:
         reasons.append(
             "compressed-tensors 0.20 misreads packed zero points: load with "
@@ -291,6 +308,8 @@ def _vllm_finescale(model: Model) -> Row:
         reasons, runs_as, remarks = _vllm_cuda(model)
         return reasons, runs_as, [*remarks, "left to vLLM"]
     reasons = []
+    if model.rounded_cache:
+        reasons.append("the plugin does not round keys and values; leave kv_cache out, or load with finescale")
     if model.format_name not in (PACKED, INT8):
         reasons.append(f"the plugin serves {PACKED} and {INT8}")
     if model.conflict:

@@ -334,7 +334,7 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
         "fallbacks": fallbacks,
         "engines": engine_table(
             job.fmt.name,
-            {layer.name: layer.scheme for layer in plan.layers},
+            {layer.name: layer.scheme for layer in plan.layers} | dict.fromkeys(plan.skipped),
             activations,
             job.skeleton.family.model_type,
             {layer.name: layer.shape_OI for layer in plan.layers},
@@ -342,5 +342,6 @@ def _report(job: Job, records: list[dict[str, Any]], after: int) -> dict[str, An
             job.recipe.solver.options().keeps_outliers,
             not all(map(is_plain, records)),
             any(record["amplifier"] for record in records),
+            job.recipe.kv_cache is not None,
         ),
     }
