@@ -86,3 +86,23 @@ def test_zero_points_load_when_dequantized_on_the_way(llama, tmp_path, scheme):
         )
     for name, tensor in model.state_dict().items():
         assert torch.allclose(tensor, dense[name], rtol=2e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("activations", [A8, ActivationScheme(4, "tensor", False)])
+def test_finescale_can_round_inputs_as_transformers_does(tiny, text, tmp_path, activations):
+    """Random tokens leave the range of the calibration text, where the two roundings differ in their lowest code."""
+    from dataclasses import asdict
+
+    from transformers import AutoModelForCausalLM
+
+    from finescale.claim import left_to_transformers
+    from finescale.runtime.load import load
+    from tests.helpers import logits_of, quantize, recipe, some_tokens
+
+    calibration = {"samples": 1, "length": 8, "batch_size": 1}
+    chosen = recipe(weights={"symmetric": True}, activations=asdict(activations), calibration=calibration)
+    quantize(tiny("llama"), tmp_path / "out", chosen, text)
+    found = logits_of(load(tmp_path / "out", rounding="compressed-tensors"), some_tokens())
+    with left_to_transformers():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(found, logits_of(theirs, some_tokens()), rtol=1e-4, atol=1e-4)

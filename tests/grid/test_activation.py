@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finescale.errors import InputError
-from finescale.grid import ActivationScheme, fake_quantize_tokens, quantize_tokens
+from finescale.grid import (
+    ActivationScheme,
+    StaticRange,
+    fake_quantize_full_range,
+    fake_quantize_tokens,
+    quantize_tokens,
+)
 
 BITS = [4, 6, 8]
 
@@ -97,13 +103,15 @@ def test_nan_and_inf_show_in_the_output_of_their_token_only(bad):
 @pytest.mark.parametrize("bits", BITS)
 def test_full_range_has_one_more_code_below_zero(bits):
     x_TI = torch.tensor([[-1.0, 1.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    rounded_TI = fake_quantize_tokens(x_TI, ActivationScheme(bits), full_range=True)
+    rounded_TI = fake_quantize_full_range(x_TI, ActivationScheme(bits))
     scale = 2 / (2**bits - 1)
     codes = (rounded_TI[0] / scale).tolist()
     assert codes == pytest.approx([round(code) for code in codes], abs=1e-3)
     assert min(codes) >= -(2 ** (bits - 1)) - 1e-3 and max(codes) <= 2 ** (bits - 1) - 1 + 1e-3
     assert rounded_TI[0].tolist() == pytest.approx(x_TI[0].tolist(), abs=0.501 * scale)
     assert rounded_TI[1].tolist() == [0, 0, 0, 0]
+    fixed = fake_quantize_full_range(x_TI * 9, ActivationScheme(bits, "tensor", False), StaticRange(0.5))
+    assert fixed[0].tolist() == [max(-9.0, -(2 ** (bits - 2))), min(9.0, (2 ** (bits - 1) - 1) / 2), 2.5, 0.0]
 
 
 @pytest.mark.parametrize("values", [{"bits": 5}, {"bits": 16}, {"granularity": "tensor"}, {"dynamic": False}])

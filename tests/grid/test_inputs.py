@@ -1,5 +1,8 @@
 """What happens to a layer's input, against loops over tokens and channels."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,10 +70,11 @@ def test_one_fixed_scale_for_all_tokens(bits, symmetric):
 
 
 def test_zero_tokens_stay_zero_and_bad_ones_show():
-    for symmetric in (True, False):
-        scheme = ActivationScheme(8, symmetric=symmetric)
-        assert torch.equal(fake_quantize(torch.zeros(2, 3), scheme), torch.zeros(2, 3))
-        rounded_TI = fake_quantize(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]), scheme)
+    for symmetric, dynamic, bad in product((True, False), (True, False), (math.nan, math.inf, -math.inf)):
+        scheme = ActivationScheme(8, "token" if dynamic else "tensor", dynamic, symmetric)
+        fixed = None if dynamic else StaticRange(0.25, 0 if symmetric else 3)
+        assert torch.equal(fake_quantize(torch.zeros(2, 3), scheme, fixed), torch.zeros(2, 3))
+        rounded_TI = fake_quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]), scheme, fixed)
         assert not bool(torch.isfinite(rounded_TI[0]).all()) and bool(torch.isfinite(rounded_TI[1]).all())
 
 

@@ -3,6 +3,7 @@
 from finescale.grid.activation import (
     StaticRange,
     fake_quantize,
+    fake_quantize_full_range,
     fake_quantize_tokens,
     quantize_activations,
     quantize_tokens,
@@ -36,6 +37,7 @@ __all__ = [
     "contiguous_groups",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_full_range",
     "fake_quantize_tokens",
     "fit_grid",
     "fit_group",

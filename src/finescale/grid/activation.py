@@ -85,10 +85,10 @@ def quantize_activations(
     if scheme.dynamic:
         scale_T1, zero_T1 = _token_ranges(x_TI, scheme)
     else:
-        if fixed is None:
-            raise NumericsError("a static activation scheme has no range; calibrate the layer first.")
-        scale_T1 = torch.full_like(x_TI[..., :1], fixed.scale)
-        zero_T1 = torch.full_like(scale_T1, float(fixed.zero))
+        known = _range_of(fixed)
+        # Codes have no NaN or Inf: the scale shows them, as it does by itself where it follows the data.
+        scale_T1 = known.scale + 0 * x_TI.abs().amax(-1, keepdim=True)
+        zero_T1 = torch.full_like(scale_T1, float(known.zero))
     codes_TI = (x_TI / scale_T1).round_().add_(zero_T1)
     return codes_TI.clamp_(scheme.code_min, scheme.code_max).to(torch.int8), scale_T1, zero_T1
 
@@ -114,18 +114,27 @@ def quantize_tokens(x_TI: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Ten
     return (x_TI / scale_T1).round_().clamp_(-scheme.code_max, scheme.code_max).to(torch.int8), scale_T1
 
 
-def fake_quantize_tokens(x_TI: Tensor, scheme: ActivationScheme, full_range: bool = False) -> Tensor:
-    """``x_TI`` rounded as ``quantize_tokens`` does and converted back, in the dtype of ``x_TI``.
+def fake_quantize_tokens(x_TI: Tensor, scheme: ActivationScheme) -> Tensor:
+    """``x_TI`` rounded as ``quantize_tokens`` does and converted back, in the dtype of ``x_TI``."""
+    codes_TI, scale_T1 = quantize_tokens(x_TI, scheme)
+    return (codes_TI.float() * scale_T1).to(x_TI.dtype)
 
-    With ``full_range`` it is rounded as the library compressed-tensors does (what transformers runs): codes down to
-    -2**(bits-1), scale absmax / ((2**bits - 1) / 2). finescale's own kernels never use that range: their overflow bound
-    counts on 127.
+
+def fake_quantize_full_range(x_TI: Tensor, scheme: ActivationScheme, fixed: StaticRange | None = None) -> Tensor:
+    """``x_TI`` rounded to a symmetric scheme as the library compressed-tensors does (what transformers runs): codes
+    down to -2**(bits-1), and per token a scale of absmax / ((2**bits - 1) / 2).
+
+    finescale's own kernels never use that range: their overflow bound counts on 127.
     """
-    if not full_range:
-        codes_TI, scale_T1 = quantize_tokens(x_TI, scheme)
-        return (codes_TI.float() * scale_T1).to(x_TI.dtype)
-    absmax_T1 = x_TI.abs().amax(-1, keepdim=True)
-    scale_T1 = absmax_T1 / (float(2**scheme.bits - 1) / 2)
-    scale_T1 = torch.where(scale_T1 == 0, torch.full_like(scale_T1, torch.finfo(x_TI.dtype).eps), scale_T1)
-    low = -(2 ** (scheme.bits - 1))
-    return (x_TI / scale_T1).clamp(low, -low - 1).round().mul(scale_T1)
+    if scheme.dynamic:
+        scale_T1 = x_TI.abs().amax(-1, keepdim=True) / (float(2**scheme.bits - 1) / 2)
+        scale_T1 = torch.where(scale_T1 == 0, torch.full_like(scale_T1, torch.finfo(x_TI.dtype).eps), scale_T1)
+    else:
+        scale_T1 = torch.full_like(x_TI[..., :1], _range_of(fixed).scale)
+    return (x_TI / scale_T1).clamp(-scheme.code_max - 1, scheme.code_max).round().mul(scale_T1)
+
+
+def _range_of(fixed: StaticRange | None) -> StaticRange:
+    if fixed is None:
+        raise NumericsError("a static activation scheme has no range; calibrate the layer first.")
+    return fixed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finescale.errors import CheckpointError
-from finescale.grid.activation import StaticRange, fake_quantize, fake_quantize_tokens
+from finescale.grid.activation import StaticRange, fake_quantize, fake_quantize_full_range
 from finescale.grid.hadamard import rotate
 from finescale.grid.scheme import ActivationScheme
 
@@ -120,11 +120,11 @@ class InputRule:
         return x_TI if self.rotation is None else rotate(x_TI, *self.rotation)
 
     def round(self, x_TI: Tensor, full_range: bool = False) -> Tensor:
-        """Rounded and converted back; ``full_range`` as in `fake_quantize_tokens`, for symmetric tokens only."""
+        """Rounded and converted back; ``full_range``: symmetric schemes as by `fake_quantize_full_range`."""
         if self.scheme is None:
             return x_TI
-        if full_range and self.scheme.dynamic and self.scheme.symmetric:
-            return fake_quantize_tokens(x_TI, self.scheme, True)
+        if full_range and self.scheme.symmetric:
+            return fake_quantize_full_range(x_TI, self.scheme, self.fixed)
         return fake_quantize(x_TI, self.scheme, self.fixed)
 
     def to(self, device: torch.device) -> InputRule:

@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Module):
         bias: float [O] or None.
         inputs: what happens to inputs, or only how they are rounded; None for float inputs.
         path: see ``Path``; ``integer`` needs integer scales and symmetric activations.
-        full_range: round inputs as the library compressed-tensors does (``fake_quantize_tokens``); float path only.
+        full_range: round inputs as the library compressed-tensors does (``fake_quantize_full_range``); float path only.
         cache: keep the dequantized weight (fast, four times the memory) instead of making it in every call.
     """
 
