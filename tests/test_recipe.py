@@ -279,6 +279,17 @@ def test_overrides_survive_the_round_trip():
     assert part is not None and (part.bits, part.group_size, part.clip) == (8, "auto", "mse")
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("weights: {symmetric: false}", "symmetric weights"), ("weights: {clip: signed}", "clip mse"),
+     ("activations: {symmetric: false}", "symmetric activations")],
+)  # fmt: skip
+def test_overrides_keep_what_integer_scales_need(part, words):
+    override = "overrides=[{pattern: '*.down_proj', " + part + "%s}]"
+    assert f"{words}, also in the override of *.down_proj" in refused(override % "", recipe=INTEGER)
+    assert INTEGER.with_settings((override % ", skip: true",)).overrides[0].skip
+
+
 # --- group sizes
 
 

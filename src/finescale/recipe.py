@@ -269,15 +269,19 @@ class Recipe(_Part):
         self._check_solver(self.weights)
         self._check_folded(self.weights)
         for override in self.overrides:
-            self.activations_for_override(override)
-            weights = self.weights_for_override(override)
-            if self.integer_scale.mode != "off" and weights.clip == "signed" and not override.skip:
-                raise ValueError(f"integer_scale needs clip mse, also in the override of {override.pattern}")
-            if self.integer_scale.mode != "off" and not weights.symmetric and not override.skip:
-                raise ValueError(f"integer_scale needs symmetric weights, also in the override of {override.pattern}")
-            if not override.skip:
-                self._check_solver(weights)
-                self._check_folded(weights, f", also in the override of {override.pattern}")
+            activations, weights = self.activations_for_override(override), self.weights_for_override(override)
+            if override.skip:
+                continue
+            where = f", also in the override of {override.pattern}"
+            if self.integer_scale.mode != "off":
+                if weights.clip == "signed":
+                    raise ValueError(f"integer_scale needs clip mse{where}")
+                if not weights.symmetric:
+                    raise ValueError(f"integer_scale needs symmetric weights{where}")
+                if activations is not None and not activations.symmetric:
+                    raise ValueError(f"integer_scale needs symmetric activations{where}")
+            self._check_solver(weights)
+            self._check_folded(weights, where)
         return self
 
     def _check_groups_of_blocks(self) -> None:

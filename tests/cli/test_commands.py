@@ -37,6 +37,19 @@ def refused(answer, *words):
     return err
 
 
+def test_a_stopped_command_says_whether_it_goes_on(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "app", stop)
+    for name, goes_on in (("quantize", True), ("evaluate", False)):
+        monkeypatch.setattr(sys, "argv", ["finescale", name])
+        with pytest.raises(SystemExit) as end:
+            entry.main()
+        assert end.value.code == 130
+        assert ("go on with what is left" in capsys.readouterr().err) is goes_on
+
+
 # quantize
 
 

@@ -227,6 +227,10 @@ def test_a_file_is_no_output_folder(tiny, text, tmp_path):
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
         with pytest.raises(InputError, match="out is a file"):
             prepare(tiny("llama"), recipe(), out, str(text))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, words in ((tmp_path / "link", "link to nothing"), (Path(os.devnull) / "below", "is a file")):
+        with pytest.raises(InputError, match=words):
+            prepare(tiny("llama"), recipe(), out, str(text))
 
 
 def test_an_empty_folder_and_new_parents_are_fine(tiny, text, tmp_path):

@@ -12,6 +12,9 @@ from finescale.cli.common import stderr
 from finescale.environment import wait_without_spinning
 from finescale.errors import FinescaleError
 
+RESUMED = ("quantize", "compare", "mix", "demo")
+"""Commands that find again what they did before they were stopped."""
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -77,7 +80,8 @@ def main() -> None:
 
 
 def _say_stopped() -> None:
-    stderr.print("Stopped; start the same command again to go on with the next block.")
+    goes_on = sys.argv[1:2] and sys.argv[1] in RESUMED
+    stderr.print("Stopped; start the same command again to go on with what is left." if goes_on else "Stopped.")
 
 
 def _escaped(text: str) -> str:

@@ -190,9 +190,12 @@ def check_files(out: Path, report: Mapping[str, Any]) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raises InputError when ``out`` is, or lies below, a file, or is a folder with files that are not ours."""
-    file = next((path for path in (out, *out.parents) if path.is_file()), None)
-    if file is not None:
-        raise InputError(f"{file} is a file; give a folder for --out.")
+    """Raises InputError when ``out`` is no folder, or lies below something that is none, or holds files that are not
+    ours."""
+    for path in (out, *out.parents):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to nothing; give a folder for --out.")
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; give a folder for --out.")
     if out.is_dir() and not (out / FOLDER).is_dir() and finished_signature(out) is None and any(out.iterdir()):
         raise InputError(f"{out} holds files that finescale did not write; choose an empty or new folder for --out.")
