@@ -151,7 +151,8 @@ def test_evaluate_tasks(cli, tiny, tasks, tmp_path):
     ("options", "words"),
     [(("--tasks", "mmlu", "--task-data", "TASKS"), ("mmlu", "hellaswag")), (("--tasks", ""), ("names none",)),
      (("--tasks", "boolq", "--task-data", "TASKS"), ("boolq.jsonl",)), (("--limit", "3"), ("--tasks",)),
-     (("--tasks", "piqa", "--task-data", "TASKS", "--limit", "0"), ("--limit",))],
+     (("--tasks", "piqa", "--task-data", "TASKS", "--limit", "0"), ("--limit",)),
+     (("--tasks", "piqa", "--task-data", "TASKS", "--against", "MODEL"), ("--against", "--text"))],
 )  # fmt: skip
 def test_evaluate_tasks_refuses(cli, tiny, tasks, options, words):
     given = [tasks if option == "TASKS" else option for option in options]

@@ -62,7 +62,7 @@ def test_layers_with_one_input_are_one_unit(tiny, text):
     names = [tuple(layer.rpartition(".")[2] for layer in unit.layers) for unit in units]
     assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)] * 2
     moe = measure(prepared(tiny("mixtral"), text)).units
-    assert [len(unit.layers) for unit in moe] == [3, 1, 8, 4] * 2
+    assert [len(unit.layers) for unit in moe] == [3, 1, 12] * 2
 
 
 def test_judging_text_is_not_the_solvers(tiny, text):

@@ -57,6 +57,8 @@ def evaluate(
                 check_installed()
             else:
                 task_file(task, task_data)
+        if text is None and (windows, length, against) != (None, None, None):
+            raise InputError("--windows, --length and --against belong to a text; with --tasks give --text too.")
     elif task_data is not None or limit is not None:
         raise InputError("--task-data and --limit belong to --tasks; name the tasks.")
     folder = local_folder(model)

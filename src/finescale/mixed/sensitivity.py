@@ -1,8 +1,8 @@
 """What bits cost, measured: each group of layers is quantized alone at each choice, and the KL divergence of the whole
 model from the original is taken on text that the solver has not seen.
 
-Layers that share an input (queries, keys and values; gate and up; all experts) are one unit and get the same bits,
-because engines multiply them as one.
+Layers that engines multiply as one (queries, keys and values; gate and up; all layers of all experts) are one unit and
+get the same bits.
 
 Shape legend: B sequences, T tokens, V vocabulary.
 """
@@ -41,7 +41,7 @@ WINDOWS = 8
 BATCH_TOKENS = 4096
 Scheme = tuple[int, int | None]
 """Bits, and the group size or None for the recipe's."""
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERTS = re.compile(r"\.experts\.\d+\..*")
 Progress = Callable[[str, int, int], None]
 
 
@@ -260,7 +260,7 @@ def _units_of(job: Measurement, index: int, block: nn.Module, inputs: BlockInput
     moments = collect_moments(block, leaders, batches, job.device)
     together: dict[str, list[list[str]]] = {}
     for step in steps:
-        together.setdefault(_EXPERT.sub(".experts.*.", step[0]), []).append(step)
+        together.setdefault(_EXPERTS.sub(".experts", step[0]), []).append(step)
     units = []
     for members in together.values():
         layers = [path for step in members for path in step]
