@@ -102,9 +102,9 @@ def test_another_result_is_not_taken(kind):
 @pytest.fixture
 def engine(monkeypatch):
     """Stand-ins of vLLM's forward context and of the kernel; what they were asked for."""
-    found = SimpleNamespace(slots={}, calls=[], usual=[], capturing=True)
+    found = SimpleNamespace(slots={}, calls=[], usual=[], capturing=True, metadata=None)
     context, kernel = ModuleType("vllm.forward_context"), ModuleType("triton_pages")
-    context.get_forward_context = lambda: SimpleNamespace(slot_mapping=found.slots)
+    context.get_forward_context = lambda: SimpleNamespace(slot_mapping=found.slots, attn_metadata=found.metadata)
     kernel.rotate_into_pages = lambda *arguments: found.calls.append(arguments)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
@@ -145,6 +145,24 @@ def test_without_a_cache_or_a_graph_it_rotates_at_once(engine, slots):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     engine.attention.impl.do_kv_cache_update(None, None, None, None, None)
     assert engine.usual and not engine.calls
+
+
+def test_a_decoding_step_is_left_to_its_attention(engine):
+    left = []
+    decoding = SimpleNamespace(takes=lambda metadata, tokens: metadata == "decoding" and tokens == 3, leave=left.append)
+    rotary = Rotary()
+    stand_in = RotaryIntoCache(rotary, engine.attention, decoding)
+    engine.slots = {"layer": torch.tensor([5, 7, -1])}
+    positions, query, key = torch.arange(3), torch.randn(3, 16).bfloat16(), torch.randn(3, 16).bfloat16()
+    for metadata in ({"layer": "decoding"}, {"layer": "prompts"}, {"other": "decoding"}, None):
+        engine.metadata = metadata
+        stand_in(positions, query, key)
+        engine.attention.impl.do_kv_cache_update(
+            None, key.view(3, 2, WIDTH), None, torch.zeros(2, 4), engine.slots["layer"]
+        )
+    (found,) = left
+    assert found.positions_T is positions and found.slot_T is engine.slots["layer"] and len(engine.calls) == 3
+    assert torch.equal(found.table_PD, rotary.cos_sin_cache.float()) and not engine.usual
 
 
 def test_nothing_is_replaced_where_it_does_not_fit():

@@ -184,9 +184,9 @@ def attend_token(
 def reserve_workspaces(device: torch.device) -> None:
     """Of ``attend_token`` on a GPU; see `finescale.kernels.workspace`."""
     if device.type == "cuda":
-        from finescale.kernels import triton_attention
+        from finescale.kernels.triton_softmax import WORKSPACES
 
-        triton_attention.WORKSPACES.reserve(device)
+        WORKSPACES.reserve(device)
 
 
 def dequantized(cache_BKSD: Tensor, scale_BKS: Tensor | None, dtype: torch.dtype) -> Tensor:

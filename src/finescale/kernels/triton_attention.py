@@ -13,45 +13,31 @@ of a head, S slots of a cache, R rows of a tile (heads), N keys of a tile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from finescale.kernels.launch import stream_of
-from finescale.kernels.workspace import Workspaces
+from finescale.kernels.triton_softmax import (
+    Tiles,
+    attend_plainly,
+    attend_tile,
+    load_tile,
+    merged,
+    put_together,
+    rows_of_tile,
+    splits_of,
+    tile_offsets,
+    workspace,
+)
 
 HEADS_OF_TILE = 8
-
-
-class Tiles(NamedTuple):
-    """How attention of one token is shared out.
-
-    Attributes:
-        keys: of a tile.
-        programs: wanted of one launch; keys of a sequence and head are shared out until there are so many.
-        warps, stages: of a program.
-    """
-
-    keys: int
-    programs: int
-    warps: int
-    stages: int
 
 
 TILES = Tiles(64, 528, 4, 2)
 """Four programs for each multiprocessor of an H100 (benchmarks/attention_tiles.py)."""
 ROUNDED_TILES = Tiles(32, 528, 2, 3)
 """The same for a cache of int8."""
-
-
-def splits_of(pairs: int, capacity: int, tiles: Tiles) -> int:
-    """Programs that share a sequence and head, of which there are ``pairs``; one where these have warps enough."""
-    if pairs * tiles.warps >= 3 * tiles.programs:
-        return 1
-    return max(1, min(triton.cdiv(tiles.programs, pairs), triton.cdiv(capacity, tiles.keys), 64))
 
 
 # Triton reads the signatures below: annotations other than its own are errors there.
@@ -151,12 +137,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     capacity, table_stride, scaling, epsilon,
     kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
     splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, rounded: tl.constexpr, overlap: tl.constexpr,
+    plain: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     b, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    kind = qkv.dtype.element_ty
     length = tl.load(slot).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, splits), block) * block
     active = tl.maximum(tl.cdiv(length, tl.maximum(chunk, 1)), 1)
@@ -166,6 +152,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         d_D, r_R, n_N = tl.arange(0, width), tl.arange(0, rows), tl.arange(0, block)
         partner_D = tl.where(d_D < width // 2, d_D + width // 2, d_D - width // 2)
         first_half_D = d_D < width // 2
+        cache = (b * kv_heads + h) * capacity
+        if plain:  # on their way before anything is computed
+            offset_N = tile_offsets(start + n_N, start + n_N < end, 0, 0, 0, width, False)
+            k_ND = load_tile(keys + cache * width, offset_N, start + n_N < end, d_D)
+            v_ND = load_tile(values + cache * width, offset_N, start + n_N < end, d_D)
         cos_D, sin_D = tl.load(cos + b * table_stride + d_D), tl.load(sin + b * table_stride + d_D)
         live_RD = (r_R < group)[:, None] & (d_D >= 0)[None, :]
         token = qkv + b * (kv_heads * (group + 2)) * width
@@ -190,7 +181,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         largest_R = tl.full((rows,), float("-inf"), dtype=tl.float32)
         sum_R = tl.zeros((rows,), dtype=tl.float32)
         acc_RD = tl.zeros((rows, width), dtype=tl.float32)
-        cache = (b * kv_heads + h) * capacity
         if split == 0:
             fits_1 = (one_1 < 1) & (length < capacity)
             fits_1D = fits_1[:, None] & (d_D >= 0)[None, :]
@@ -212,64 +202,33 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
             acc_RD += own_value_1D
             # A token without a place makes itself known instead of going missing.
             acc_RD += tl.where(length < capacity, 0.0, float("nan"))
-        for first in range(start, end, block):
-            key_N = first + n_N
-            inside_N = key_N < end
-            k_DN = tl.load(keys + (cache + key_N)[None, :] * width + d_D[:, None], mask=inside_N[None, :], other=0.0)
-            score_RN = tl.dot(q_RD, k_DN.to(kind), input_precision="ieee") * scaling
-            if rounded:
-                score_RN *= tl.load(key_scale + cache + key_N, mask=inside_N, other=0.0)[None, :]
-            if masked:
-                inside_N = inside_N & (tl.load(valid + b * capacity + key_N, mask=inside_N, other=0) != 0)
-            score_RN = tl.where(inside_N[None, :], score_RN, float("-inf"))
-            higher_R = tl.maximum(largest_R, tl.max(score_RN, 1))
-            # Until some key counts, the largest score is -inf, and -inf less -inf would be NaN.
-            base_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
-            weight_RN = tl.exp(score_RN - base_R[:, None])
-            shrink_R = tl.exp(largest_R - base_R)
-            sum_R = sum_R * shrink_R + tl.sum(weight_RN, 1)
-            v_ND = tl.load(values + (cache + key_N)[:, None] * width + d_D[None, :], mask=inside_N[:, None], other=0.0)
-            acc_RD = acc_RD * shrink_R[:, None]
-            if rounded:
-                weight_RN *= tl.load(value_scale + cache + key_N, mask=inside_N, other=0.0)[None, :]
-            acc_RD += tl.dot(weight_RN.to(kind), v_ND.to(kind), input_precision="ieee")
-            largest_R = higher_R
+        if plain:
+            others = attend_plainly(
+                q_RD, k_ND, v_ND, keys + cache * width, values + cache * width, key_scale + cache if rounded else 0,
+                value_scale + cache if rounded else 0, valid + b * capacity if masked else 0, 0, 0, 0, width,
+                start, end, scaling, width, block, masked, rounded, False,
+            )  # fmt: skip
+            largest_R, sum_R, acc_RD = merged(largest_R, sum_R, acc_RD, others[0], others[1], others[2])
+        else:
+            for first in range(start, end, block):
+                key_N = first + n_N
+                inside_N = key_N < end
+                offset_N = (cache + key_N) * width
+                counted_N = inside_N
+                if masked:
+                    counted_N = inside_N & (tl.load(valid + b * capacity + key_N, mask=inside_N, other=0) != 0)
+                k_scale_N = tl.load(key_scale + cache + key_N, mask=inside_N, other=0.0) if rounded else 1.0
+                v_scale_N = tl.load(value_scale + cache + key_N, mask=inside_N, other=0.0) if rounded else 1.0
+                largest_R, sum_R, acc_RD = attend_tile(
+                    q_RD, keys, values, offset_N, inside_N, counted_N, k_scale_N, v_scale_N, scaling,
+                    largest_R, sum_R, acc_RD, width, rounded,
+                )  # fmt: skip
 
         target = out + (b * kv_heads + h) * group * width + r_R[:, None] * width + d_D[None, :]
-        if active == 1:
-            tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
-        else:
-            pair = (b * kv_heads + h) * splits
-            size: tl.constexpr = group * (width + 2)
-            part = partial + (pair + split) * size
-            tl.store(part + r_R[:, None] * width + d_D[None, :], acc_RD, mask=live_RD)
-            tl.store(part + group * width + r_R, largest_R, mask=r_R < group)
-            tl.store(part + group * width + group + r_R, sum_R, mask=r_R < group)
-            tl.debug_barrier()  # all parts of this program are written before it is counted
-            done = tl.atomic_add(counters + b * kv_heads + h, 1, sem="acq_rel", scope="gpu")
-            if done == active - 1:
-                tl.debug_barrier()
-                largest_R = tl.full((rows,), float("-inf"), dtype=tl.float32)
-                sum_R = tl.zeros((rows,), dtype=tl.float32)
-                acc_RD = tl.zeros((rows, width), dtype=tl.float32)
-                for other in range(active):
-                    part = partial + (pair + other) * size
-                    place = part + r_R[:, None] * width + d_D[None, :]
-                    other_RD = tl.load(place, mask=live_RD, other=0.0, cache_modifier=".cg")
-                    high_R = tl.load(
-                        part + group * width + r_R, mask=r_R < group, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    other_sum_R = tl.load(
-                        part + group * width + group + r_R, mask=r_R < group, other=0.0, cache_modifier=".cg"
-                    )
-                    higher_R = tl.maximum(largest_R, high_R)
-                    base_R = tl.where(higher_R == float("-inf"), 0.0, higher_R)
-                    mine_R, theirs_R = tl.exp(largest_R - base_R), tl.exp(high_R - base_R)
-                    sum_R = sum_R * mine_R + other_sum_R * theirs_R
-                    acc_RD = acc_RD * mine_R[:, None] + other_RD * theirs_R[:, None]
-                    largest_R = higher_R
-                tl.store(target, (acc_RD / sum_R[:, None]).to(kind), mask=live_RD)
-                tl.store(counters + b * kv_heads + h, 0)
+        put_together(
+            target, partial, counters, b * kv_heads + h, split, splits, active, acc_RD, largest_R, sum_R,
+            group, rows, width,
+        )  # fmt: skip
 
 
 def _power_of_two(width: int) -> bool:
@@ -310,26 +269,6 @@ def rotate(
     return query_BTHD
 
 
-Room = list[tuple[Tensor, Tensor]]
-"""Room for parts of sums, and counters that the kernel leaves at zero. One that has become too small is kept."""
-
-
-def _room(device: torch.device, parts: int = 2**21, pairs: int = 2**14) -> tuple[Tensor, Tensor]:
-    room = torch.empty(parts, dtype=torch.float32, device=device)
-    return room, torch.zeros(pairs, dtype=torch.int32, device=device)
-
-
-WORKSPACES: Workspaces[Room] = Workspaces(lambda device: [_room(device)])
-
-
-def _workspace(device: torch.device, parts: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """That of the current stream."""
-    found = WORKSPACES.of(device, stream_of(device.index) if device.type == "cuda" else 0)
-    if found[-1][0].numel() < parts or found[-1][1].numel() < pairs:
-        found.append(_room(device, max(parts, found[-1][0].numel()), max(pairs, found[-1][1].numel())))
-    return found[-1]
-
-
 def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
@@ -343,15 +282,15 @@ def attend(
         return out_BC
     pairs, group = batch * kv_heads, heads // kv_heads
     tiles = tiles or (TILES if key_scale_BKS is None else ROUNDED_TILES)
-    splits = splits_of(pairs, capacity, tiles)
-    partial, counters = _workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
+    splits, plain = splits_of(pairs, capacity, tiles), tiles.plain and group == 1
+    partial, counters = workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
         qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, keys_BKSD, values_BKSD, key_scale_BKS, value_scale_BKS, slot,
         valid_BS, out_BC, partial, counters,
         capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
-        kv_heads=kv_heads, group=group, rows=max(16, triton.next_power_of_2(group)), width=width, block=tiles.keys,
-        splits=splits, normed=q_gain_D is not None, masked=valid_BS is not None,
-        rounded=key_scale_BKS is not None,
+        kv_heads=kv_heads, group=group, rows=rows_of_tile(group, plain), width=width, block=tiles.keys, splits=splits,
+        normed=q_gain_D is not None, masked=valid_BS is not None,
+        rounded=key_scale_BKS is not None, plain=plain,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC

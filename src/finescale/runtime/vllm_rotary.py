@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finescale.runtime.vllm_attention import PageAttention, Unrotated, page_attention
+
 logger = logging.getLogger("vllm.finescale")
 PAGED = ("FlashAttentionImpl",)
 """Attention of vLLM that reads keys and values from pages alone, [2, N, S, K, D] whatever their order in memory."""
@@ -25,7 +27,7 @@ def rotate_on_the_way(attention: Any) -> None:
     inner: Any = getattr(attention, "attn", None)
     keep_table_wide(rotary)
     if fits(rotary, inner) and same_in_pages(rotary, inner.num_heads, inner.num_kv_heads):
-        attention.rotary_emb = RotaryIntoCache(rotary, inner)
+        attention.rotary_emb = RotaryIntoCache(rotary, inner, page_attention(inner, rotary.cos_sin_cache.dtype))
 
 
 def fits(rotary: Any, attention: Any) -> bool:
@@ -87,12 +89,14 @@ class RotaryIntoCache(nn.Module):
     Args:
         rotary: that embedding; it serves steps without a cache.
         attention: vLLM's attention, whose update of the cache is replaced.
+        decoding: finescale's kernel in front of that attention, which rotates and updates where it runs.
     """
 
-    def __init__(self, rotary: Any, attention: Any) -> None:
+    def __init__(self, rotary: Any, attention: Any, decoding: PageAttention | None = None) -> None:
         super().__init__()
         self.rotary = rotary
         self._attention = (attention,)  # not as a module of this one
+        self._decoding = decoding
         self._table_PD = rotary.cos_sin_cache.float().contiguous()
         self._waiting: tuple[Tensor, Tensor] | None = None
         self._usual = attention.impl.do_kv_cache_update
@@ -116,6 +120,12 @@ class RotaryIntoCache(nn.Module):
         slots = get_forward_context().slot_mapping
         return isinstance(slots, dict) and slots.get(self._attention[0].layer_name) is not None
 
+    def _metadata(self) -> Any:
+        from vllm.forward_context import get_forward_context
+
+        metadata = get_forward_context().attn_metadata
+        return metadata.get(self._attention[0].layer_name) if isinstance(metadata, dict) else None
+
     def update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """In the place of the attention's own ``do_kv_cache_update``."""
         if self._waiting is None:
@@ -124,6 +134,9 @@ class RotaryIntoCache(nn.Module):
         from finescale.kernels.triton_pages import rotate_into_pages
 
         (positions, query), self._waiting = self._waiting, None
+        if self._decoding is not None and self._decoding.takes(self._metadata(), key.shape[0]):
+            self._decoding.leave(Unrotated(positions, self._table_PD, slot_mapping))
+            return
         keys_NSKD, values_NSKD = kv_cache.unbind(0)
         rotate_into_pages(positions, self._table_PD, query, key, value, keys_NSKD, values_NSKD, slot_mapping)
 
