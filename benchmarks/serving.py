@@ -47,13 +47,15 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "finescale-folded": {"weights": "folded"},
     "finescale-integer": {"weights": "integer"},
+    "finescale-folded-flash-attention": {"weights": "folded", "attention": "vLLM"},
     "bf16-two-processes": {"weights": None, "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
     "finescale-folded-two-processes": {"weights": "folded", "environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
     "bf16-compile": {"weights": None, "compile": True},
     "finescale-folded-compile": {"weights": "folded", "compile": True},
 }
 """What is compared. Machete is what vLLM takes for W4A16 on Hopper; Marlin rounds activations to int8 only when told to
-by its environment variable, and its Hopper code is compiled for float16."""
+by its environment variable, and its Hopper code is compiled for float16. With flash-attention, decoding keeps vLLM's
+own attention, which all arms but finescale's have."""
 DEFAULT = ("bf16", "finescale-folded", "machete", "marlin-w4a8", "finescale-integer", *CHECKS)
 
 
@@ -94,6 +96,10 @@ def run_arm(
     """Milliseconds of a prefill, and of a decode step by batch, written to ``answer`` one by one."""
     if arm["weights"] == "w4a16":
         _random_bits_in_dummy_weights()
+    if arm.get("attention") == "vLLM":
+        from finescale.runtime import vllm_rotary
+
+        vllm_rotary.page_attention = lambda *_: None
     started, before = time.time(), _compiled()
     llm = engine(folder, arm, memory)
     compiled = _compiled() - before

@@ -149,7 +149,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
             zero_OG = to_signed(unpack_rows(zero_OG.t(), scheme.bits, rows, layout), scheme.bits).t().contiguous()
         expect_shape(zero_OG, (rows, groups), "weight_zero_point")
         zero_OG = zero_OG.to(torch.int8)
-    group_of_I = contiguous_groups(columns, scheme.group_size)
+    group_of_I = contiguous_groups(columns, scheme.group_size, codes_OI.device)
     if "weight_g_idx" in tensors:  # act-order of old files
         group_of_I = read_groups(tensors["weight_g_idx"], columns, groups, "weight_g_idx")
     values_OG = levels.scale_OG() if levels is not None else read_scale(scale_OG, rows, columns, scheme)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finescale.errors import CheckpointError, NumericsError
 from finescale.formats import registry
 from finescale.formats.source import SourceCheckpoint, open_checkpoint
@@ -61,8 +63,12 @@ class QuantizedCheckpoint:
         scheme = registry.layer_activations(self.source.config, name)
         return scheme.code_max if scheme else 127
 
-    def read(self, name: str) -> QuantizedWeight:
+    def read(self, name: str, device: torch.device | str = "cpu") -> QuantizedWeight:
         """One layer, its integer scales recovered and its overflow bound proved again.
+
+        Args:
+            name: of the layer.
+            device: where that is done, and the result lies; formats other than compressed-tensors know only the CPU.
 
         Raises:
             CheckpointError: missing or damaged tensors.
@@ -75,7 +81,7 @@ class QuantizedCheckpoint:
         prefix = name + "."
         # weight_g_idx: files of old versions of compressed-tensors, which finescale reads and never writes.
         suffixes = [suffix for suffix in (*self.fmt.suffixes, "weight_g_idx") if prefix + suffix in self.source]
-        tensors = {suffix: self.source.read(prefix + suffix) for suffix in suffixes if suffix != "bias"}
+        tensors = {suffix: self.source.read(prefix + suffix).to(device) for suffix in suffixes if suffix != "bias"}
         facts = self.metadata.get("layers", {}).get(name, {})
         amplifier = facts.get("amplifier")
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from finescale.errors import CheckpointError, InputError
+from finescale.formats import compressed_tensors
 from finescale.formats.gguf import local_folder
 from finescale.formats.source import open_checkpoint
 from finescale.grid import InputRule, QuantizedWeight
@@ -123,8 +124,10 @@ def install_quantized(
         )
         names -= {name for _, _, name in places} - {name for _, _, name in left}
         places = left
+    # Unpacking and proving take a GPU no time, and a processor minutes.
+    on_device = path == "kernel" and has_hopper_kernels(device) and quantized.fmt.name == compressed_tensors.NAME
     for block, path_in_block, name in places:
-        weight = quantized.read(name)
+        weight = quantized.read(name, device if on_device else "cpu")
         bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
         inputs = quantized.inputs_of(name).to(device)
         if rounding == "none":

@@ -61,8 +61,9 @@ class PageAttention:
             return usual
         from finescale.kernels.triton_page_attention import attend_pages
 
+        keys, values = kv_cache.unbind(0)
         attend_pages(
-            query.flatten(1), key, value, *kv_cache.unbind(0), attn_metadata.block_table, attn_metadata.seq_lens,
+            query.flatten(1), key, value, keys, values, attn_metadata.block_table, attn_metadata.seq_lens,
             output.flatten(1), self._scaling, left,
         )  # fmt: skip
         return output
@@ -105,6 +106,7 @@ def _attends(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
     length, slots = 20, 16
     qkv = torch.randn(2, (heads + 2 * kv_heads) * width, generator=generator, device=device).to(dtype)
     cache = torch.randn(2, 5, slots, kv_heads, width, generator=generator, device=device).to(dtype)
+    both = (cache[0], cache[1])
     query, key, value = qkv.split([heads * width, kv_heads * width, kv_heads * width], -1)
     key, value = (x.unflatten(-1, (kv_heads, width)) for x in (key, value))
     pages, lengths = torch.tensor([[3, 1], [4, 2]]).int().to(device), torch.tensor([length] * 2).int().to(device)
@@ -114,8 +116,8 @@ def _attends(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
     rotated, found = torch.empty_like(query).contiguous(), torch.empty_like(query).contiguous()
     scaling = width**-0.5
     try:
-        attend_pages(query, key, value, *cache, pages, lengths, rotated, scaling, (positions, table, last))
-        attend_pages(query, key, value, *cache, pages, lengths, found, scaling)
+        attend_pages(query, key, value, *both, pages, lengths, rotated, scaling, (positions, table, last))
+        attend_pages(query, key, value, *both, pages, lengths, found, scaling)
     except Exception as error:  # whatever it is, vLLM's own way remains
         logger.warning("finescale: attention stays vLLM's own here: %s", error)
         return False
