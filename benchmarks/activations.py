@@ -57,6 +57,8 @@ LEARNED = {"batch_size": 4, "iterations": 320}
 OMNIQUANT = part("omniquant", alpha=0.75, **LEARNED)
 CORRECTION = part("low_rank", batch_size=4, iterations=160)
 RELATIVE = part("low_rank", batch_size=4, iterations=160, loss="relative")
+MERGED = part("low_rank", batch_size=4, iterations=160, forward="merged")
+UNROUNDED = part("low_rank", batch_size=4, iterations=160, forward="unrounded")
 PUBLISHED_QLLM = part("qllm", max_expansion=0.2)
 BALANCED = part("low_rank", batch_size=4, iterations=160, loss="balanced")
 ROUNDING = part("rounding")
@@ -93,6 +95,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "QuantEase": method(QUANTEASE),
     "AWQ + GPTQ": method(GPTQ, [AWQ_SCALES]),
     "QLLM + GPTQ": method(GPTQ, [PUBLISHED_QLLM]),
+    "QLLM + correction + GPTQ": method(GPTQ, [PUBLISHED_QLLM], [MERGED]),
+    "QLLM + unrounded correction + GPTQ": method(GPTQ, [PUBLISHED_QLLM], [UNROUNDED]),
     "QuaRot, fused + GPTQ": method(GPTQ, [part("quarot")]),
     "QuaRot, online too + GPTQ": method(GPTQ, [ROTATION]),
     "QuaRot, online too + QuantEase": method(QUANTEASE, [ROTATION]),
@@ -104,7 +108,8 @@ METHODS: dict[str, dict[str, Any]] = {
         QUANTEASE, [part("omniquant", clip=False, loss="relative", **LEARNED)], [ROUNDING]
     ),
     "QLLM + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [ROUNDING]),
-    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [RELATIVE, ROUNDING]),
+    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [MERGED, ROUNDING]),
+    "QLLM + unrounded correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [UNROUNDED, ROUNDING]),
     "QuaRot, fused + QuantEase + rounding": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
     "QuaRot, online too + QuantEase + balanced rounding": method(QUANTEASE, [ROTATION], [BALANCED_ROUNDING]),
@@ -173,7 +178,7 @@ def ablation_rows() -> list[Row]:
     for samples in (16, 32, 64, 128):  # five passes over each
         rows.append(Row("samples", str(samples), corrected(fixed, iterations=samples * 5 // 4), samples))
     rows.append(Row("correction", "trained beside the rounded weight", corrected(fixed, forward="sum", **short)))
-    rows.append(Row("correction", "trained as merged", corrected(fixed, **short)))
+    rows.append(Row("correction", "trained as merged", corrected(fixed, forward="merged", **short)))
     rows.append(Row("correction", "error relative to each token", corrected(fixed, loss="relative", **short)))
     rows.append(Row("correction", "adaptive, 40 passes", corrected(bound, iterations=640)))
     return rows
@@ -196,17 +201,26 @@ def values_of(name: str) -> dict[str, Any]:
     return Recipe.named(name).model_dump(mode="json", exclude_unset=True, exclude={"name", "description"})
 
 
+FOLDED = ("w4a8-integer-scale", "w4a8-best")
+"""Recipes that are also made with folded scales."""
+SOLVED = tuple(name for name in W4A8_RECIPES if name not in ("qllm-w4a8", "omniquant-w4a8"))
+"""Recipes whose solver goes another way after the smallest change of a scale: on three parts of the text."""
+
+
 def scale_rows() -> list[Row]:
     """Each W4A8 recipe with float and with integer scales; what integer scales need (symmetric groups) in both."""
     rows = []
-    for name in W4A8_RECIPES:
-        values = values_of(name)
-        values["weights"] |= GROUPS
-        values["activations"] |= {"symmetric": True}
-        for key in ("transforms", "tuning"):
-            values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
-        for title, mode in (("float", "off"), ("integer", "before")):
-            rows.append(Row("integer scales", f"{name}, {title}", values | {"integer_scale": {"mode": mode}}))
+    for draw in range(3):
+        for name in W4A8_RECIPES if draw == 0 else SOLVED:
+            values = values_of(name)
+            values["weights"] |= GROUPS
+            values["activations"] |= {"symmetric": True}
+            for key in ("transforms", "tuning"):
+                values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
+            modes = {"float": "off", "integer": "before"} | ({"folded": "folded"} if name in FOLDED else {})
+            for title, mode in modes.items():
+                label = f"{name}, {title}{f', part {draw + 1}' if draw else ''}"
+                rows.append(Row("integer scales", label, values | {"integer_scale": {"mode": mode}}, draw=draw))
     return rows
 
 

@@ -1,7 +1,8 @@
 """Rows of a benchmark's table: one recipe, quantized, proved and evaluated; many of them side by side.
 
 Each row is kept in a file of its own as soon as it is done, so that a run can be broken off, go on, and be spread over
-processes. What a row's file holds for the same setting and recipe is not computed again.
+processes; two runs into one folder share the work. What a row's file holds for the same setting and recipe is not
+computed again.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: where it stands in the table (part, name), what its recipe says, and the seed of the windows' order."""
+    """A row: where it stands in the table (part, name), what its recipe says, how many windows and which of the
+    calibration text it gets (the first ones, or those after ``draw`` times as many), and the seed of their order."""
 
     part: str
     name: str
     values: Mapping[str, Any]
     samples: int | None = None
+    draw: int = 0
     seed: int = 0
 
 
@@ -106,23 +109,32 @@ def settings(
     return Setting(name, model, str(parts[0]), str(parts[1]), samples, windows or 40, LENGTH, device, evaluation)
 
 
-def calibration_of(setting: Setting, samples: int, work: Path) -> Path:
-    """A file with the start of the calibration text that holds ``samples`` windows and less than one more."""
-    out = work / f"calibration-{setting.name}-{samples}.txt"
+def calibration_of(setting: Setting, samples: int, work: Path, draw: int = 0) -> Path:
+    """A file with a part of the calibration text that holds ``samples`` windows and less than one more: its start, or
+    what comes after ``draw`` such parts."""
+    out = work / f"calibration-{setting.name}-{samples}{f'-{draw}' if draw else ''}.txt"
     if not out.is_file():
         text = Path(setting.calibration).read_text(encoding="utf-8")
         tokenizer = open_tokenizer(Path(setting.model))
-        low, high = 0, len(text)
-        while high - low > LENGTH // 2:  # a token is at least one character, so the rest is below a window
-            middle = (low + high) // 2
-            if encode(tokenizer, text[:middle]).shape[0] >= samples * LENGTH:
-                high = middle
-            else:
-                low = middle
+        for _ in range(draw + 1):
+            end = _end_of(text, tokenizer, samples * LENGTH)
+            part, text = text[:end], text[end:]
         partial = out.with_name(f"{out.name}.{os.getpid()}")  # others may be looking for it
-        partial.write_text(text[:high], encoding="utf-8")
+        partial.write_text(part, encoding="utf-8")
         partial.replace(out)
     return out
+
+
+def _end_of(text: str, tokenizer: Any, tokens: int) -> int:
+    """Where the start of a text that holds so many tokens, and less than a window more, ends."""
+    low, high = 0, len(text)
+    while high - low > LENGTH // 2:  # a token is at least one character, so the rest is below a window
+        middle = (low + high) // 2
+        if encode(tokenizer, text[:middle]).shape[0] >= tokens:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 @lru_cache(maxsize=8)
@@ -165,7 +177,7 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     recipe = recipe_of(row, setting)
     out = work / re.sub(r"\W+", "-", f"{setting.name}-{row.part}-{row.name}")
     part = recipe.calibration
-    calibration = calibration_of(setting, -(-part.samples * part.length // LENGTH), work)
+    calibration = calibration_of(setting, -(-part.samples * part.length // LENGTH), work, row.draw)
     tokens_T = tokens_of(setting.model, str(calibration))
     clock, processor = time.perf_counter(), time.process_time()
     job = prepare(setting.model, recipe, out, str(calibration), row.seed, setting.device, tokens_T=tokens_T)
@@ -257,24 +269,48 @@ def _usable(setting: Setting) -> bool:
     return True
 
 
+def _claim(folder: Path, setting: Setting, row: Row) -> Path | None:
+    """A file that says that this process makes the row; None where another one on this machine does, or has."""
+    file = _file_of(folder, setting, row).with_suffix(".begun")
+    folder.mkdir(parents=True, exist_ok=True)
+    if stored(folder, setting, row) is not None:
+        return None
+    if file.is_file():
+        try:
+            os.kill(int(file.read_text(encoding="utf-8")), 0)
+        except (ProcessLookupError, ValueError):  # it was broken off
+            file.unlink(missing_ok=True)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(str(os.getpid()))
+    except FileExistsError:
+        return None
+    return file
+
+
 def _one(work_of: Work, row: Row, setting: Setting, work: Path, folder: Path, proof: bool, threads: int) -> str:
     quiet_libraries()
     torch.set_num_threads(threads)
+    claim = _claim(folder, setting, row)
+    if claim is None:
+        return f"{setting.name} {row.part}/{row.name}: made by another process"
     try:
         result = work_of(row, setting, work, proof)
+        store(folder, setting, row, result)
     except Exception as error:  # the other rows go on
         message = f"{setting.name} {row.part}/{row.name}: FAILED, {error}\n{traceback.format_exc(limit=-8)}"
         folder.mkdir(parents=True, exist_ok=True)
         _failure_file(folder, setting, row).write_text(message, encoding="utf-8")
         if not _usable(setting):  # every row after it would fail too
+            claim.unlink(missing_ok=True)
             print(message, flush=True)
             os._exit(1)
         return message
     finally:
+        claim.unlink(missing_ok=True)
         if "cuda" in (setting.device, setting.evaluation):  # other processes need the memory
             gc.collect()
             torch.cuda.empty_cache()
-    store(folder, setting, row, result)
     _failure_file(folder, setting, row).unlink(missing_ok=True)
     return f"{setting.name} {row.part}/{row.name}: {result['perplexity']:.3f} ({result['seconds']:.0f} s)"
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from activations import GPTQ, LEARNED, QUANTEASE, ROTATION, RTN, method, pairs_of, parser_of, part, write
+from activations import GPTQ, LEARNED, QUANTEASE, ROTATION, RTN, method, pairs_of, parser_of, part, values_of, write
 from rich.console import Console
 from rich.table import Table
 from rows import Row, Setting, calibration_of, chosen, measure, quality, recipe_of, run_rows
@@ -34,6 +34,11 @@ from finescale.pipeline.quantize import prepare
 from finescale.runtime.load import load
 
 PEER = "AutoRound 0.16.1, 50 iterations"
+LESS = "a quarter of the work"
+"""Half of the windows and half of the steps, for us and for AutoRound: both in one run on one CPU."""
+LESS_WINDOWS = 32
+PEERS = {PEER: 50, f"AutoRound 0.16.1, 25 iterations, {LESS}": 25}
+"""AutoRound's rows and their iterations."""
 GROUP = 64
 GPTQ_DAMPED = GPTQ | {"damping": 0.01}
 ROUNDING = part("rounding")
@@ -84,6 +89,7 @@ MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, rotated": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "rounding from quantease, rotated online": method(QUANTEASE, [ROTATION], [ROUNDING]),
 }
+HALF_STEPS = method(QUANTEASE, [], [part("rounding", iterations=64)])
 INT8 = {"activations": {"bits": 8}}
 W4A8: dict[str, dict[str, Any]] = {
     "quantease, float scales": method(QUANTEASE) | INT8,
@@ -96,10 +102,17 @@ W4A8: dict[str, dict[str, Any]] = {
 
 SIGNED: dict[str, dict[str, Any]] = {
     "quantease, signed scales": SOLVERS["quantease"],
+    "rounding from rtn, signed scales": SOLVERS["rounding from rtn"],
     "rounding from quantease, signed scales": SOLVERS["rounding from quantease"],
+    "rounding from quantease, balanced, signed scales": MORE["rounding from quantease, balanced"],
+    "rounding from quantease, signed scales, windows of 128": method(
+        QUANTEASE, [], [part("rounding", batch_size=8)], calibration=SHORT
+    ),
 }
 SEEDS = (1, 2)
 """Of the order in which learned rounding sees the windows, besides 0; AutoRound's ``--seed`` is the same."""
+OURS = {4: "w4-best", 3: "w3-best", 2: "w2-best"}
+"""Our own recipes, as they come with finescale: groups of 64 and 128, whichever fits."""
 
 
 def weights_of(bits: int, clip: str = "mse") -> dict[str, Any]:
@@ -117,16 +130,23 @@ def all_rows(peer: bool) -> list[Row]:
         for bits in (4, 3, 2)
         for seed in SEEDS
     ]
+    rows += [Row(str(bits), f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
+    rows += [
+        Row(str(bits), f"rounding from quantease, {LESS}", weights_of(bits) | HALF_STEPS, LESS_WINDOWS)
+        for bits in (4, 3)
+    ]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
-        rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]
+        for name in PEERS:
+            windows = LESS_WINDOWS if LESS in name else None
+            rows += [Row(str(bits), name, weights_of(bits) | method(), windows) for bits in (4, 3)]
         rows.append(Row("w4a8", PEER, weights_of(4) | method() | INT8))
     return rows
 
 
 def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, Any]:
     """A row of ours, or AutoRound's."""
-    if row.name != PEER:
+    if row.name not in PEERS:
         return measure(row, setting, work, proof)
     assert python is not None
     return autoround(python, threads, row, setting, work)
@@ -134,16 +154,17 @@ def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: 
 
 def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path) -> dict[str, Any]:
     """AutoRound's row; its weights are made once and used for W4A8 too."""
-    bits = row.values["weights"]["bits"]
-    out = work / f"autoround-{setting.name}-{bits}"
+    bits, iterations, samples = row.values["weights"]["bits"], PEERS[row.name], row.samples or setting.samples
+    out = work / f"autoround-{setting.name}-{bits}-{iterations}"
     start = time.perf_counter()
     if not (out / "facts.json").is_file():
-        tokens = work / f"tokens-{setting.name}-{bits}.safetensors"
-        text = calibration_of(setting, setting.samples, work)
+        tokens = work / f"tokens-{out.name}.safetensors"
+        text = calibration_of(setting, samples, work)
         job = prepare(setting.model, recipe_of(row, setting), work / "unused", str(text))
         save_file({"calibration": job.calibration.tokens_BT.contiguous()}, tokens)
         values = {
-            "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP, "iterations": 50,
+            "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP,
+            "iterations": iterations,
             "threads": threads,
         }  # fmt: skip
         arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]

@@ -55,6 +55,10 @@ def test_w4a8_is_symmetric_fine_grained_with_eight_bit_activations(name):
     assert recipe.activations is not None and recipe.activations.bits == 8
 
 
+def test_off_is_a_word_though_yaml_reads_it_as_false():
+    assert INTEGER.with_settings(("integer_scale.mode=off",)).integer_scale.mode == "off"
+
+
 def test_published_settings():
     integer = Recipe.named("w4a8-integer-scale-published")
     assert (integer.integer_scale.mode, integer.integer_scale.amplifier) == ("after", 1024)

@@ -88,6 +88,11 @@ class IntegerScalePart(_Part):
     mode: Literal["off", "before", "after", "folded"] = "off"
     amplifier: Amplifier = "auto"
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML's word for false
+
     @field_validator("amplifier")
     @classmethod
     def _check(cls, value: Amplifier) -> Amplifier:

@@ -15,6 +15,8 @@ from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
 from finescale.runtime.checkpoint import open_quantized
 from finescale.solvers import Solution
+from finescale.transforms.reassembly import Reassembly
+from finescale.tuning.reconstruction import fixed_order
 from tests.helpers import (
     W4A8,
     StopError,
@@ -287,6 +289,17 @@ def test_gradients_pass_through_a_rounded_cache():
         torch.testing.assert_close(found, expected)
     sum(x.sum() for x in tuned_on).backward()
     torch.testing.assert_close(x_BHTD.grad, torch.ones_like(x_BHTD))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_channels_merged_by_the_dozen_are_summed_in_one_order():
+    group_E = torch.arange(4096, device="cuda") % 64
+    parts = Reassembly(torch.arange(4096, device="cuda"), torch.ones(4096, device="cuda"), group_E, 64)
+    weight_OI = torch.randn(256, 4096, device="cuda")
+    with fixed_order(weight_OI.device):
+        sums = [parts.weight(weight_OI) for _ in range(5)]
+    assert all(torch.equal(sums[0], sum_OJ) for sum_OJ in sums)
+    torch.testing.assert_close(sums[0], weight_OI.unflatten(1, (64, 64)).sum(1))
 
 
 @pytest.mark.gpu

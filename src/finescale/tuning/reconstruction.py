@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finescale.grid import InputRule
 from finescale.tuning.options import TunerOptions
@@ -130,9 +131,9 @@ def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """On a GPU, gradients that add up in a fixed order, which those of attention and of gathered channels do not by
-    themselves. What PyTorch warns of then is the multiplication library: on one stream it is reproducible anyway."""
+def fixed_order(device: torch.device) -> Iterator[None]:
+    """On a GPU, sums over scattered indices in a fixed order. What PyTorch warns of then is the multiplication library:
+    on one stream it is reproducible anyway; and attention, for which see `reproducible`."""
     if device.type != "cuda":
         yield
         return
@@ -148,6 +149,17 @@ def reproducible(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
         settings.fill_uninitialized_memory = fills
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """On a GPU, gradients that add up in a fixed order. Those of fused attention do so only where errors instead of
+    warnings are asked for, which the multiplication library would then raise too: attention is written out instead."""
+    if device.type != "cuda":
+        yield
+        return
+    with fixed_order(device), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
