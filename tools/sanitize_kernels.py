@@ -48,28 +48,26 @@ CONTROL = """
 struct Arguments { int* out; };
 extern "C" __global__ void hand_over(const __grid_constant__ Arguments a) {
     __shared__ __align__(16) u32 given[32 * 4];
-    __shared__ u64 storage;
-    u32 barrier = shared_address(&storage), rank = blockIdx.x % 2, place = shared_address(given) + threadIdx.x * 16;
-    if (threadIdx.x == 0) barrier_init(barrier, 32), fence_barrier_init();
+    u32 rank = blockIdx.x % 2, place = shared_address(given) + threadIdx.x * 16;
     cluster_arrive();
     cluster_wait();
     store_cluster16(cluster_address(place, 1 - rank), threadIdx.x, rank, 0, 0);
-    barrier_arrive_there(barrier, 1 - rank);
-    cluster_barrier_wait(barrier, 0);
+    cluster_arrive();
+    cluster_wait();
     uint4 got = load_shared16(place);
     a.out[rank * 32 + threadIdx.x] = got.x + 100 * got.y;
 }
-extern "C" __global__ void one_lane_arrives(const __grid_constant__ Arguments a) {
+extern "C" __global__ void arrive_and_reuse(const __grid_constant__ Arguments a) {
     __shared__ u32 given[32];
     __shared__ u64 storage;
     u32 barrier = shared_address(&storage), lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) barrier_init(barrier, 1), fence_barrier_init();
+    if (threadIdx.x == 0) barrier_init(barrier, ARRIVING), fence_barrier_init();
     if (threadIdx.x < 32) given[lane] = lane;
     __syncthreads();
     if (threadIdx.x < 32) {
         a.out[lane] = given[31 - lane];
         __syncwarp();
-        if (lane == 0) barrier_arrive(barrier);
+        if (lane < ARRIVING) barrier_arrive(barrier);
     } else {
         barrier_wait(barrier, 0);
         given[lane] = 0;
@@ -145,21 +143,24 @@ def control() -> list[Case]:
     class Arguments(ctypes.Structure):
         _fields_ = [("out", ctypes.c_void_p)]
 
-    def run(entry: str, grid: int, threads: int, cluster: int, expected: list[int]) -> None:
+    def run(entry: str, grid: int, threads: int, cluster: int, arriving: int, expected: list[int]) -> None:
         import torch
 
         from finescale.kernels.jit import load_kernel
         from finescale.kernels.launch import launch
 
         out = torch.zeros(len(expected), dtype=torch.int32, device="cuda")
-        function = load_kernel("control.cu", (), (("control.cu", CONTROL),), entry, out.device.index, 0)
+        function = load_kernel(
+            "control.cu", (("ARRIVING", arriving),), (("control.cu", CONTROL),), entry, out.device.index, 0
+        )
         launch(function, grid, threads, 0, Arguments(out.data_ptr()), out.device, cluster)
         assert out.tolist() == expected, "what was handed over is wrong"
 
     lanes = list(range(32))
     return [
-        ("one lane arrives", partial(run, "one_lane_arrives", 1, 64, 1, lanes[::-1])),
-        ("hand over", partial(run, "hand_over", 2, 32, 2, [lane + 100 for lane in lanes] + lanes)),
+        ("one lane arrives", partial(run, "arrive_and_reuse", 1, 64, 1, 1, lanes[::-1])),
+        ("each lane arrives", partial(run, "arrive_and_reuse", 1, 64, 1, 32, lanes[::-1])),
+        ("hand over in a cluster", partial(run, "hand_over", 2, 32, 2, 0, [lane + 100 for lane in lanes] + lanes)),
     ]
 
 
@@ -328,7 +329,7 @@ FAMILIES: dict[str, Callable[[], list[Case]]] = {
     "sweeps": sweeps,
     "control": control,
 }
-PROCESSES = {"quantizers": 2, "products": 3, "products of clusters": 2, "control": 2}
+PROCESSES = {"quantizers": 2, "products": 3, "products of clusters": 2, "control": 3}
 
 
 def run_share(share: Share) -> None:

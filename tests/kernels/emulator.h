@@ -166,6 +166,7 @@ template <class T> inline T atomicExch(T* place, T value) { T before = *place; *
 inline void add_there(int* sum, int value) { *sum += value; }
 inline void add_there(float* sum, float value) { *sum += value; }
 inline float about_inverse(float x) { return 1 / x; }
+inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline u32 bf16(float value) {
     u32 word = bits<u32>(value);
@@ -247,13 +248,11 @@ inline void arrive(Barrier& barrier) {
     settle(barrier);
 }
 inline void barrier_arrive(u32 barrier) { arrive(barrier_at(barrier)); }
-inline void barrier_arrive_there(u32 barrier, int rank) { arrive(barrier_at(cluster_address(barrier, rank))); }
 inline void barrier_expect(u32 barrier, u32 bytes) { barrier_at(barrier).bytes += bytes; arrive(barrier_at(barrier)); }
 inline void barrier_wait(u32 barrier, u32 parity) {
     Barrier& found = barrier_at(barrier);
     wait_until([&found, parity] { return static_cast<u32>(found.phase) != parity; });
 }
-inline void cluster_barrier_wait(u32 barrier, u32 parity) { barrier_wait(barrier, parity); }
 inline void fence_barrier_init() {}
 inline void fence_proxy_async() {}
 inline u64 policy_evict_first() { return 0; }
@@ -270,6 +269,7 @@ inline void copy_to(u32 destination, const void* source, u32 bytes, u32 barrier)
     });
 }
 inline void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier, u64) { copy_to(destination, source, bytes, barrier); }
+inline void prefetch_bulk(const void*, u32) {}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void named_barrier(int id, int threads) { meet(id, threads); }

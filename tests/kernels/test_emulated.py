@@ -96,6 +96,21 @@ def test_quantizers(kind, tokens, inputs, dtype, monkeypatch):
         assert int((got_TI.int() - codes_TI.int()).abs().max()) <= 1
 
 
+@pytest.mark.parametrize("tokens, inputs", [(9, 1032), (7, 77)])
+def test_variances_far_from_zero(tokens, inputs, monkeypatch):
+    """Means a thousand times the distances from them, and one value a thousand times the others, a thread's first."""
+    emulator.emulate(monkeypatch, 2)
+    torch.manual_seed(0)
+    x_TI = torch.randn(tokens, inputs)
+    x_TI[::2] += 1000
+    x_TI[1::2, 8] = 1000
+    y_TI = torch.nn.functional.layer_norm(x_TI.double(), (inputs,), eps=1e-5)
+    packed, scale_T, _ = quantize.run(x_TI, "layer", None, torch.ones(inputs), None, 1e-5)
+    torch.testing.assert_close(scale_T.double(), y_TI.abs().amax(1) / 127, rtol=2e-4, atol=0)
+    error_TI = layout.unpack_tokens(packed, tokens, inputs) * scale_T[:, None] - y_TI
+    assert (error_TI.abs() <= 0.51 * scale_T[:, None]).all()
+
+
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 7), pytest.param(torch.float16, 10, marks=pytest.mark.slow)])
 def test_every_quotient_is_rounded_as_by_a_division(dtype, bits, monkeypatch):
     """Tokens of each significand of the largest value (of float16, those whose scale is exact, and others), values of

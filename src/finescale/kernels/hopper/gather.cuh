@@ -4,7 +4,7 @@
 // The first term of each channel: where its input lies stands in a table in shared memory, its gain in registers, both
 // for all tokens of the block. The few channels that are merged from several have further terms, in one list sorted by
 // pieces of 8 channels: `more_start` says where each piece begins, and `more_index` holds 8 * channel of x + the place in
-// the piece.
+// the piece. A piece seldom has more than one, which stands in the table too: nothing waits for device memory then.
 //
 // Eight neighbouring channels are one thread's, so that lanes l, l + 8, l + 16 and l + 24 would read the same banks where
 // channels hardly move. They begin with different ones instead: step i of a thread is channel (i + turn) % 8 of its piece.
@@ -15,8 +15,10 @@ typedef u32 Offset;
 typedef u16 Offset;
 #endif
 struct __align__(8) Terms {
-    Offset offset[8];        // of first terms
-    int more_begin, more_end;
+    Offset offset[8];  // of first terms
+    Offset more;       // of the first further term, 0 if there is none
+    Offset more_gain;  // its gain, as bits of the type of the inputs
+    int rest;          // 8 * further terms beyond that one + its place in the piece
 };
 
 __device__ __forceinline__ int turn() { return threadIdx.x % 32 / 8 * 2; }
@@ -27,8 +29,21 @@ __device__ __forceinline__ Terms* table(const Arguments& a) {
     return reinterpret_cast<Terms*>(memory + SLOTS * slot_bytes(a.inputs) + rows * row_bytes(a.inputs));
 }
 
-// Notes where the first terms of a piece lie in their slot, which begins with zeros, and further terms in their list; gives
-// the gains of the first ones.
+// Where a channel of the inputs lies in its slot, which begins with zeros.
+__device__ __forceinline__ Offset offset_of(int channel) {
+    return static_cast<Offset>(16 + channel * static_cast<int>(sizeof(Element)));
+}
+
+// A gain in the type of the inputs.
+__device__ __forceinline__ Offset bits_of(float gain) {
+#if IN == 2
+    return __float_as_uint(gain);
+#else
+    return static_cast<Offset>(IN == 0 ? pack_bf16(gain, 0) : pack_fp16(gain, 0));
+#endif
+}
+
+// Notes where the terms of a piece lie; gives the gains of the first ones.
 __device__ __forceinline__ Piece load_terms(const Arguments& a, int piece) {
     float gain[8];
     Terms terms;
@@ -37,13 +52,40 @@ __device__ __forceinline__ Piece load_terms(const Arguments& a, int piece) {
         int channel = piece * 8 + (i + turn()) % 8;
         bool some = channel < a.gathered;
         gain[i] = some ? a.index_gain[channel] : 1.0f;
-        terms.offset[i] = static_cast<Offset>(some ? 16 + a.index[channel] * static_cast<int>(sizeof(Element)) : 0);
+        terms.offset[i] = some ? offset_of(a.index[channel]) : 0;
     }
     if (piece * 8 < a.gathered) {
-        terms.more_begin = a.more_start[piece], terms.more_end = a.more_start[piece + 1];
+        int begin = a.more_start[piece], count = a.more_start[piece + 1] - begin;
+        terms.more = terms.more_gain = 0, terms.rest = 0;
+        if (count > 0) {
+            int place = a.more_index[begin];
+            terms.more = offset_of(place / 8);
+            terms.more_gain = bits_of(a.more_gain[begin]);
+            terms.rest = 8 * (count - 1) + place % 8;
+        }
         table(a)[piece] = terms;
     }
     return pack(gain);
+}
+
+// Adds a term, where it belongs, to the sums of a piece.
+__device__ __forceinline__ void add_term(Piece& sums, const u8* slot, Offset offset, Offset gain, int place) {
+    int step = (place - turn()) & 7;
+#if IN == 2
+    float y[8], more = __fmul_rn(*reinterpret_cast<const float*>(slot + offset), __uint_as_float(gain));
+    unpack(y, sums);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (step == i) y[i] = __fadd_rn(y[i], more);
+    sums = pack(y);
+#else
+    u32 more = multiply_pair(*reinterpret_cast<const u16*>(slot + offset), gain) & 0xFFFF;
+    more = step % 2 ? more << 16 | 0x8000 : more | 0x80000000;  // -0 changes nothing
+    if (step / 2 == 0) sums.x = add_pair(sums.x, more);
+    if (step / 2 == 1) sums.y = add_pair(sums.y, more);
+    if (step / 2 == 2) sums.z = add_pair(sums.z, more);
+    if (step / 2 == 3) sums.w = add_pair(sums.w, more);
+#endif
 }
 
 __device__ __forceinline__ Piece gather(const Arguments& a, const u8* slot, int piece, const Piece& gain) {
@@ -61,27 +103,12 @@ __device__ __forceinline__ Piece gather(const Arguments& a, const u8* slot, int 
                    static_cast<u32>(*reinterpret_cast<const u16*>(slot + terms.offset[2 * i + 1])) << 16;
     Piece out = multiply(make_uint4(words[0], words[1], words[2], words[3]), gain);
 #endif
+    if (terms.more == 0) return out;
+    add_term(out, slot, terms.more, terms.more_gain, terms.rest % 8);
+    int begin = terms.rest < 8 ? 0 : a.more_start[piece] + 1;
 #pragma unroll 1
-    for (int t = terms.more_begin; t < terms.more_end; t++) {
-        int place = a.more_index[t], step = (place - turn()) & 7;
-        const u8* from = slot + 16 + place / 8 * static_cast<int>(sizeof(Element));
-#if IN == 2
-        float more = __fmul_rn(*reinterpret_cast<const float*>(from), a.more_gain[t]);
-        unpack(y, out);
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (step == i) y[i] = __fadd_rn(y[i], more);
-        out = pack(y);
-#else
-        u32 other = static_cast<u32>(*reinterpret_cast<const u16*>(from));
-        u32 more = multiply_pair(other, IN == 0 ? pack_bf16(a.more_gain[t], 0) : pack_fp16(a.more_gain[t], 0)) & 0xFFFF;
-        more = step % 2 ? more << 16 | 0x8000 : more | 0x80000000;  // -0 changes nothing
-        if (step / 2 == 0) out.x = add_pair(out.x, more);
-        if (step / 2 == 1) out.y = add_pair(out.y, more);
-        if (step / 2 == 2) out.z = add_pair(out.z, more);
-        if (step / 2 == 3) out.w = add_pair(out.w, more);
-#endif
-    }
+    for (int t = begin; t < begin + terms.rest / 8; t++)
+        add_term(out, slot, offset_of(a.more_index[t] / 8), bits_of(a.more_gain[t]), a.more_index[t] % 8);
     return out;
 }
 

@@ -94,8 +94,7 @@ struct Computer {
         int first = 0, last = TOKENS;
 #if CLUSTER > 1
         if (work.tile >= schedule.whole_tiles) {
-            ClusterBarriers barriers{part.added - part.group * PART_BYTES + WARPGROUPS * PART_BYTES};
-            add_cluster(total, x_base, barriers, place().token_end - place().token0, part.group, thread);
+            add_cluster(total, x_base, place().token_end - place().token0, part.group, thread);
             first = static_cast<int>(blockIdx.x) % CLUSTER * SHARE, last = first + SHARE;
         }
 #else
@@ -246,12 +245,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
             barrier_init(empty + 8 * i, WARPGROUPS * 4);
         }
         for (int g = 0; g < WARPGROUPS; g++) Part(a, parts, g).init();
-#if CLUSTER > 1
-        ClusterBarriers{parts + WARPGROUPS * PART_BYTES}.init();
-#endif
         fence_barrier_init();
     }
-    if (CLUSTER > 1) cluster_arrive();  // whoever uses barriers of the other blocks waits for them first
     __syncthreads();
 
     // The same in all lanes, which the compiler shall know.
@@ -271,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     } else {
         claim_registers<COMPUTE_REGISTERS>();
         wait_for_previous_kernel();
-        if (CLUSTER > 1) cluster_wait();
         Computer computer(a, Part(a, parts, group));
         computer.x_base = x_base;
         computer.slab_base = w_base + group * SLAB_BYTES;

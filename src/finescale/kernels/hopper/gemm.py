@@ -61,7 +61,7 @@ class Variant:
         """Shared memory beside the stages, with two chunks of finished tiles for each warpgroup."""
         table = 8 * self.experts + 32 if self.experts else 0
         chunk = 144 * min(self.tokens, 16 if self.warpgroups == 3 or self.tokens % 32 else 32)
-        return self.warpgroups * (2 * chunk + self.tokens * 8 + 32) + 8 + table
+        return self.warpgroups * (2 * chunk + self.tokens * 8 + 24) + 16 + table
 
     @property
     def stage_bytes(self) -> int:
@@ -194,7 +194,7 @@ def variants(tokens: int, groups: int, folded: bool, out: int) -> list[Variant]:
         for split, cluster in SHARING
         if width < 128 or warpgroups == 2 or (width == 128 and (folded or warpgroups == 1))
         if cluster == 1 or (width >= 64 and not (width == 256 and cluster == groups == 4))
-        if (width, warpgroups, cluster) != (128, 3, 2)
+        if (width, warpgroups) != (128, 3) or cluster == 1
     ]
 
 

@@ -33,19 +33,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// The same for a barrier that other blocks of the cluster arrive at.
-__device__ __forceinline__ void cluster_barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra ready;\n"
-        "bra again;\n"
-        "ready:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -73,6 +60,11 @@ __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u
         ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
+// Brings contiguous bytes (a multiple of 16) to the level-two cache.
+__device__ __forceinline__ void prefetch_bulk(const void* source, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // Lets the next kernel of the stream start, and waits for the one before: everything before the wait may run while that
 // one still does, so it reads only what no kernel writes.
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -92,10 +84,6 @@ __device__ __forceinline__ u32 cluster_address(u32 address, int rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
-}
-
-__device__ __forceinline__ void barrier_arrive_there(u32 barrier, int rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ void store_cluster16(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -173,7 +161,7 @@ PAIRS(multiply_bf16s, "mul.rn.bf16x2")
 PAIRS(multiply_fp16s, "mul.rn.f16x2")
 PAIRS(max_pairs, "max.u16x2")
 
-// About 2^x and 1 / x, to the last bit or two; what is subnormal is 0.
+// About 2^x, 1 / x and 1 / sqrt(x), to the last bit or two; what is subnormal is 0.
 __device__ __forceinline__ float power_of_two(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -182,6 +170,11 @@ __device__ __forceinline__ float power_of_two(float x) {
 __device__ __forceinline__ float about_inverse(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

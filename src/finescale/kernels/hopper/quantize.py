@@ -178,7 +178,8 @@ class Facts:
     @property
     def table_bytes(self) -> int:
         """Where the inputs of channels lie in a token, and their further terms in the list of them."""
-        return 0 if self.gathered is None else -(-self.gathered // 8) * 8 * (self.dtype.itemsize + 1)
+        per_piece = 48 if self.dtype == torch.float32 else 24
+        return 0 if self.gathered is None else -(-self.gathered // 8) * per_piece
 
     @property
     def parameter_bytes(self) -> int:

@@ -63,33 +63,14 @@ __device__ __forceinline__ u32 sum_bits(int sum) { return static_cast<u32>(sum);
 __device__ __forceinline__ int sum_of(u32 bits) { return static_cast<int>(bits); }
 #endif
 
-// Two barriers of each block, after those of its parts: all warps of the cluster are done with the stages; the sums for a
-// warpgroup of this block have come.
-struct ClusterBarriers {
-    u32 base;
-
-    __device__ u32 done() const { return base; }
-    __device__ u32 come(int group) const { return base + 8 + 8 * group; }
-
-    __device__ void init() const {
-        barrier_init(done(), CLUSTER * WARPGROUPS * 4);
-        for (int g = 0; g < WARPGROUPS; g++) barrier_init(come(g), CLUSTER * 4);
-    }
-
-    // By each warp, at all blocks.
-    __device__ __forceinline__ void arrive(u32 barrier) const {
-        __syncwarp();
-        if (threadIdx.x % 32 < CLUSTER) barrier_arrive_there(barrier, threadIdx.x % 32);
-    }
-};
-
-// `area` is where the stages were; `tokens` are those from the tile's first to the last of all.
+// `area` is where the stages were; `tokens` are those from the tile's first to the last of all. Every computing thread of
+// the cluster comes here once. Copying ones do not wait here and are not waited for once they have ended.
 __device__ __forceinline__ void add_cluster(
-    Sum (&total)[TOKENS / 2], u32 area, ClusterBarriers barriers, int tokens, int group, int thread) {
+    Sum (&total)[TOKENS / 2], u32 area, int tokens, int group, int thread) {
     int rank = static_cast<int>(blockIdx.x) % CLUSTER;
     area += group * (FOURS * 2048) + thread * 16;
-    barriers.arrive(barriers.done());
-    cluster_barrier_wait(barriers.done(), 0);
+    cluster_arrive();  // all warps of the cluster are done with the stages
+    cluster_wait();
 #pragma unroll
     for (int r = 0; r < FINISHERS; r++) {
         if (r == rank || r * SHARE >= tokens) continue;
@@ -100,8 +81,8 @@ __device__ __forceinline__ void add_cluster(
             store_cluster16(target + i * 2048, sum_bits(four[0]), sum_bits(four[1]), sum_bits(four[2]), sum_bits(four[3]));
         }
     }
-    barriers.arrive(barriers.come(group));
-    cluster_barrier_wait(barriers.come(group), 0);
+    cluster_arrive();  // all sums have come
+    cluster_wait();
 #pragma unroll
     for (int r = 0; r < FINISHERS; r++) {
         if (r != rank) continue;
