@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -239,7 +240,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         chosen = entry.options(**options)
         if operations < FEW_OPERATIONS:
             entry.solve(weight_OI, hessian_II, grid, chosen)
-        seconds, solution = seconds_of(lambda e=entry, c=chosen: e.solve(weight_OI, hessian_II, grid, c), device)  # type: ignore[misc]
+        seconds, solution = seconds_of(partial(entry.solve, weight_OI, hessian_II, grid, chosen), device)
         row[f"{label}_seconds"] = seconds * factor
         objectives[label] = row_objectives(weight_OI, solution.weight, hessian_II)
         row[f"{label}_objective"] = float(objectives[label].sum())

@@ -5,7 +5,7 @@ Shape legend: I inputs, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Moments:
 def collect_moments(
     block: nn.Module,
     leaders: Mapping[str, str],
-    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    batches: Collection[tuple[Tensor, dict[str, Any]]],
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> dict[str, Moments]:
@@ -146,7 +146,7 @@ def collect_ranges(
     block: nn.Module,
     outputs_of: Iterable[str],
     inputs_of: Iterable[str],
-    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    batches: Collection[tuple[Tensor, dict[str, Any]]],
     device: torch.device,
 ) -> dict[str, InputRange]:
     """Run a block over all batches and note the range per channel of some modules' outputs and of others' inputs.
@@ -190,7 +190,7 @@ def collect_ranges(
 
 def _in_order(
     block: nn.Module,
-    batches: Iterable[tuple[Tensor, dict[str, Any]]],
+    batches: Collection[tuple[Tensor, dict[str, Any]]],
     moments: Mapping[str, Moments],
     device: torch.device,
     ranks: Ranks,
@@ -200,7 +200,7 @@ def _in_order(
     Batches are dealt out in turn, so that in each round the processes have consecutive ones.
     """
     mine = iter(batches)
-    rounds = int(ranks.largest(len(batches)))  # type: ignore[arg-type]
+    rounds = int(ranks.largest(len(batches)))
     totals = {name: Moments(torch.zeros_like(moment.sum_II)) for name, moment in moments.items()}
     for _ in range(rounds):
         for moment in moments.values():

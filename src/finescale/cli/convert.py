@@ -26,13 +26,15 @@ def convert(
     """Give an existing checkpoint integer scales (W4A8) without calibration."""
     quiet_libraries()
     from finescale.errors import InputError
+    from finescale.grid.integer_scale import Amplifier
     from finescale.pipeline.convert import convert as run_conversion
 
-    if amplifier not in ("auto", "heuristic") and not amplifier.isdecimal():
+    named: dict[str, Amplifier] = {"auto": "auto", "heuristic": "heuristic"}
+    if amplifier not in named and not amplifier.isdecimal():
         raise InputError(f"--amplifier is {amplifier}; use auto, heuristic or a power of two such as 1024.")
-    value = int(amplifier) if amplifier.isdecimal() else amplifier
+    value = named[amplifier] if amplifier in named else int(amplifier)
     with progress_bar("files") as update:
-        report = run_conversion(folder, out, value, round_again, fresh, update, folded)  # type: ignore[arg-type]
+        report = run_conversion(folder, out, value, round_again, fresh, update, folded)
     layers = report["layers"]
     errors = sorted(record["relative_error"] for record in layers)
     uses = [record["overflow_use"] for record in layers]

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 

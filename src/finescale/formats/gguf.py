@@ -35,7 +35,7 @@ def unpack_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float16) ->
     if done.is_file():
         return folder
     try:
-        import accelerate  # type: ignore[import-untyped]  # noqa: F401
+        import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
         raise InputError("reading GGUF needs two more packages: pip install 'finescale[demo]'.") from error

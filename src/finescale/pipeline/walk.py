@@ -186,31 +186,35 @@ def _quantize_group(walk: _Walk, group: range, active: int, on_progress: Progres
     # The targets of a lone block are settled before it is corrected: they are what it put out till then.
     tunings = None if single is None else [(chosen, _windows(walk, single, chosen)) for chosen in options]
     if walk.stream is not None and job.recipe.tuning:
-        before = [unplanned(block.module, block.changed.plans) for block in prepared]
-        corrections = tunings or [(chosen, _group_windows(walk, prepared, chosen)) for chosen in options]
-        plans = [block.changed.plans for block in prepared]
-        facts = prepared[0].timer.measure(
-            "tune", correct_blocks, [block.module for block in prepared], plans,
-            [block.changed.rules for block in prepared],
-            _tuning(walk, [block.index for block in prepared], corrections, {}),
-        )  # fmt: skip
-        del corrections
-        for block, values in zip(prepared, before, strict=True):
-            found = changed_tensors(job.skeleton, block.module, block.index, values, job.scale_dtype)
-            block.changed.tensors.update(found)
-            block.facts["tuning"] = list(facts) if block.changed.plans else []
+        _correct(walk, prepared, tunings or [(chosen, _group_windows(walk, prepared, chosen)) for chosen in options])
     entries = []
-    for number, block in enumerate(prepared):
+    while prepared:
+        block = prepared.pop(0)  # its float outputs go with it
         tuning = None
         if job.recipe.tuning:
             parts = tunings or [(chosen, _windows(walk, block, chosen)) for chosen in options]
             tuning = _tuning(walk, [block.index], parts, block.changed.rules)
             del parts
         tunings = None
-        prepared[number] = None  # type: ignore[call-overload]  # its float outputs go with it
         entries.append(_solve(walk, block, tuning, last=block.index + 1 == active))
         del tuning  # or it would keep the block's inputs
     return entries
+
+
+def _correct(
+    walk: _Walk, prepared: Sequence[_Prepared], parts: Sequence[tuple[ReconstructionOptions, Windows]]
+) -> None:
+    """Change the weights of transformed blocks together, before they are solved, and note what changed besides them."""
+    job = walk.job
+    before = [unplanned(block.module, block.changed.plans) for block in prepared]
+    facts = prepared[0].timer.measure(
+        "tune", correct_blocks, [block.module for block in prepared], [block.changed.plans for block in prepared],
+        [block.changed.rules for block in prepared], _tuning(walk, [block.index for block in prepared], parts, {}),
+    )  # fmt: skip
+    for block, values in zip(prepared, before, strict=True):
+        found = changed_tensors(job.skeleton, block.module, block.index, values, job.scale_dtype)
+        block.changed.tensors.update(found)
+        block.facts["tuning"] = list(facts) if block.changed.plans else []
 
 
 def _prepare(walk: _Walk, index: int, ahead: Any) -> _Prepared:

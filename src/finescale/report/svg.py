@@ -141,10 +141,11 @@ def marker(x: float, y: float, shape: int, radius: float, cls: str, tip: str) ->
         return el("circle", title, cx=x, cy=y, r=r, cls=cls)
     if shape % 4 == 1:
         return el("rect", title, x=x - r * 0.9, y=y - r * 0.9, width=r * 1.8, height=r * 1.8, cls=cls)
+    corners: tuple[tuple[float, float], ...]
     if shape % 4 == 2:
         corners = ((x, y - r * 1.15), (x + r * 1.1, y + r * 0.8), (x - r * 1.1, y + r * 0.8))
     else:
-        corners = ((x, y - r * 1.3), (x + r * 1.3, y), (x, y + r * 1.3), (x - r * 1.3, y))  # type: ignore[assignment]
+        corners = ((x, y - r * 1.3), (x + r * 1.3, y), (x, y + r * 1.3), (x - r * 1.3, y))
     return el("path", title, d="M" + "L".join(f"{_short(a)} {_short(b)}" for a, b in corners) + "Z", cls=cls)
 
 

@@ -84,12 +84,13 @@ class FinescaleLinearMethod(LinearMethodBase):
         layer.finescale_dtype = params_dtype
 
     def _input_tensors(self) -> list[str]:
-        static = self.description.activations is not None and not self.description.activations.dynamic
+        activations, gather = self.description.activations, bool(self.description.inputs.get("gather"))
+        static = activations is not None and not activations.dynamic
         wanted = {
             "input_scale": static,
-            "input_zero_point": static and not self.description.activations.symmetric,  # type: ignore[union-attr]
-            "input_index": bool(self.description.inputs.get("gather")),
-            "input_gain": bool(self.description.inputs.get("gather")),
+            "input_zero_point": static and activations is not None and not activations.symmetric,
+            "input_index": gather,
+            "input_gain": gather,
         }
         return [suffix for suffix in SUFFIXES if wanted[suffix]]
 
