@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,14 +57,37 @@ def methods(parts: Mapping[str, Rows]) -> str:
 
 
 def scales(rows: Rows) -> str:
-    """Each recipe with float and with integer scales."""
+    """Each recipe with float, integer and folded scales: perplexity on the first part of the calibration text, and the
+    change over all parts that were tried, with its standard error."""
     found = []
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in rows):
-        before, after = rows.get(f"{name}, float"), rows.get(f"{name}, integer")
-        if before and after:
-            change = after["perplexity"] / before["perplexity"] - 1
-            found.append([f"`{name}`", number(before), number(after), f"{change:+.2%}"])
-    return table(["recipe", "float scales", "integer scales", "change"], found)
+    for name in dict.fromkeys(key.partition(", ")[0] for key in rows):
+        line = [f"`{name}`", number(rows.get(f"{name}, float"))]
+        for form in ("integer", "folded"):
+            line += [number(rows.get(f"{name}, {form}")), shown_change(changes(rows, name, form))]
+        found.append(line)
+    header = ["recipe", "float scales", "integer scales", "change", "folded scales", "change"]
+    return table(header, found)
+
+
+def changes(rows: Rows, name: str, form: str) -> list[float]:
+    """Changes of log perplexity from float scales, one for each part of the text with both rows."""
+    found = []
+    for key, row in rows.items():
+        title, _, rest = key.partition(", ")
+        before = rows.get(f"{name}, {rest.replace(form, 'float')}")
+        if title == name and rest.partition(", ")[0] == form and before:
+            found.append(math.log(row["perplexity"] / before["perplexity"]))
+    return found
+
+
+def shown_change(values: Sequence[float]) -> str:
+    """The mean in per cent, with its standard error and their number if there are several."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.2%}"
+    return f"{mean:+.2%} ± {statistics.stdev(values) / math.sqrt(len(values)):.2%} ({len(values)})"
 
 
 def plain(rows: Rows, extra: bool = False) -> str:
@@ -106,8 +131,9 @@ def tuning_page(models: Mapping[str, Any]) -> str:
         columns = []
         for key in bits:
             cells = [rows[key].get(method) for method in names]
-            columns += [marked(cells), [f"{row['seconds']:.0f}" if row else "" for row in cells]]
-        header = ["method", *(word for key in bits for word in (f"{key} bits", "s"))]
+            divergences = [f"{row['kl']:.3f}" if row else "" for row in cells]
+            columns += [marked(cells), divergences, [f"{row['seconds']:.0f}" if row else "" for row in cells]]
+        header = ["method", *(word for key in bits for word in (f"{key} bits", "KL", "s"))]
         parts += [setting_of(name, entry)]
         parts += [table(header, [[method, *cells] for method, *cells in zip(names, *columns, strict=True)])]
         if rows.get("w4a8"):
