@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from pages import changes, scales, shown_change  # noqa: E402
+from pages import changes, scales, shown_change
 
 
 def row(perplexity):
