@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from finescale.errors import InputError
-from finescale.recipe import Recipe, is_ragged, recipe_names, resolve_group_size
+from finescale.recipe import Recipe, is_ragged, resolve_group_size
+from finescale.recipes import recipe_names
 from finescale.solvers import SOLVERS
 
 BASE = Recipe.named("gptq")

@@ -21,7 +21,7 @@ def peers_tables(results: dict[str, dict[str, Any]]) -> str:
     parts = []
     for name, facts in results.items():
         if facts.get("benchmark") == "peers":
-            parts.append(_model(name, facts, _ours(results, facts)))
+            parts.append(_model(name, facts, ours_beside(results, facts)))
     return "\n".join(parts)
 
 
@@ -63,7 +63,7 @@ def _marked(row: dict[str, Any], column: list[dict[str, Any]], key: str, digits:
     return f"**{text}**" if row[key] == min(other[key] for other in column if other.get(key) is not None) else text
 
 
-def _ours(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+def ours_beside(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """Rows of the same model on the same windows."""
     wanted = {key: facts["setting"][key] for key in ("samples", "windows")}
     wanted |= {"length": facts["setting"]["sample_length"], "window_length": facts["setting"]["length"]}

@@ -23,7 +23,8 @@ from finescale.cli.main import app
 from finescale.formats import FORMATS
 from finescale.formats.engines import engine_table
 from finescale.grid import ActivationScheme, WeightScheme
-from finescale.recipe import Recipe, recipe_names
+from finescale.recipe import Recipe
+from finescale.recipes import recipe_names
 from finescale.solvers import SOLVERS
 from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
@@ -31,7 +32,9 @@ from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
 from tools.docs_comparisons import compared
 from tools.docs_errors import error_tables
+from tools.docs_headlines import accuracy_headline, speed_headline
 from tools.docs_peers import peers_tables
+from tools.docs_speed import decode_table, product_table, serving_table
 from tools.docs_text import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,6 +203,9 @@ def pages() -> dict[str, str]:
     )
     results = load_results(ROOT / "benchmarks" / "results")
     made["peers"] = peers_tables(results)
+    made["headline-accuracy"], made["headline-speed"] = accuracy_headline(results), speed_headline(results)
+    made["speed-products"], made["speed-serving"] = product_table(results), serving_table(results)
+    made["speed-decode"] = decode_table(results)
     made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}
     return made
 

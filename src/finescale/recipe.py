@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from finescale.formats.source import read_utf8
 from finescale.grid import ActivationScheme, WeightScheme, number_of_groups
 from finescale.grid.folded import FOLDED_BITS
 from finescale.grid.integer_scale import Amplifier, check_amplifier
+from finescale.recipes import recipe_names, recipe_text
 from finescale.solvers import SolverEntry, SolverOptions, find_solver
 from finescale.transforms import TransformEntry, TransformOptions, find_transform
 from finescale.tuning import LowRankOptions, ReconstructionOptions, TunerEntry, find_tuner
@@ -362,8 +362,7 @@ class Recipe(_Part):
         names = recipe_names()
         if name not in names:
             raise InputError(f"no recipe {name!r}; choose one of {', '.join(names)}, or give a YAML file.")
-        text = (resources.files("finescale.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-        return cls.from_dict({"name": name} | _read_yaml(text, name), name)
+        return cls.from_dict({"name": name} | _read_yaml(recipe_text(name), name), name)
 
     @classmethod
     def load(cls, name_or_file: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
@@ -447,12 +446,6 @@ def _explain(error: ValidationError) -> str:
         else:
             parts.append(f"{key}: {entry['msg'].removeprefix('Value error, ')}")
     return "; ".join(dict.fromkeys(parts)) + "."
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with finescale."""
-    files = resources.files("finescale.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def resolve_group_size(columns: list[int]) -> int | None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from finescale._version import __version__
 from finescale.cli import main as entry
@@ -323,20 +324,34 @@ def test_evaluate_refuses(cli, tiny, text, options, words):
 
 
 def test_recipes(cli, tmp_path):
-    from finescale.recipe import recipe_names
+    from finescale.recipes import recipe_names
 
     code, stdout, _ = cli("recipes", "--json", tmp_path / "r.json")
     assert code == 0 and set(read_json(tmp_path / "r.json")) == set(recipe_names())
     assert all(name in stdout for name in recipe_names())
     code, stdout, _ = cli("recipes", "gptq")
-    import yaml
-
     assert code == 0 and yaml.safe_load(stdout)["solver"]["name"] == "gptq"
     refused(cli("recipes", "nothing"), "nothing")
 
 
+def test_the_list_of_recipes_says_what_the_recipes_are():
+    """It reads their files without what makes a recipe of them."""
+    from finescale.cli.recipes import summary
+    from finescale.recipe import Recipe
+    from finescale.recipes import recipe_names, recipe_text
+
+    for name in recipe_names():
+        recipe = Recipe.named(name)
+        group = "per channel" if recipe.weights.group_size == -1 else f"group {recipe.weights.group_size}"
+        kind = "symmetric" if recipe.weights.symmetric else "asymmetric"
+        inputs = f"{recipe.activations.bits} bits per token" if recipe.activations else "16 bits"
+        wanted = (f"{recipe.weights.bits} bits, {group}, {kind}", inputs, recipe.description)
+        assert summary(yaml.safe_load(recipe_text(name))) == wanted
+
+
 def test_a_shown_recipe_can_be_used_as_a_file(cli, tmp_path):
-    from finescale.recipe import Recipe, recipe_names
+    from finescale.recipe import Recipe
+    from finescale.recipes import recipe_names
 
     for name in recipe_names():
         (tmp_path / "shown.yaml").write_text(cli("recipes", name)[1])
@@ -425,11 +440,14 @@ def test_the_real_process(tiny, text, tmp_path):
     assert failed.returncode == 1 and failed.stdout == "" and re.fullmatch(r"Error: [^\n]+\.\n", failed.stderr)
 
 
-def test_the_command_line_starts_without_torch():
-    code = "import sys, finescale.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
+def test_the_command_line_starts_and_lists_recipes_without_torch():
+    code = (
+        "import sys; from finescale.cli.main import app; app(['recipes'], standalone_mode=False); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     _, environment = command()
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert answer.stdout.split() == ["False", "False"], answer.stderr
+    assert answer.stdout.split()[-2:] == ["False", "False"], answer.stderr
 
 
 def test_serve_refuses_before_vllm_starts(cli, result, tmp_path):

@@ -111,6 +111,16 @@ def test_quantized_tensors_without_a_layer(result, tmp_path):
     refused(path, CheckpointError, "no layer for")
 
 
+@pytest.mark.parametrize("change", [{"head_dim": 2**40}, {"intermediate_size": 100}])
+def test_a_config_of_other_sizes(result, tmp_path, change):
+    """Before anything as large as it says is made."""
+    folder = shutil.copytree(result, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        load(folder)
+
+
 def test_damage_is_found_when_loading_too(result, tmp_path):
     path = shutil.copytree(result, tmp_path / "a")
     change_tensor(path, "model.layers.0.mlp.up_proj.weight_scale", lambda tensor: tensor * 1.001)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import finescale
-from finescale.recipe import Recipe, recipe_names
+from finescale.recipe import Recipe
+from finescale.recipes import recipe_names
 from finescale.runtime.load import load
 from finescale.runtime.serving import claims, refusal
 from tests.vllm.asking import ask, greedy, shortfall

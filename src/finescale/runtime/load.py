@@ -19,7 +19,7 @@ from finescale.grid import InputRule, QuantizedWeight
 from finescale.kernels.dispatch import choose_kernel, has_hopper_kernels, layer_facts
 from finescale.kernels.portable import PORTABLE, PortableProduct
 from finescale.models import Skeleton, linear_modules, open_skeleton
-from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names
+from finescale.models.skeleton import fill_buffers, fill_parameters, possible_names, weight_OI_of
 from finescale.runtime.attention import quantize_kv_cache
 from finescale.runtime.checkpoint import QuantizedCheckpoint, open_quantized
 from finescale.runtime.experts import PackedMixture, install_mixtures
@@ -128,8 +128,9 @@ def install_quantized(
     on_device = path == "kernel" and has_hopper_kernels(device) and quantized.fmt.name == compressed_tensors.NAME
     for block, path_in_block, name in places:
         weight = quantized.read(name, device if on_device else "cpu")
-        bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
         inputs = quantized.inputs_of(name).to(device)
+        _check_shape(name, weight, inputs, block.get_submodule(path_in_block))
+        bias = skeleton.source.read(name + ".bias").to(device, dtype) if name + ".bias" in skeleton.source else None
         if rounding == "none":
             inputs = replace(inputs, scheme=None, fixed=None)
         layer = _layer(weight, bias, inputs, device, dtype, path, cache, full_range)
@@ -138,6 +139,16 @@ def install_quantized(
         names.discard(name)
     if names:
         raise CheckpointError(f"{', '.join(sorted(names)[:3])}: quantized tensors that the model has no layer for.")
+
+
+def _check_shape(name: str, weight: QuantizedWeight, inputs: InputRule, module: nn.Module) -> None:
+    """Raises CheckpointError for a layer of another size than the config says; a gather may change the inputs."""
+    stored, wanted = tuple(weight.codes_OI.shape), tuple(weight_OI_of(module).shape)
+    if stored[0] != wanted[0] or (inputs.gather is None and stored[1] != wanted[1]):
+        raise CheckpointError(
+            f"{name} is {stored} in the checkpoint and {wanted} by config.json; they do not belong together, "
+            "quantize or download the model again."
+        )
 
 
 def quantized_places(skeleton: Skeleton, names: Collection[str]) -> list[tuple[nn.Module, str, str]]:
