@@ -58,26 +58,6 @@ __device__ __forceinline__ bool inside(int k, int values) { return k < WHOLE || 
 __device__ __forceinline__ int row_bytes(int inputs) { return (inputs + 7) / 8 * static_cast<int>(sizeof(Piece)); }
 __device__ __forceinline__ int slot_bytes(int inputs) { return FRONT + PARTS * row_bytes(inputs); }
 
-// Over groups of so many neighbouring lanes.
-template <int LANES>
-__device__ __forceinline__ float total_of(float value) {
-#pragma unroll
-    for (int offset = LANES / 2; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, offset);
-    return value;
-}
-
-constexpr int WARP_LANES = WARPS > 16 ? 32 : WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : 2;  // lanes that see all warps
-
-// Over all threads of the block. A scratch is used again two tokens later, with other barriers in between.
-__device__ __forceinline__ float total_of_block(float value, u32* scratch) {
-    value = total_of<32>(value);
-    if (WARPS == 1) return value;
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = __float_as_uint(value);
-    __syncthreads();
-    int warp = threadIdx.x % WARP_LANES;  // every so many lanes do the same
-    return total_of<WARP_LANES>(warp < WARPS ? __uint_as_float(scratch[warp]) : 0);
-}
-
 __device__ __forceinline__ u32 largest_of_block(u32 value, u32* scratch) {
     value = __reduce_max_sync(0xFFFFFFFF, value);
     if (WARPS == 1) return value;
@@ -86,82 +66,7 @@ __device__ __forceinline__ u32 largest_of_block(u32 value, u32* scratch) {
     return __reduce_max_sync(0xFFFFFFFF, threadIdx.x % 32 < WARPS ? scratch[threadIdx.x % 32] : 0);
 }
 
-// How a token is rounded: codes are round(value / scale).
-//
-// For 16-bit values one multiplication gives them. 254 * value - odd * largest is a multiple of the value's last place, so
-// that a quotient that is no tie is at least value / (4094 * largest) away from one, and an error of the factor of less
-// than 10^-6 does not matter. There is a tie only if value = largest / 2, or if 127 divides the significand of the largest.
-// In the first case the factor is made a little too small or too large, as a division rounds that very quotient. In the
-// second the scale is exact: if it is a power of two, so is the factor, and else values are divided, as are those of 32
-// bits that are near a tie.
-struct Rounding {
-    float scale, factor;
-    bool sure;
-};
-
-__device__ __forceinline__ Rounding rounding_of(u32 bits) {
-    Rounding r;
-#if IN == 2
-    float largest = __uint_as_float(bits);
-    r.sure = false;
-#else
-    float largest = to_float(static_cast<u16>(bits));
-    // A quotient by a constant that is corrected once is that of a division; neither NaN nor infinite nor subnormal anywhere.
-    float about = largest * (1.0f / 127.0f);
-    r.scale = __fmaf_rn(__fmaf_rn(about, -127.0f, largest), 1.0f / 127.0f, about);
-    bool power = (__float_as_uint(r.scale) & 0x7FFFFF) == 0;
-    r.sure = largest > 1e-30f && largest < 1e30f && (IN == 0 || power || __fmaf_rn(r.scale, 127.0f, -largest) != 0);
-    // Whether the quotient of half of the largest is rounded to less than 63.5.
-    bool down = __fmaf_rn(r.scale, -63.5f, 0.5f * largest) < r.scale * -1.9073486328125e-6f;
-    r.factor = power ? __uint_as_float(0x7F000000 - __float_as_uint(r.scale))
-                     : about_inverse(r.scale) * (down ? 1.0f - 6e-7f : 1.0f + 6e-7f);
-#endif
-    if (!r.sure) {
-        r.scale = largest != 0 ? __fdiv_rn(largest, 127.0f) : 1.0f;
-        if (r.scale < 1.17549435e-38f) r.scale = 1.17549435e-38f;
-        r.factor = __fdiv_rn(1.0f, r.scale);
-    }
-    return r;
-}
-
-// Four bytes of as many words.
-__device__ __forceinline__ u32 bytes_of(const u32* words) {
-    return __byte_perm(__byte_perm(words[0], words[1], 0x0040), __byte_perm(words[2], words[3], 0x0040), 0x5410);
-}
-
-// Codes of 8 values, in order of their bytes. Not in line, since it is long and hardly ever needed.
-__device__ __noinline__ uint2 divided(Piece piece, float scale) {
-    float x[8];
-    u32 codes[8];
-    unpack(x, piece);
-#pragma unroll
-    for (int i = 0; i < 8; i++) codes[i] = max(-127, min(127, __float2int_rn(__fdiv_rn(x[i], scale))));
-    return make_uint2(bytes_of(codes), bytes_of(codes + 4));
-}
-
-constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-
-__device__ __forceinline__ uint2 multiplied(const Piece& piece, const Rounding& r) {
-    float x[8];
-    u32 bits[8];
-    unpack(x, piece);
-#pragma unroll
-    for (int i = 0; i < 8; i++) bits[i] = __float_as_uint(__fmaf_rn(x[i], r.factor, SHIFT));
-    return make_uint2(bytes_of(bits), bytes_of(bits + 4));
-}
-
-// Whether all quotients of a piece are so far from ties that a factor serves; not if one is no number.
-__device__ __forceinline__ bool far_from_ties(const Piece& piece, const Rounding& r) {
-    float x[8];
-    bool far = true;
-    unpack(x, piece);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float rounded_away = __fsub_rn(__fadd_rn(x[i] * r.factor, SHIFT), SHIFT);
-        far &= fabsf(__fmaf_rn(x[i], r.factor, -rounded_away)) < 0.4999f;
-    }
-    return far;
-}
+#include "rounding.cuh"
 
 // The tokens of a block on their way through shared memory.
 struct Tokens {
@@ -254,91 +159,7 @@ struct Parameters {
     }
 };
 
-// The sum of some values, and of the squares of their distances from their mean.
-struct Moments {
-    float count, sum, squares;
-};
-
-// Those of `LANES` neighbouring lanes together, which have `count` values (Chan, Golub and LeVeque, Updating formulae and
-// a pairwise algorithm for computing sample variances).
-template <int LANES>
-__device__ __forceinline__ Moments together(const Moments& own, float count) {
-    float sum = total_of<LANES>(own.sum);
-    float distance = own.count > 0 ? own.sum * about_inverse(own.count) - sum * about_inverse(count) : 0;
-    return {count, sum, total_of<LANES>(own.squares + own.count * distance * distance)};
-}
-
-// Values of `threads` threads from `first` on.
-__device__ __forceinline__ float count_of(int first, int threads, int inputs) {
-    int count = 0;
-#pragma unroll
-    for (int k = 0; k < PIECES; k++) count += max(0, min(threads * 8, inputs - (first + k * THREADS) * 8));
-    return static_cast<float>(count);
-}
-
-// A thread's first value stands in for its mean. It is one of them, so that sums of squares are at most so many times
-// too large as the thread has values, and lose no more to the subtraction.
-__device__ __forceinline__ Moments moments_of_thread(const Arguments& a, const Piece (&token)[PIECES]) {
-    float x[8], totals[2] = {0, 0}, squares[2] = {0, 0}, about = 0;
-#pragma unroll
-    for (int k = 0; k < PIECES; k++) {
-        if (!inside(k, a.inputs)) continue;
-        unpack(x, token[k]);
-        if (k == 0) about = x[0];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float distance = x[i] - about;
-            if (!ALIGNED && piece_of(k) * 8 + i >= a.inputs) distance = 0;
-            totals[i % 2] += distance;
-            squares[i % 2] += distance * distance;
-        }
-    }
-    float count = count_of(threadIdx.x, 1, a.inputs), total = totals[0] + totals[1];
-    float excess = count > 0 ? total * total * about_inverse(count) : 0;
-    return {count, about * count + total, max(squares[0] + squares[1] - excess, 0.0f)};
-}
-
-__device__ __forceinline__ Moments moments_of_block(const Arguments& a, const Piece (&token)[PIECES], u32 (*scratch)[32]) {
-    int first = static_cast<int>(threadIdx.x) & ~31;
-    Moments moments = together<32>(moments_of_thread(a, token), count_of(first, 32, a.inputs));
-    if (WARPS == 1) return moments;
-    if (threadIdx.x == first) {
-        scratch[TOTAL][first / 32] = __float_as_uint(moments.sum);
-        scratch[SQUARES][first / 32] = __float_as_uint(moments.squares);
-    }
-    __syncthreads();
-    int warp = threadIdx.x % WARP_LANES;
-    if (warp < WARPS)
-        moments = {count_of(warp * 32, 32, a.inputs), __uint_as_float(scratch[TOTAL][warp]),
-                   __uint_as_float(scratch[SQUARES][warp])};
-    else moments = {0, 0, 0};
-    return together<WARP_LANES>(moments, static_cast<float>(a.inputs));
-}
-
-// sum / count, as good as divided, but for a count that stays the same much faster.
-__device__ __forceinline__ float average(float sum, float count) {
-    float inverse = about_inverse(count), about = sum * inverse;
-    return __fmaf_rn(__fmaf_rn(about, -count, sum), inverse, about);
-}
-
-// What a norm multiplies by, for LAYER after the mean was subtracted.
-__device__ __forceinline__ float norm_scale(const Arguments& a, const Piece (&token)[PIECES], float& mean, u32 (*scratch)[32]) {
-    float squares, inputs = static_cast<float>(a.inputs);
-    if (KIND == 2) {
-        Moments moments = moments_of_block(a, token, scratch);
-        mean = average(moments.sum, inputs), squares = moments.squares;
-    } else {
-        float totals[2] = {0, 0}, x[8];
-#pragma unroll
-        for (int k = 0; k < PIECES; k++) {
-            unpack(x, token[k]);
-#pragma unroll
-            for (int i = 0; i < 8; i++) totals[i % 2] += x[i] * x[i];
-        }
-        squares = total_of_block(totals[0] + totals[1], scratch[TOTAL]);
-    }
-    return inverse_root(average(squares, inputs) + a.epsilon);
-}
+#include "moments.cuh"
 
 __device__ __forceinline__ Piece normed(const Piece& piece, float mean, float inverse, const Parameters& parameters, int k) {
     float x[8], g[8], s[8];
