@@ -94,6 +94,16 @@ def attend_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _wide(x, rounded: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In float32; int8 without the conversion, which runs at a quarter of the speed of what replaces it."""
+    if rounded:
+        bits = x.to(tl.int32) + 0x4B400000  # 1.5 * 2^23, and the number in its last places
+        return bits.to(tl.float32, bitcast=True) - 12582912.0
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def attend_plainly(  # type: ignore[no-untyped-def]
     q_1D, k_ND, v_ND, keys, values, key_scale, value_scale, valid, pages, slots, page_stride, slot_stride,
     start, end, scaling,
@@ -112,7 +122,7 @@ def attend_plainly(  # type: ignore[no-untyped-def]
         offset_N = tile_offsets(next_N, next_N < end, pages, slots, page_stride, slot_stride, paged)
         next_k_ND = load_tile(keys, offset_N, next_N < end, d_D)
         next_v_ND = load_tile(values, offset_N, next_N < end, d_D)
-        score_N = tl.sum(q_1D.to(tl.float32) * k_ND.to(tl.float32), 1) * scaling
+        score_N = tl.sum(q_1D.to(tl.float32) * _wide(k_ND, rounded), 1) * scaling
         if rounded:
             score_N *= tl.load(key_scale + key_N, mask=inside_N, other=0.0)
         if masked:
@@ -125,7 +135,7 @@ def attend_plainly(  # type: ignore[no-untyped-def]
         sum_N = sum_N * shrink_N + weight_N
         if rounded:
             weight_N *= tl.load(value_scale + key_N, mask=key_N < end, other=0.0)
-        acc_ND = acc_ND * shrink_N[:, None] + weight_N[:, None] * v_ND.to(tl.float32)
+        acc_ND = acc_ND * shrink_N[:, None] + weight_N[:, None] * _wide(v_ND, rounded)
         largest_N = higher_N
         k_ND, v_ND = next_k_ND, next_v_ND
     largest = tl.max(largest_N, 0)
