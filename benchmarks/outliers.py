@@ -138,9 +138,9 @@ def fit_threshold(
 
 
 def fit_size(model: Path, rows: dict[str, Any], texts: Texts, seed: int) -> dict[str, Any]:
-    """QuantEase with as many unstructured outliers as make it as large as SpQR: one takes 32 bits."""
+    """QuantEase with as many unstructured outliers as make it as large as SpQR: one more takes 24 bits."""
     known, target = rows[UNSTRUCTURED], rows[SPQR]["bits_per_weight"]
-    share = known["outlier_share"] + (target - known["bits_per_weight"]) / 32
+    share = known["outlier_share"] + (target - known["bits_per_weight"]) / 24
     recipe, settings = RUNS[SAME_SIZE]
     return run(model, recipe, (*settings, f"solver.outliers={share:.6f}"), texts, seed)
 

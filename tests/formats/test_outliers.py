@@ -5,7 +5,7 @@ import torch
 
 from finescale.errors import CheckpointError, InputError
 from finescale.formats import registry
-from finescale.formats.outliers import COLUMNS, ROWS, VALUES, pack, unpack
+from finescale.formats.outliers import COLUMNS, GAPS, VALUES, pack, unpack
 from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
 from finescale.grid.outliers import single_outliers
 from tests.grid.test_outliers import example
@@ -51,18 +51,44 @@ def test_none():
         (VALUES, lambda t: t[:-1]),
         (VALUES, lambda t: t.double()),
         (VALUES, lambda t: t * torch.inf),
+        (GAPS, lambda t: t[:-1]),
+        (GAPS, lambda t: torch.cat([t, t[:1]])),
+        (GAPS, lambda t: t + 12),
+        (GAPS, lambda t: torch.cat([t, t.new_zeros(1)])),
+        (GAPS, lambda t: -t.short()),
+        (GAPS, lambda t: t.int()),
+        (GAPS, lambda t: t[:, None]),
+        (GAPS, lambda t: None),
+        (VALUES, lambda t: None),
+    ],
+)
+def test_damage_of_single_entries_is_named(key, change):
+    expect_refusal(False, key, change)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
         (COLUMNS, lambda t: t.flip(0)),
         (COLUMNS, lambda t: t + 12),
         (COLUMNS, lambda t: t - 12),
         (COLUMNS, lambda t: t.int()),
-        (ROWS, lambda t: t[:-1]),
-        (ROWS, lambda t: t + 1),
-        (ROWS, lambda t: torch.cat([t[:1], t[1:].flip(0)])),
+        (COLUMNS, lambda t: t[:-1]),
         (COLUMNS, lambda t: None),
+        (VALUES, lambda t: t[:-1]),
     ],
 )
-def test_damage_is_named(key, change):
-    tensors = pack(example(False)[1])
+def test_damage_of_whole_columns_is_named(key, change):
+    expect_refusal(True, key, change)
+
+
+def test_places_of_both_kinds_are_refused():
+    with pytest.raises(CheckpointError, match="exclude each other"):
+        unpack(pack(example(False)[1]) | pack(example(True)[1]), 7, 12)
+
+
+def expect_refusal(structured, key, change):
+    tensors = pack(example(structured)[1])
     changed = change(tensors.pop(key))
     if changed is not None:
         tensors[key] = changed

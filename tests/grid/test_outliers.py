@@ -5,7 +5,7 @@ import torch
 
 from finescale.errors import NumericsError
 from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
-from finescale.grid.outliers import column_outliers, single_outliers, stack_outliers
+from finescale.grid.outliers import column_outliers, place_gaps, places_from_gaps, single_outliers, stack_outliers
 
 
 def example(structured, rows=7, columns=12, dtype=torch.float32):
@@ -27,8 +27,8 @@ def test_dense_and_product(structured, dtype):
     assert torch.equal(outliers.dense(), addend_OI)
     x_TI = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(outliers.linear(x_TI), x_TI @ addend_OI.T)
-    bytes_ = sum(tensor.nbytes for tensor in outliers.tensors())
-    assert outliers.stored_bits == 8 * bytes_
+    places = outliers.column if structured else place_gaps(outliers)
+    assert outliers.stored_bits == 8 * (outliers.value.nbytes + places.nbytes)
     assert outliers.count == (7 * int((addend_OI != 0).any(0).sum()) if structured else int((addend_OI != 0).sum()))
 
 
@@ -40,6 +40,33 @@ def test_rows_are_cut_and_joined(structured):
     whole = stack_outliers(parts)
     for one, other in zip(whole.tensors(), outliers.tensors(), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("places", "codes", "dtype"),
+    [
+        ([], [], torch.uint8),
+        ([0, 1, 4], [1, 1, 3], torch.uint8),
+        ([254, 509, 510], [255, 255, 1], torch.uint8),
+        ([0, 1, 2, 3, 259], [1, 1, 1, 1, 0, 1], torch.uint8),  # 256 steps
+        ([2999], [3000], torch.int16),
+        ([99999], [0, 0, 0, 100000 - 3 * 32767], torch.int16),
+    ],
+)
+def test_gaps_between_places(places, codes, dtype):
+    chosen_OI = torch.zeros(2, 50000, dtype=torch.bool)
+    chosen_OI.view(-1)[places] = True
+    gaps = place_gaps(single_outliers(torch.ones(2, 50000), chosen_OI, torch.float16))
+    assert gaps.dtype == dtype and gaps.tolist() == codes
+    assert places_from_gaps(gaps).tolist() == places
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.3])
+def test_places_come_back_from_their_gaps(share):
+    chosen_OI = torch.rand(300, 700, generator=torch.Generator().manual_seed(3)) < share
+    outliers = single_outliers(torch.ones(300, 700), chosen_OI, torch.float16)
+    assert torch.equal(places_from_gaps(place_gaps(outliers)), chosen_OI.flatten().nonzero().squeeze(1))
+    assert outliers.stored_bits <= (25 if share > 0.005 else 33) * outliers.count
 
 
 def test_wide_layers_have_wide_indices():

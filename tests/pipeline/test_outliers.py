@@ -34,9 +34,12 @@ def test_stored_loaded_and_reported(llama, text, tmp_path, structured):
         expected = rows * round(0.02 * columns) if structured else round(0.02 * rows * columns)
         assert record["outliers"] == expected == found[record["name"]]["outliers"]
         assert record["bits_per_weight"] == pytest.approx(found[record["name"]]["bits_per_weight"])
-        bits = 3 + (32 + 3) / columns + expected * (32 if structured else 48) / (rows * columns)
-        bits += 16 * round(0.02 * columns) / (rows * columns) if structured else 32 * (rows + 1) / (rows * columns)
-        assert record["bits_per_weight"] == pytest.approx(bits)
+        least = 3 + (32 + 3) / columns + expected * (32 if structured else 40) / (rows * columns)
+        least += 16 * round(0.02 * columns) / (rows * columns) if structured else 0
+        if structured:
+            assert record["bits_per_weight"] == pytest.approx(least)
+        else:  # here and there a place is farther than a byte reaches
+            assert least <= record["bits_per_weight"] <= least + 0.02
     assert report["size"]["bits_per_weight"] > 3.3
     for row in report["engines"]:
         assert row["loads"] is (row["engine"] == "finescale")

@@ -1,12 +1,12 @@
 """Weights beside the grid, in checkpoints: tensors next to the packed ones, known to finescale only.
 
     weight_outlier_values   [N] row after row, or [O, C] for whole columns; the type of the scales
-    weight_outlier_columns  int16 (int32 beyond 32768 inputs) [N] rising in each row, or [C] rising
-    weight_outlier_rows     int32 [O + 1] where each row begins among the N; absent for whole columns
+    weight_outlier_gaps     uint8 or int16 [K]: steps from one single entry to the next (``grid.outliers.place_gaps``)
+    weight_outlier_columns  int16 (int32 beyond 32768 inputs) [C] rising: whole columns
 
-They are added to the dequantized weight. Compressed sparse rows, so that a product reads them as they lie.
+They are added to the dequantized weight.
 
-Shape legend: O outputs, I inputs, N single outliers, C outlier columns.
+Shape legend: O outputs, I inputs, N single outliers, K codes of their places, C outlier columns.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from torch import Tensor
 from finescale.errors import CheckpointError, InputError
 from finescale.formats.checks import SCALE_DTYPES, expect_shape, require
 from finescale.grid import Outliers, QuantizedWeight
-from finescale.grid.outliers import column_dtype
+from finescale.grid.outliers import GAP_DTYPES, column_dtype, place_gaps, places_from_gaps
 
-VALUES, COLUMNS, ROWS = "weight_outlier_values", "weight_outlier_columns", "weight_outlier_rows"
-SUFFIXES = (VALUES, COLUMNS, ROWS)
+VALUES, COLUMNS, GAPS = "weight_outlier_values", "weight_outlier_columns", "weight_outlier_gaps"
+SUFFIXES = (VALUES, COLUMNS, GAPS)
 
 
 def pack(outliers: Outliers | None) -> dict[str, Tensor]:
     """The tensors by suffix; none for None."""
     if outliers is None:
         return {}
-    tensors = {VALUES: outliers.value.contiguous(), COLUMNS: outliers.column.contiguous()}
-    return tensors if outliers.row_start_R is None else tensors | {ROWS: outliers.row_start_R.contiguous()}
+    tensors = {VALUES: outliers.value.contiguous()}
+    if outliers.structured:
+        return tensors | {COLUMNS: outliers.column.contiguous()}
+    return tensors | {GAPS: place_gaps(outliers)}
 
 
 def unpack(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Outliers | None:
@@ -41,25 +43,37 @@ def unpack(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Outliers |
     """
     if not any(suffix in tensors for suffix in SUFFIXES):
         return None
-    value, column = require(tensors, [VALUES, COLUMNS], "compressed-tensors")
-    pointers_R = tensors.get(ROWS)
-    count = column.shape[0]
-    expect_shape(column, (count,), COLUMNS)
-    expect_shape(value, (rows, count) if pointers_R is None else (count,), VALUES)
-    if value.dtype not in SCALE_DTYPES or column.dtype != column_dtype(columns):
-        raise CheckpointError(f"{VALUES} or {COLUMNS} have types that finescale does not write; quantize again.")
-    rising = column.to(torch.int64).diff() > 0
-    if pointers_R is not None:
-        expect_shape(pointers_R, (rows + 1,), ROWS)
-        steps = pointers_R.diff()
-        if int(pointers_R[0]) != 0 or int(pointers_R[-1]) != count or bool((steps < 0).any()):
-            raise CheckpointError(f"{ROWS} are no row pointers of {count} outliers; the file is damaged.")
-        first = pointers_R[1:-1].to(torch.int64)
-        rising[first[(first > 0) & (first < count)] - 1] = True  # a new row may begin anywhere
-    in_range = count == 0 or (int(column.min()) >= 0 and int(column.max()) < columns)
-    if not in_range or not bool(rising.all()) or not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"{COLUMNS} are out of order or {VALUES} not finite; the file is damaged.")
-    return Outliers(columns, value, column, pointers_R)
+    if COLUMNS in tensors and GAPS in tensors:
+        raise CheckpointError(f"{COLUMNS} and {GAPS} exclude each other; the file is damaged.")
+    value, places = require(tensors, [VALUES, COLUMNS if COLUMNS in tensors else GAPS], "compressed-tensors")
+    if value.dtype not in SCALE_DTYPES or not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{VALUES} are of a type that finescale does not write, or not finite; quantize again.")
+    return _of_columns(value, places, rows, columns) if COLUMNS in tensors else _single(value, places, rows, columns)
+
+
+def _of_columns(value: Tensor, column: Tensor, rows: int, columns: int) -> Outliers:
+    expect_shape(column, (column.numel(),), COLUMNS)
+    expect_shape(value, (rows, column.numel()), VALUES)
+    if column.dtype != column_dtype(columns):
+        raise CheckpointError(f"{COLUMNS} have a type that finescale does not write; quantize again.")
+    in_range = column.numel() == 0 or (int(column.min()) >= 0 and int(column.max()) < columns)
+    if not in_range or not bool((column.to(torch.int64).diff() > 0).all()):
+        raise CheckpointError(f"{COLUMNS} are out of order; the file is damaged.")
+    return Outliers(columns, value, column, None)
+
+
+def _single(value: Tensor, gaps: Tensor, rows: int, columns: int) -> Outliers:
+    expect_shape(gaps, (gaps.numel(),), GAPS)
+    if gaps.dtype not in GAP_DTYPES:
+        raise CheckpointError(f"{GAPS} have a type that finescale does not write; quantize again.")
+    place_N = places_from_gaps(gaps)
+    expect_shape(value, (place_N.numel(),), VALUES)
+    ends = place_N.numel() == 0 or int(place_N[-1]) < rows * columns
+    if not ends or (gaps.numel() > 0 and (int(gaps.min()) < 0 or int(gaps[-1]) == 0)):
+        raise CheckpointError(f"{GAPS} of outliers lead out of the weight; the file is damaged.")
+    row_start_R = torch.zeros(rows + 1, dtype=torch.int32, device=value.device)
+    row_start_R[1:] = torch.bincount(place_N // columns, minlength=rows).cumsum(0)
+    return Outliers(columns, value, (place_N % columns).to(column_dtype(columns)), row_start_R)
 
 
 def no_outliers(format_name: str, weight: QuantizedWeight) -> None:

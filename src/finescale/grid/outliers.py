@@ -14,6 +14,8 @@ from torch import Tensor
 from finescale.errors import NumericsError
 
 LARGEST_INT16 = 2**15
+GAP_DTYPES = (torch.uint8, torch.int16)
+"""Types of the steps between single entries."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Outliers:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of all tensors as a file holds them."""
-        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        """Bits of all tensors as a file holds them: places of single entries as gaps."""
+        places = self.column if self.row_start_R is None else place_gaps(self)
+        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in (self.value, places))
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.value
@@ -141,6 +144,35 @@ def stack_outliers(parts: list[Outliers]) -> Outliers:
     return replace(
         first, value=value, column=torch.cat([part.column for part in parts]), row_start_R=torch.cat(pointers)
     )
+
+
+def place_gaps(outliers: Outliers) -> Tensor:
+    """Where single entries lie, as a file holds it: steps from one entry to the next, row after row through the whole
+    weight, the first from before the first weight.
+
+    A code from 1 on is a step to an entry; 0 goes on as far as a code reaches, and no entry is there. uint8, or int16
+    where that takes less: 1 % of the weights take about 9 bits each.
+    """
+    place_N = outliers._row_of_N() * outliers.columns + outliers.column.to(torch.int64)
+    step_N = place_N.diff(prepend=place_N.new_full((1,), -1))
+    return min(
+        (_gap_codes(step_N, dtype) for dtype in GAP_DTYPES), key=lambda codes: codes.numel() * codes.element_size()
+    )
+
+
+def _gap_codes(step_N: Tensor, dtype: torch.dtype) -> Tensor:
+    reach = torch.iinfo(dtype).max
+    before_N = (step_N - 1) // reach  # codes without an entry
+    code_K = step_N.new_zeros(step_N.numel() + int(before_N.sum()))
+    code_K[torch.arange(step_N.numel(), device=step_N.device) + before_N.cumsum(0)] = step_N - before_N * reach
+    return code_K.to(dtype)
+
+
+def places_from_gaps(code_K: Tensor) -> Tensor:
+    """The inverse of ``place_gaps``: int64 [N], entries as places in the flattened weight."""
+    step_K = code_K.to(torch.int64)
+    place_K = torch.where(step_K == 0, torch.iinfo(code_K.dtype).max, step_K).cumsum(0) - 1
+    return place_K[step_K > 0]
 
 
 def column_dtype(columns: int) -> torch.dtype:
