@@ -26,9 +26,15 @@ from finescale.kernels.triton_attention import attend
 from finescale.kernels.triton_page_attention import attend_pages
 from finescale.kernels.triton_softmax import Tiles
 
-TENSOR_CORES = (Tiles(64, 528, 4, 2), Tiles(32, 528, 4, 2), Tiles(64, 528, 4, 3))
-PLAIN = tuple(Tiles(*form, 1, plain=True) for form in ((32, 528, 4), (16, 528, 4), (32, 528, 2), (64, 528, 8)))
-PLAIN_ROUNDED = tuple(Tiles(*form, 1, plain=True) for form in ((32, 528, 4), (64, 528, 4), (32, 528, 2), (64, 528, 2)))
+TENSOR_CORES = (
+    Tiles(64, 528, 4, 2),
+    Tiles(64, 528, 4, 3),
+    Tiles(64, 128, 4, 3),
+    Tiles(64, 256, 4, 3),
+    Tiles(32, 528, 4, 3),
+)
+PLAIN = tuple(Tiles(*form, 1, plain=True) for form in ((32, 528, 4), (16, 528, 4), (32, 256, 2), (64, 528, 8)))
+PLAIN_ROUNDED = tuple(Tiles(*form, 1, plain=True) for form in ((32, 528, 4), (64, 528, 4), (32, 256, 2), (64, 256, 2)))
 FORMS = {
     ("bf16", 1): (*TENSOR_CORES[:1], *PLAIN),
     ("int8", 1): (Tiles(32, 528, 2, 3), *PLAIN_ROUNDED),
