@@ -79,12 +79,25 @@ def changes(facts: dict[str, Any]) -> str:
     labels = list(dict.fromkeys(row["label"] for row in facts["changes"]))
     names = list(dict.fromkeys(row["task"] for row in facts["changes"]))
     known = {(row["label"], row["task"]): row for row in facts["changes"]}
-    lines = [(name, *(_change(known.get((label, name))) for label in labels)) for name in names]
+    counts = _questions(facts)
+    lines = [(n, counts.get(n, "–"), *(_change(known.get((label, n))) for label in labels)) for n in names]
     return (
         "### Integer scales against float scales\n\nChange in accuracy on the same questions, in points, with its "
-        "standard error (questions answered alike count as no change).\n\n" + table(("task", *labels), lines)
+        "standard error (questions answered alike count as no change); in bold what is more than two of them from "
+        "zero.\n\n" + table(("task", "questions", *labels), lines)
     )
 
 
 def _change(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else f"{100 * row['change']:+.2f} ± {100 * (row['error'] or 0.0):.2f}"
+    if row is None:
+        return "–"
+    error = row["error"] or 0.0
+    text = f"{100 * row['change']:+.2f} ± {100 * error:.2f}"
+    return f"**{text}**" if abs(row["change"]) > 2 * error else text
+
+
+def _questions(facts: dict[str, Any]) -> dict[str, int]:
+    """Questions of each task, and of all."""
+    row = next((row for row in facts["rows"] if row.get("tasks")), {"tasks": ()})
+    found = {each["task"]: each["questions"] for each in row["tasks"]}
+    return found | {"all": sum(found.values())} if found else {}

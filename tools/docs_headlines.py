@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from tools.docs_peers import OURS, ours_beside
+from tools.docs_peers import BEST, ours_beside, tools_of
 from tools.docs_speed import Results, products, served
 from tools.docs_text import number, table
 
 BITS = (4, 3, 2)
 TOKENS = (1, 16, 64, 128, 1024, 4096)
 BATCHES = ("1", "16", "64", "128")
-BEST = OURS[-1]
 
 
 def accuracy_headline(results: Results) -> str:
     """Perplexity of SmolLM2 in symmetric groups of 64: tools and our best recipe down, bits across."""
     facts = results["peers-smollm2"]
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in facts["peers"]:
-        if row["group_size"] == 64 and not row.get("activation_bits"):
-            rows.setdefault(row["label"], {})[row["bits"]] = row
-    rows["**finescale** (`w4-best`, `w3-best`, `w2-best`)"] = ours_beside(results, facts)[f"finescale: {BEST}"]
+    ours = ours_beside(results, facts)[BEST]
+    rows = tools_of(facts) | {"**finescale** (`w4-best`, `w3-best`, `w2-best`)": ours}
     lines = [
         (label, *(number(row[b]["perplexity"], 4) if b in row else "–" for b in BITS)) for label, row in rows.items()
     ]

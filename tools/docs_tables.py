@@ -30,7 +30,7 @@ from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
 from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
-from tools.docs_comparisons import compared
+from tools.docs_comparisons import changes, compared
 from tools.docs_errors import error_tables
 from tools.docs_headlines import accuracy_headline, speed_headline
 from tools.docs_peers import peers_tables
@@ -206,6 +206,7 @@ def pages() -> dict[str, str]:
     made["headline-accuracy"], made["headline-speed"] = accuracy_headline(results), speed_headline(results)
     made["speed-products"], made["speed-serving"] = product_table(results), serving_table(results)
     made["speed-decode"] = decode_table(results)
+    made["changes-of-tasks"] = changes(results["tasks-smollm2"])
     made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}
     return made
 

@@ -51,4 +51,4 @@ def test_changes_of_tasks_and_peers_are_shown():
     peer = {"label": "tool", "bits": 4, "group_size": 64, "perplexity": 11.0, "provenance": {"script": "x.py"}}
     facts = {"model": "m", "setting": {}, "machine": {}, "rows": [cell("a", 4, 9.0, 4.25)], "peers": [peer]}
     text = compared(facts | {"changes": changes})
-    assert "| piqa | +0.20 ± 0.40 |" in text and "* tool: script x.py." in text and "tool (peer)" in text
+    assert "| piqa | – | +0.20 ± 0.40 |" in text and "* tool: script x.py." in text and "tool (peer)" in text

@@ -34,3 +34,16 @@ def test_ours_stand_beside_the_tools(results):
 def test_another_setting_is_not_compared(results, key):
     results["tuning"]["models"]["m"]["setting"][key] += 1
     assert "finescale" not in peers_tables(results)
+
+
+def test_seeds_are_one_row_and_differences_are_paired(results):
+    """Losses of two windows that differ by 0.1 and 0.3: 0.2 in the mean, with a standard error of 0.1."""
+    results["peers-m"]["peers"] = [
+        peer("tool", 4, 20.0, kl=0.2, window_losses=[3.0, 2.8]),
+        peer("tool, seed 1", 4, 45.0, kl=0.4, window_losses=[3.2, 3.0]),
+    ]
+    best = {"perplexity": 10.0, "kl": 0.1, "window_losses": [3.0, 2.6]}
+    results["tuning"]["models"]["m"]["rows"] = {"4": {"rounding from quantease, signed scales": best}}
+    text = peers_tables(results)
+    assert "| tool | 30 [20 to 45] (0.3) |" in text
+    assert "| tool | -18.1% ± 10.0% |" in text and "seed" not in text.replace("several seeds", "")
