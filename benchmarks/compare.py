@@ -6,7 +6,7 @@ makes ``compare-NAME.json`` (the methods of ``grids/``, mixed precision at three
 ``tasks-NAME.json`` (eight tasks with float and integer scales) and figures, in ``--results``. Calibration is 64 windows
 of 512 tokens from the start of the text, evaluation 20 windows of 2048, the setting of the other tools' rows in
 ``results/peers-NAME.json``. What ``WORK`` holds already is not made again; ``--minutes`` ends the run early with what
-it has.
+it has. ``--parts page`` only writes page, tables and plots again, with the other tools' rows that came since.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finescale.calibration.data import encode, open_tokenizer
+from finescale.compare.run import read_peers
 from finescale.evaluate.tasks import TASKS, paired_change
 from finescale.formats.gguf import local_folder
 from finescale.report.compare import write_comparison
@@ -148,6 +149,13 @@ def joined_result(*folders: Path) -> dict[str, Any] | None:
     return parts[0] | {"rows": list(rows.values())}
 
 
+def page(runner: Runner, name: str, results: Path) -> None:
+    """The committed comparison with the other tools' rows as they now are: nothing is quantized."""
+    result = json.loads((results / f"compare-{name}.json").read_text(encoding="utf-8"))
+    result["peers"] = read_peers(results / f"peers-{name}.json")
+    keep(result, runner.work / "page", results, f"compare-{name}")
+
+
 def tasks(runner: Runner, name: str, results: Path, data: Path, limit: int) -> None:
     """Eight tasks with float scales and with every form of integer scales, and the changes question by question."""
     out = runner.work / "tasks"
@@ -212,6 +220,8 @@ def main() -> None:
     arguments.results.mkdir(parents=True, exist_ok=True)
     if "methods" in arguments.parts.split(","):
         methods(runner, arguments.name, arguments.results, arguments.files.split(","))
+    if "page" in arguments.parts.split(","):
+        page(runner, arguments.name, arguments.results)
     if "tasks" in arguments.parts.split(","):
         tasks(runner, arguments.name, arguments.results, arguments.data, arguments.limit)
 
