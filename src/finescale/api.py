@@ -33,8 +33,12 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     fresh: bool = False,
+    tensor_parallel: int = 1,
+    allow_partial: bool = False,
+    allow_unknown_family: bool = False,
+    deterministic: bool = False,
+    spill: bool = False,
     on_progress: Progress | None = None,
-    **checks: Any,
 ) -> dict[str, Any]:
     """Quantize a model into a folder and return the report (also ``out/report.json`` and ``out/report.html``).
 
@@ -47,15 +51,21 @@ def quantize(
         seed: of the choice of calibration windows.
         device: ``cpu`` or ``cuda``.
         fresh: replace what an earlier run wrote.
+        tensor_parallel: refuse layers that cannot be cut over so many ranks.
+        allow_partial: accept that less than 80 % of the block weights are quantized.
+        allow_unknown_family: read an unknown model's blocks from its module graph.
+        deterministic: the same bytes for any number of processes that torchrun starts.
+        spill: keep activations on disk, not in memory.
         on_progress: ``(what, blocks done, blocks in all)``.
-        **checks: ``tensor_parallel``, ``allow_partial``, ``allow_unknown_family``, ``deterministic``, ``spill`` of
-            ``pipeline.quantize.prepare``.
 
     Raises:
         FinescaleError: one sentence with the remedy.
     """
     chosen = recipe.with_settings(settings) if isinstance(recipe, Recipe) else Recipe.load(recipe, settings)
-    job = prepare(model, chosen, Path(out), calibration, seed, device, **checks)
+    job = prepare(
+        model, chosen, Path(out), calibration, seed, device, tensor_parallel, allow_partial, allow_unknown_family,
+        deterministic, spill,
+    )  # fmt: skip
     report = run(job, fresh, on_progress)
     if not job.ranks.leads:
         return report

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finescale.errors import InputError
 from finescale.pipeline.quantize import prepare
-from finescale.runtime.attention import quantize_kv_cache, round_cache
+from finescale.runtime.attention import check_kv_cache, quantize_kv_cache, round_cache
 from finescale.runtime.load import load
 from tests.helpers import logits_of, make_model, quantize, recipe, some_tokens
 
@@ -58,6 +59,14 @@ def test_fewer_bits_are_farther_from_the_original(kind):
 def test_families_with_their_own_attention_are_refused_by_name(tiny, text, tmp_path, kind):
     with pytest.raises(InputError, match=f"{kind} computes its attention"):
         prepare(tiny(kind), recipe("rtn", kv_cache={"bits": 8}), tmp_path / "out", str(text))
+
+
+def test_attention_with_soft_caps_is_refused_too():
+    config = AutoConfig.for_model("gemma2", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="gemma2 computes its attention"):
+        check_kv_cache(model)
 
 
 def test_a_checkpoint_says_so_and_is_loaded_so(tiny, text, tmp_path):

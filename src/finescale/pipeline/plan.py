@@ -178,7 +178,9 @@ def _count(
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+    return (
+        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "what is in no linear layer"
+    )
 
 
 def check_tensor_parallel(plan: Plan, ranks: int) -> None:

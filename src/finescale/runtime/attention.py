@@ -72,7 +72,9 @@ def quantize_kv_cache(model: PreTrainedModel, facts: dict[str, Any]) -> None:
 
 def check_kv_cache(model: PreTrainedModel) -> None:
     """Raises InputError when the attention of this family cannot be exchanged."""
-    if not getattr(type(model), "_supports_attention_backend", False):
+    # What is exchanged is transformers' scaled dot product: soft caps and sinks have no place in it.
+    wanted = ("_supports_attention_backend", "_supports_sdpa")
+    if not all(getattr(type(model), name, False) for name in wanted):
         raise InputError(
             f"{model.config.model_type} computes its attention in its own way, where the cache cannot be rounded; "
             "leave kv_cache out."
