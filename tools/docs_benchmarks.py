@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -375,11 +376,18 @@ def benchmark_tables(folder: Path, kinds: dict[str, tuple[str, Callable[[dict[st
             if _kind(name, facts) == kind:
                 source = f"`benchmarks/results/{name}`; {where(facts['machine'])}."
                 parts.append(f"## {title}: {name.removesuffix('.json')}\n\n{source}\n\n{render(facts)}")
+                parts += [picture(path) for path in sorted(folder.glob(f"{name.removesuffix('.json')}-fig-*.svg"))]
     for name, facts in results.items():
         machine = facts.get("machine") if isinstance(facts, dict) else None
         rows.append((f"`{name}`", where(machine) if isinstance(machine, dict) else "–"))
     parts.append("## All files\n\n" + table(("file", "machine"), rows))
     return "\n".join(parts)
+
+
+def picture(path: Path) -> str:
+    """A plot within the page, which needs no other file then."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{path.stem}" src="data:image/svg+xml;base64,{data}">\n'
 
 
 def _kind(name: str, facts: Any) -> str:

@@ -31,6 +31,13 @@ def test_numbers_are_those_of_the_files():
         assert f"| `{path.name}` |" in text
 
 
+def test_plots_of_a_result_are_in_the_page(tmp_path):
+    facts = {"benchmark": "tuning", "machine": {}, "models": {}}
+    (tmp_path / "a.json").write_text(json.dumps(facts))
+    (tmp_path / "a-fig-size.svg").write_text("<svg/>")
+    assert '<img alt="a-fig-size" src="data:image/svg+xml;base64,PHN2Zy8+">' in benchmark_tables(tmp_path)
+
+
 def test_runs_of_any_depth():
     rows = {"W4A4": {"RTN": {"perplexity": 42.266, "seconds": 3, "recipe": "x"}, "QLLM": {"perplexity": 40.0}}}
     setting = {"samples": 16, "text": "books"}
