@@ -115,10 +115,9 @@ struct Computer {
 #if GROUPED
         noted = find_place(a, work.tile);
 #endif
-        if (inside() && part.take(total, thread)) {
-            facts.fetch(a, place(), part.group, thread);
-            write(total);
-        }
+        if (!inside()) return;
+        facts.fetch(a, place(), part.group, thread);  // on its way while the other parts come
+        if (part.take(total, thread)) write(total);
     }
 
     // Its first unit must have arrived.

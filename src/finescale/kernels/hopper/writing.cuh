@@ -7,9 +7,7 @@ typedef unsigned short u16;
 struct TokenFacts {
     float scale[META];
     int sum[META];
-#if GROUPED
     float own[2];  // factors of the thread's two channels
-#endif
 
     __device__ __forceinline__ void fetch(const Arguments& a, const Place& place, int group, int thread) {
 #pragma unroll
@@ -19,12 +17,14 @@ struct TokenFacts {
             scale[i] = inside ? __ldcg(a.x_scale + token) : 0;
             sum[i] = FOLDED && inside ? __ldcg(a.x_sum + token) : 0;
         }
-#if GROUPED
         int channel = (place.channel_slab + group) * 64 + thread / 32 * 16 + thread % 32 / 4;
-        const float* factor = a.channel_scale + static_cast<long long>(place.expert) * a.channels + channel;
-        own[0] = channel < a.channels ? __ldg(factor) : 1;
-        own[1] = channel + 8 < a.channels ? __ldg(factor + 8) : 1;
+        const float* factor = a.channel_scale + channel;
+#if GROUPED
+        factor += static_cast<long long>(place.expert) * a.channels;
 #endif
+        bool given = GROUPED || a.channel_scale;
+        own[0] = given && channel < a.channels ? __ldcg(factor) : 1;
+        own[1] = given && channel + 8 < a.channels ? __ldcg(factor + 8) : 1;
     }
 };
 
@@ -49,19 +49,11 @@ __device__ __forceinline__ void write_tile(
         }
     named_barrier(1 + group, 128);
     [[maybe_unused]] int channel = channel0 + warp * 16 + lane / 4;
-    float bias0 = 0, bias1 = 0, own0 = 1, own1 = 1;
-#if GROUPED
-    own0 = facts.own[0], own1 = facts.own[1];
-#else
-    if (channel < a.channels) {
-        if (a.bias) bias0 = a.bias[channel];
-        if (a.channel_scale) own0 = a.channel_scale[channel];
+    float bias0 = 0, bias1 = 0;
+    if (!GROUPED && a.bias) {
+        if (channel < a.channels) bias0 = a.bias[channel];
+        if (channel + 8 < a.channels) bias1 = a.bias[channel + 8];
     }
-    if (channel + 8 < a.channels) {
-        if (a.bias) bias1 = a.bias[channel + 8];
-        if (a.channel_scale) own1 = a.channel_scale[channel + 8];
-    }
-#endif
     u32 chunks = shared_address(buffer) + group * 2 * CHUNK_BYTES;
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
@@ -79,7 +71,7 @@ __device__ __forceinline__ void write_tile(
             for (int i = 0; i < 4; i++) {
                 Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
                 value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
-                if (GROUPED || a.channel_scale) value[i] *= i < 2 ? own0 : own1;
+                if (GROUPED || a.channel_scale) value[i] *= facts.own[i / 2];
                 if (!GROUPED && a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
                 int token = token0 + inner + i % 2, c = channel + i / 2 * 8;
