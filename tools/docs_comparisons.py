@@ -58,6 +58,32 @@ def mixed(facts: dict[str, Any]) -> str:
     )
 
 
+def mixed_tables(results: dict[str, dict[str, Any]]) -> str:
+    """The tables of ``mixed`` of every comparison that has mixed recipes."""
+    found = {name: mixed(facts) for name, facts in results.items() if facts.get("benchmark") == "compare"}
+    tables = {name: text.rpartition("\n\n")[2] for name, text in found.items() if text}
+    return "\n".join(f"{results[name]['model']} (`{name}.json`):\n\n{text}" for name, text in tables.items())
+
+
+def scales(facts: dict[str, Any]) -> str:
+    """QuantEase with 8-bit inputs, by kind of group scale."""
+    kinds = {"w4a8-float-scale": "float", "w4a8-integer-scale": "integer, automatic amplifier", "w4a8-folded": "folded"}
+    kinds["w4a8-integer-scale amplifier 1024"] = "integer, amplifier 1024"
+    kinds["w4a8-integer-scale-published"] = "as published: GPTQ, then rounded over 1024"
+    rows = {row["label"]: row for row in facts["rows"] if "error" not in row and _inputs(row) == 8}
+    lines = [
+        (kind, number(rows[label]["perplexity"], 4), number(rows[label]["kl"]))
+        for label, kind in kinds.items()
+        if label in rows
+    ]
+    return table(("scales (`compare-smollm2.json`)", "perplexity", "KL to the original"), lines)
+
+
+def _inputs(row: dict[str, Any]) -> int | None:
+    activations = (row.get("recipe") or {}).get("activations")
+    return activations["bits"] if activations else None
+
+
 def _bits(row: dict[str, Any]) -> float:
     return float(row["bits_per_weight"])
 

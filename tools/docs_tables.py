@@ -30,7 +30,7 @@ from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
 from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
-from tools.docs_comparisons import changes, compared
+from tools.docs_comparisons import changes, compared, mixed_tables, scales
 from tools.docs_errors import error_tables
 from tools.docs_headlines import accuracy_headline, speed_headline
 from tools.docs_peers import peers_tables
@@ -207,6 +207,8 @@ def pages() -> dict[str, str]:
     made["speed-products"], made["speed-serving"] = product_table(results), serving_table(results)
     made["speed-decode"] = decode_table(results)
     made["changes-of-tasks"] = changes(results["tasks-smollm2"])
+    made["scales"] = scales(results["compare-smollm2"])
+    made["mixed"] = mixed_tables(results)
     made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}
     return made
 
