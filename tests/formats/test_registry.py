@@ -9,6 +9,24 @@ from finescale.grid import ActivationScheme, WeightScheme
 from tests.formats.examples import random_weight, same
 
 
+def test_what_other_tools_do_beside_rounding_is_refused_by_name():
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4}, "format": "pack-quantized"}
+
+    def config(**parts):
+        return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}} | parts
+
+    def rotated(*places):
+        apply = [{"targets": ["Linear"], "location": place} for place in places]
+        return config(transform_config={"config_groups": {"R": {"type": "hadamard", "apply": apply}}})
+
+    assert detect(config()) == detect(rotated("weight_input", "weight_output")) == "compressed-tensors"
+    for online in (rotated("weight_input", "input"), rotated("k_cache"), config(transform_config={"other": 1})):
+        with pytest.raises(CheckpointError, match="rotates activations at run time"):
+            detect(online)
+    with pytest.raises(CheckpointError, match="outputs are rounded"):
+        detect(config(config_groups={"group_0": group | {"output_activations": {"num_bits": 8}}}))
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "dense"])
 def test_every_format_is_detected_and_reads_what_it_wrote(name):
     scheme = WeightScheme(4, 32, False)

@@ -175,8 +175,28 @@ def _detect_compressed_tensors(quantization: Mapping[str, Any]) -> str:
             f"finescale reads the compressed-tensors formats pack-quantized and int-quantized, "
             f"not {', '.join(sorted(map(repr, unknown))) or 'a file without quantized weights'}."
         )
+    if any(group.get("output_activations") for group in groups.values()):
+        raise CheckpointError(
+            "finescale rounds inputs of layers, and this checkpoint says that outputs are rounded too."
+        )
+    if _rotates_at_run_time(quantization.get("transform_config")):
+        raise CheckpointError(
+            "this checkpoint rotates activations at run time (transform_config), which finescale does in files of its "
+            "own only; use vLLM, or quantize the original by a recipe such as quarot-w4a8."
+        )
     # Both layouts are read by the same function, so a mixture needs no name of its own.
     return "compressed-tensors" if compressed_tensors.PACKED in layouts else "int-quantized"
+
+
+def _rotates_at_run_time(transforms: Any) -> bool:
+    """Whether a `transform_config` asks for more than rotations that the weights already hold."""
+    if not transforms:
+        return False
+    try:
+        places = [apply["location"] for scheme in transforms["config_groups"].values() for apply in scheme["apply"]]
+    except (AttributeError, KeyError, TypeError):
+        return True  # of another kind than is known
+    return any(place not in ("weight_input", "weight_output") for place in places)
 
 
 def _is_group(group: Mapping[str, Any]) -> bool:
