@@ -43,6 +43,10 @@ TEXT_SUFFIXES = CODE_SUFFIXES | {".css", ".html", ".j2", ".jinja", ".json", ".md
 MACHINE_PATH = re.compile(r"(?<![\w.~/:}\])-])/(?:home|media|mnt|opt|root|scratch|tmp|Users|work|workspace)/")
 
 
+# A row of CONTRIBUTING's table of rooms, ground floor first.
+ROOM = re.compile(r"^\| `(\w+)(?:/|\.py)`", re.MULTILINE)
+
+
 class Finding(NamedTuple):
     """One violation: the file relative to the root, the line counted from 1, and a sentence with the remedy."""
 
@@ -141,6 +145,19 @@ def check_code(path: str, source: str) -> Iterator[Finding]:
                 yield Finding(path, line, f"{name} may be read in {ENVIRONMENT_FILE} only: add a function there")
 
 
+def check_rooms(path: str, source: str, rooms: list[str]) -> Iterator[Finding]:
+    """Imports of rooms that stand below the file's own in CONTRIBUTING's table; nothing where the file is in none."""
+    own = path.removeprefix("src/finescale/").split("/")[0].removesuffix(".py")
+    if own not in rooms:
+        return
+    for node in ast.walk(ast.parse(source)):
+        for module in imported_modules(node):
+            parts = module.split(".")
+            if parts[0] == "finescale" and parts[1:] and parts[1] in rooms[rooms.index(own) + 1 :]:
+                sentence = f"{own} may not use {parts[1]}, which stands below it among the rooms of CONTRIBUTING.md"
+                yield Finding(path, getattr(node, "lineno", 1), sentence)
+
+
 def check_text(path: str, source: str) -> Iterator[Finding]:
     """The rules that read lines, for text of any kind."""
     lines = source.splitlines()
@@ -167,12 +184,15 @@ def check(root: Path) -> tuple[list[Finding], int]:
     findings: list[Finding] = []
     files = [file for file in sorted((root / "src").rglob("*")) if file.is_file() and file.suffix in TEXT_SUFFIXES]
     files = [file for file in files if not any(part.endswith(".egg-info") for part in file.parts)]
+    guide = root / "CONTRIBUTING.md"
+    rooms = ROOM.findall(guide.read_text(encoding="utf-8")) if guide.is_file() else []
     for file in files:
         path = file.relative_to(root).as_posix()
         source = file.read_text(encoding="utf-8")
         findings += check_text(path, source)
         if file.suffix == ".py":
-            findings += check_code(path, source)
+            found = list(check_code(path, source))
+            findings += found or check_rooms(path, source, rooms)  # what is no Python has no imports either
     findings += check_packages(root)
     return sorted(set(findings)), len(files)
 

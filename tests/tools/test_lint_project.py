@@ -104,6 +104,26 @@ def test_package_without_init_is_found(root: Path) -> None:
     assert "__init__.py" in finding.sentence
 
 
+@pytest.mark.parametrize("source", ["import finescale.cli.main\n", "def f():\n    from finescale.models import Step\n"])
+def test_a_room_uses_only_rooms_above_it(root: Path, source: str) -> None:
+    (root / "CONTRIBUTING.md").write_text("| room |\n|---|\n| `grid/` | a |\n| `models/` | b |\n| `cli/` | c |\n")
+    for room in ("grid", "models", "cli"):
+        write(root, f"{room}/__init__.py", "from finescale.grid import Grid\nfrom finescale import errors\n")
+    write(root, "demo.py", source)  # in no room
+    write(root, "cli/main.py", source)
+    assert lint_project.check(root)[0] == []
+    write(root, "grid/fit.py", source)
+    (finding,) = lint_project.check(root)[0]
+    assert finding.path == "src/finescale/grid/fit.py" and finding.line == source.count("\n")
+    assert "grid may not use" in finding.sentence
+
+
+def test_rooms_are_read_from_the_guide() -> None:
+    guide = Path(lint_project.__file__).resolve().parents[1] / "CONTRIBUTING.md"
+    rooms = lint_project.ROOM.findall(guide.read_text(encoding="utf-8"))
+    assert rooms[0] == "grid" and rooms[-1] == "cli" and "recipe" in rooms and len(rooms) == 17
+
+
 def test_wrong_root_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lint_project.main([str(tmp_path)]) == 2
     assert "has no folder src" in capsys.readouterr().err
