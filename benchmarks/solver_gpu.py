@@ -3,9 +3,10 @@
     python3 benchmarks/solver_gpu.py --out benchmarks/results
 
 Needs torch, triton and pydantic; finescale itself need not be installed. Writes solver-gpu.json into --out (--name
-gives another name). Layers of more than 1.2e14 operations are timed on a part of their rows and scaled up
-(``rows_timed``), since rows are independent; Algorithm 2 is timed on evenly spread columns of one sweep. With
-``--tune`` the sweep kernel and the widths of a block are timed too.
+gives another name). Layers of more than 1.2e14 operations (1.2e15 with products of parts) are timed on a part of their
+rows and scaled up (``rows_timed``), since rows are independent, the factorization of H apart; Algorithm 2 is timed on
+evenly spread columns of one sweep. QuantEase starts from GPTQ's solution, as its recipe does, and its time holds
+GPTQ's. Objectives are means over the rows. With ``--tune`` the sweep kernel and the widths of a block are timed too.
 """
 
 from __future__ import annotations
@@ -100,6 +101,15 @@ def tune(device: str) -> dict[str, Any]:
     return found
 
 
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs on different GPUs of one kind as one; a shape's last row counts."""
+    by_shape = {tuple(row["shape"]): row for result in results for row in result["rows"]}
+    rows = sorted(by_shape.values(), key=lambda row: row["shape"][0] * row["shape"][1] ** 2)
+    missing = [shape for result in results for shape in result["skipped"] if tuple(shape) not in by_shape]
+    sums = {"rows": rows, "skipped": missing, "seconds": sum(result["seconds"] for result in results)}
+    return results[0] | sums | {"models": gpu_solver.model_seconds(rows), "estimates": gpu_solver.estimates(rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -109,12 +119,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no new shape is begun")
     parser.add_argument("--shape", action="append", help="OUTPUTSxINPUTS, may be repeated")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--merge", type=Path, nargs="+", help="only puts the rows of these files together")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.merge:
+        merged = merge([json.loads(path.read_text()) for path in arguments.merge if path.is_file()])
+        (arguments.out / arguments.name).write_text(json.dumps(merged, indent=1) + "\n")
+        return
     shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
     print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
           ["algorithm_2", "gptq", "quantease", "q_3xfp16", "q_gptq10", "over alg 2", "over gptq",
            "obj 3xfp16", "obj gptq10"]))  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
 
     def on_row(result: dict[str, Any]) -> None:
         show(result["rows"][-1])

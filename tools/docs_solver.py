@@ -12,6 +12,8 @@ def solver_gpu(facts: dict[str, Any]) -> str:
     kind = next(kind for kind in ("3xfp16", "3xtf32") if f"quantease_{kind}_seconds" in facts["rows"][0])
     keys = ("gptq_seconds", "quantease_seconds", f"quantease_{kind}_seconds", f"quantease_gptq10_{kind}_seconds")
     names = ("gptq", "quantease, 30 sweeps, float32", f"the same, {kind}", f"GPTQ and 10 sweeps, {kind}")
+    if any(f"quantease_weight_{kind}_seconds" in row for row in facts["rows"]):
+        keys, names = (*keys, f"quantease_weight_{kind}_seconds"), (*names, f"30 sweeps from the weight, {kind}")
     rows: list[tuple[Any, ...]] = []
     for row in facts["rows"]:
         gptq = row.get("gptq_seconds")
@@ -19,10 +21,11 @@ def solver_gpu(facts: dict[str, Any]) -> str:
             ("x".join(map(str, row["shape"])), *(number(row.get(key)) for key in keys),
              number(row.get("algorithm_2_seconds")),
              f"{number(row.get(f'speedup_over_algorithm_2_{kind}'))} x",
-             number(row[f"quantease_{kind}_seconds"] / gptq if gptq else None), _objective(row, kind))
+             number(row[f"quantease_{kind}_seconds"] / gptq if gptq else None), _objective(row, kind),
+             number(row.get("objective_over_gptq")))
         )  # fmt: skip
     header = ("outputs x inputs", *names, "the paper's Algorithm 2", f"{kind} faster by", f"{kind} over gptq",
-              f"objective of {kind} over float32's, less 1")  # fmt: skip
+              f"objective of {kind} over float32's, less 1", "over gptq's")  # fmt: skip
     models: list[tuple[Any, ...]] = [
         (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
     ]

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from finescale.bench import gpu_solver
 from finescale.bench.gpu_solver import (
     SHAPES,
+    WEIGHT,
     algorithm_2_seconds,
     bench_gpu_solver,
     check_against_oracle,
@@ -13,6 +15,8 @@ from finescale.bench.gpu_solver import (
     large_layer,
     model_seconds,
     row_objectives,
+    time_shape,
+    timed_rows,
 )
 from finescale.grid import WeightScheme, fit_grid
 from finescale.solvers import find_solver
@@ -29,8 +33,9 @@ def test_a_small_shape():
     result = bench_gpu_solver("cpu", 3, 60, [(32, 64)], 16, seen.append)
     row = result["rows"][0]
     assert seen == [result] and row["rows_timed"] == 32 and row["shape"] == [32, 64]
-    for key in ("quantease", "quantease_3xfp16", "gptq", "quantease_gptq10_3xfp16", "algorithm_2"):
+    for key in ("quantease", "quantease_3xfp16", WEIGHT, "gptq", "quantease_gptq10_3xfp16", "algorithm_2"):
         assert row[f"{key}_seconds"] > 0
+    assert row["objective_over_gptq"] < 1 and row[f"{WEIGHT}_over_gptq"] > 0
     assert row["quantease_3xfp16_objective"] == pytest.approx(row["quantease_objective"], rel=1e-3)
     for objectives in (row["objectives"], row["objectives_of_more_rows"]):
         assert set(objectives) == {"3xfp16", "other_blocks"}
@@ -38,6 +43,19 @@ def test_a_small_shape():
     assert row["objectives"]["3xfp16"]["rows"] == 32 and row["objectives_of_more_rows"]["3xfp16"]["rows"] == 16384
     assert row["speedup_over_algorithm_2_3xfp16"] == row["algorithm_2_seconds"] / row["quantease_3xfp16_seconds"]
     assert bench_gpu_solver("cpu", 1, -1, [(32, 64)])["skipped"] == [[32, 64]]
+
+
+def test_inputs_beyond_the_factorization_start_from_the_weight(monkeypatch):
+    monkeypatch.setattr(gpu_solver, "LARGEST_FACTOR", 32)
+    row = time_shape(32, 64, 2, "cpu", 16)
+    assert "gptq_seconds" not in row and "factorization_seconds" not in row and row["algorithm_2_seconds"] > 0
+    assert row["quantease_3xfp16_objective"] == pytest.approx(row["quantease_objective"], rel=1e-3)
+
+
+def test_parts_of_large_layers_are_equal_slabs():
+    assert timed_rows(4096, 4096, 30, "float32") == 4096
+    assert timed_rows(59392, 14848, 30, "float32") == -(-59392 // 8) and timed_rows(59392, 14848, 30, "3xfp16") == 59392
+    assert timed_rows(14848, 59392, 30, "3xfp16") == -(-14848 // 3)
 
 
 def test_the_layer_has_the_moments_it_says():

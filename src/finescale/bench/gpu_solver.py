@@ -5,6 +5,7 @@ Shape legend: O outputs, I inputs, T tokens, G groups.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from finescale.bench.machine import machine_facts
 from finescale.bench.solver import SEED, synthetic_layer
 from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid
 from finescale.solvers import descent, find_solver, squared_error
+from finescale.solvers.gptq import inverse_factor
 from finescale.solvers.products import has_triton, tf32_products
 from finescale.solvers.quantease import QuantEaseOptions
 
@@ -31,11 +33,13 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 }  # fmt: skip
 """Outputs, inputs and how many of each a block has."""
 BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 80}
-MOST_OPERATIONS = 1.2e14
+MOST_OPERATIONS = {"float32": 1.2e14, "3xfp16": 1.2e15}
 """A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
 and large layers are solved in slabs of rows anyway)."""
 KINDS = ("", "_3xfp16")
 """Products of the sweeps: float32, and float16 parts."""
+WEIGHT = "quantease_weight_3xfp16"
+"""The published start, the unquantized weight; all others start from GPTQ's solution as the recipe does."""
 FEW_SWEEPS = (10,)
 """Sweeps from GPTQ's solution, which need no relaxation."""
 FEW_OPERATIONS = 2e13
@@ -194,7 +198,7 @@ def compare_products(columns: int, sweeps: int, device: str) -> dict[str, dict[s
 
     def solved(kind: str) -> Tensor:
         entry = find_solver("quantease")
-        options = entry.options.model_validate({"sweeps": sweeps, "products": kind})
+        options = entry.options.model_validate({"sweeps": sweeps, "products": kind, "start": "gptq"})
         solution = entry.solve(weight_OI, hessian_II, grid, options)
         return row_objectives(weight_OI, solution.weight, hessian_II)
 
@@ -209,58 +213,78 @@ def _in_other_blocks(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, sweeps: 
     entry, before = find_solver("quantease"), descent.GPU_BLOCK
     try:
         descent.GPU_BLOCK = before // 2
-        solution = entry.solve(weight_OI, hessian_II, grid, QuantEaseOptions(sweeps=sweeps))
+        solution = entry.solve(weight_OI, hessian_II, grid, QuantEaseOptions(sweeps=sweeps, start="gptq"))
     finally:
         descent.GPU_BLOCK = before
     return row_objectives(weight_OI, solution.weight, hessian_II)
 
 
-def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
-    """Seconds of one layer: gptq, quantease in float32 and with products of parts, and Algorithm 2."""
+def timed_rows(rows: int, columns: int, sweeps: int, kind: str) -> int:
+    """All rows, or the largest part of them that is one of equal slabs and within ``MOST_OPERATIONS``."""
     operations = 2.0 * rows * columns * columns * (sweeps + 4)
-    timed = rows
-    if operations > MOST_OPERATIONS:
-        timed = max(int(rows * MOST_OPERATIONS / operations) // 256 * 256, 512)
+    return -(-rows // max(math.ceil(operations / MOST_OPERATIONS[kind]), 1))
+
+
+def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
+    """Seconds of one layer: gptq, quantease in float32 and with products of parts, and Algorithm 2.
+
+    QuantEase starts from GPTQ's solution, whose time it includes; inputs beyond ``LARGEST_FACTOR`` from the weight.
+    Float32 may be timed on fewer rows than the others; objectives are compared on those, and given per row.
+    """
+    timed = timed_rows(rows, columns, sweeps, "3xfp16")
     weight_OI, hessian_II = large_layer(timed, columns, device)
     grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
-    row: dict[str, Any] = {"shape": [rows, columns], "rows_timed": timed, "sweeps": sweeps}
-    runs: dict[str, tuple[str, dict[str, Any]]] = {
-        "quantease": ("quantease", {"sweeps": sweeps}),
-        "quantease_3xfp16": ("quantease", {"sweeps": sweeps, "products": "3xfp16"}),
+    few = min(timed, timed_rows(rows, columns, sweeps, "float32"))
+    row: dict[str, Any] = {"shape": [rows, columns], "rows_timed": timed, "rows_timed_float32": few, "sweeps": sweeps}
+    start = "gptq" if columns <= LARGEST_FACTOR else "weight"
+    parts = {"sweeps": sweeps, "products": "3xfp16"}
+    runs: dict[str, tuple[str, int, dict[str, Any]]] = {
+        "quantease": ("quantease", few, {"sweeps": sweeps, "start": start}),
+        "quantease_3xfp16": ("quantease", timed, parts | {"start": start}),
     }
-    if columns <= LARGEST_FACTOR:
-        runs["gptq"] = ("gptq", {})
+    fixed = 0.0
+    if start == "gptq":
+        if 2.0 * timed * columns * columns * sweeps < FEW_OPERATIONS:
+            inverse_factor(hessian_II, 0.01)
+        fixed = row["factorization_seconds"] = seconds_of(lambda: inverse_factor(hessian_II, 0.01), device)[0]
+        runs["gptq"] = ("gptq", timed, {})
+        runs[WEIGHT] = ("quantease", timed, parts | {"start": "weight"})
         for count in FEW_SWEEPS:
-            few = {"sweeps": count, "start": "gptq", "relax_every": 0, "products": "3xfp16"}
-            runs[f"quantease_gptq{count}_3xfp16"] = ("quantease", few)
-    factor = rows / timed
+            runs[f"quantease_gptq{count}_3xfp16"] = (
+                "quantease", timed, parts | {"sweeps": count, "start": "gptq", "relax_every": 0}
+            )  # fmt: skip
     objectives: dict[str, Tensor] = {}
-    for label, (name, options) in runs.items():
+    for label, (name, count, options) in runs.items():
         entry = find_solver(name)
-        chosen = entry.options(**options)
-        if operations < FEW_OPERATIONS:
-            entry.solve(weight_OI, hessian_II, grid, chosen)
-        seconds, solution = seconds_of(partial(entry.solve, weight_OI, hessian_II, grid, chosen), device)
-        row[f"{label}_seconds"] = seconds * factor
-        objectives[label] = row_objectives(weight_OI, solution.weight, hessian_II)
-        row[f"{label}_objective"] = float(objectives[label].sum())
+        solve = partial(
+            entry.solve, weight_OI[:count], hessian_II, grid.rows_slice(slice(count)), entry.options(**options)
+        )
+        if 2.0 * count * columns * columns * sweeps < FEW_OPERATIONS:
+            solve()  # to warm up
+        seconds, solution = seconds_of(solve, device)
+        shared = 0.0 if label == WEIGHT else min(fixed, seconds)  # once for the layer, however many rows it has
+        row[f"{label}_seconds"] = shared + (seconds - shared) * rows / count
+        objectives[label] = row_objectives(weight_OI[:count], solution.weight, hessian_II)
+        row[f"{label}_objective"] = float(objectives[label].mean())
         del solution
-    if algorithm_2_columns and columns <= LARGEST_FACTOR:
+    if algorithm_2_columns:
         one = algorithm_2_seconds(weight_OI, hessian_II, grid, min(algorithm_2_columns, columns), device)
-        row["algorithm_2_seconds"] = one * sweeps * factor
+        row["algorithm_2_seconds"] = one * sweeps * rows / timed
         row["algorithm_2_columns_timed"] = min(algorithm_2_columns, columns)
         for kind in KINDS:
             row[f"speedup_over_algorithm_2{kind}"] = row["algorithm_2_seconds"] / row[f"quantease{kind}_seconds"]
-    others = {f"quantease{kind}": objectives[f"quantease{kind}"] for kind in KINDS[1:]}
-    if operations < FEW_OPERATIONS:
+    others = {f"quantease{kind}": objectives[f"quantease{kind}"][:few] for kind in KINDS[1:]}
+    if 2.0 * timed * columns * columns * sweeps < FEW_OPERATIONS:
         others["other_blocks"] = _in_other_blocks(weight_OI, hessian_II, grid, sweeps)
     row["objectives"] = {
         name.removeprefix("quantease_"): compare_objectives(objectives["quantease"], other_O)
         for name, other_O in others.items()
     }
-    if "gptq_seconds" in row:
+    if start == "gptq":
         for kind in KINDS:
             row[f"quantease{kind}_over_gptq"] = row[f"quantease{kind}_seconds"] / row["gptq_seconds"]
+        row[f"{WEIGHT}_over_gptq"] = row[f"{WEIGHT}_seconds"] / row["gptq_seconds"]
+        row["objective_over_gptq"] = row["quantease_3xfp16_objective"] / row["gptq_objective"]
     return row
 
 
@@ -268,7 +292,7 @@ def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Seconds of solving for whole models, where every shape was timed: blocks times the sum over a block's layers.
 
     ``arithmetic`` writes the sums out. Layers whose factorization is too large for GPTQ count with all sweeps from
-    the weight in the ``gptq`` rows of few sweeps; with GPTQ itself such a model has no row.
+    the weight in every row of QuantEase; with GPTQ itself such a model has no row.
     """
     by_shape = {tuple(row["shape"]): row for row in rows}
     result: dict[str, dict[str, Any]] = {}
@@ -277,8 +301,9 @@ def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             continue
         few = [f"quantease_gptq{count}_3xfp16_seconds" for count in FEW_SWEEPS]
         found: dict[str, Any] = {"arithmetic": {}}
-        for label in [*(f"quantease{kind}_seconds" for kind in KINDS), *few, "gptq_seconds"]:
-            instead = "quantease_3xfp16_seconds" if label in few else ""
+        published = f"{WEIGHT}_seconds"
+        for label in [*(f"quantease{kind}_seconds" for kind in KINDS), published, *few, "gptq_seconds"]:
+            instead = "quantease_3xfp16_seconds" if label in (published, *few) else ""
             parts = [(by_shape[o, i].get(label, by_shape[o, i].get(instead)), count) for o, i, count in layers.values()]
             if all(seconds is not None for seconds, _ in parts):
                 found[label] = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
