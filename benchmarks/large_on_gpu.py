@@ -4,8 +4,9 @@
 
 Writes a checkpoint with random bfloat16 weights shard by shard (13.5 GB), quantizes it with the recipe quantease on
 128 x 2048 tokens in a process of its own, and records the seconds of each phase, the peak memory of GPU and host, and
-what was written. Then the first four blocks are quantized again: the process is killed (SIGKILL) when two are done and
-started anew; the shards must be those of the first run, byte for byte. The result is written after every part.
+what was written. Then the first --again blocks are quantized again: the process is killed (SIGKILL) when half of them
+are done and started anew; the shards must be those of the first run, byte for byte. The result is written after every
+part.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ def whole_run(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str
 
 
 def killed_run(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Kill a run of four blocks when two are done, and run it again."""
-    words = command(model, out, arguments, "--set", "blocks=4")
+    """Kill a run of some blocks when half of them are done, and run it again."""
+    words = command(model, out, arguments, "--set", f"blocks={arguments.again}")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = out / ".finescale"
     try:
-        while process.poll() is None and len(list(journal.glob("block-*.json"))) < 2:
+        while process.poll() is None and len(list(journal.glob("block-*.json"))) < arguments.again // 2:
             time.sleep(0.02)
         killed = process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -96,6 +97,7 @@ def killed_run(model: Path, out: Path, arguments: argparse.Namespace) -> dict[st
         raise SystemExit(f"the resumed run failed: {again.stdout[-2000:]} {again.stderr[-3000:]}")
     return {
         "killed": killed,
+        "blocks": arguments.again,
         "blocks_done_when_killed": done_before,
         "resumed_from_block": json.loads((out / "run.json").read_text())["resumed_from_block"],
         "seconds_after_resuming": time.perf_counter() - start,
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--blocks", type=int, help="only the first ones, and no killed run")
+    parser.add_argument("--again", type=int, default=4, help="blocks of the run that is killed, two or more")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/large-on-gpu.json"))
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
@@ -137,7 +140,7 @@ def main() -> None:
         shutil.rmtree(arguments.folder)
         return
     result["killed"] = killed_run(model, second, arguments)
-    blocks = [name for name in shards(second) if 2 <= int(name[6:11]) <= 5]
+    blocks = [name for name in shards(second) if 2 <= int(name[6:11]) <= arguments.again + 1]
     same = shards(first)
     result["killed"]["same_bytes"] = all(shards(second)[name] == same[name] for name in blocks)
     save()

@@ -2,9 +2,11 @@
 
     python benchmarks/two_gpus.py --json benchmarks/results/two-gpus.json
 
-Quantizes a small Llama with random weights by one process and by two, both with --deterministic, and compares the files
-byte by byte. Then layers of large models are solved by one process and by two that share the rows (the Hessian's
-factorization, where GPTQ is the start, is made by both). With --device cpu everything runs on two CPU processes.
+Layers of large models are solved by one process and by two that share the rows (the Hessian's factorization, where GPTQ
+is the start, is made by both), after two sweeps of the same layer to warm up. Then a small Llama with random weights is
+quantized by one process and by two, both with --deterministic, and the files are compared byte by byte. --only makes
+one of the two parts and keeps the other as the JSON file has it. With --device cpu everything runs on two CPU
+processes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from finescale.recipe import Recipe
 
 PROCESSES = 2
 SMALL = LlamaShape(512, 1376, 3, 8, 2000)
-LAYERS = {  # outputs (layers of one input are solved together), inputs, how often in a block
+LAYERS = {  # outputs (layers of one input are solved together), inputs
     "Llama-2-7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),
     "Llama-2-70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
@@ -86,12 +88,13 @@ def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> 
             for label, settings in SETTINGS.items():
                 recipe = Recipe.named("quantease").with_settings(settings)
                 row: dict[str, Any] = {"model": model, "shape": [outputs, inputs], "solver": label}
+                warm_up = recipe.with_settings(("solver.sweeps=2",))
                 for name, used in (("one", ALONE), ("two", ranks)):
-                    for _ in range(2):  # the first warms up
+                    for run in (warm_up, recipe):
                         dist.barrier()
                         start = time.perf_counter()
                         if used is ranks or ranks.leads:
-                            solve_rows(weight_OI, hessian_II, grid, recipe, used)
+                            solve_rows(weight_OI, hessian_II, grid, run, used)
                         if target.type == "cuda":
                             torch.cuda.synchronize()
                         dist.barrier()
@@ -100,9 +103,19 @@ def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> 
                 rows.append(row)
                 if ranks.leads:
                     print(row, flush=True)
-                    json_.write_text(json.dumps(rows))
+                    json_.write_text(json.dumps(rows))  # after every row: a limit may end this process
             del weight_OI, hessian_II
     leave()
+
+
+def sums(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By how much two processes are faster at all layers of a block that were timed."""
+    return {
+        f"{model}, {label}": sum(r["seconds_one"] for r in found) / sum(r["seconds_two"] for r in found)
+        for model in LAYERS
+        for label in SETTINGS
+        if (found := [r for r in rows if r["model"] == model and r["solver"] == label])
+    }
 
 
 def main() -> None:
@@ -110,33 +123,32 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", default=",".join(LAYERS))
     parser.add_argument("--budget", type=float, default=60.0, help="seconds after which no layer is begun")
+    parser.add_argument("--limit", type=float, help="seconds after which the layers are left as they are")
+    parser.add_argument("--only", choices=("speed", "bytes"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/two-gpus.json"))
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         solve_shared(arguments.device, arguments.json, arguments.models.split(","), arguments.budget)
         return
-    result: dict[str, Any] = {
-        "benchmark": "two_gpus",
-        "seed": 0,
-        "machine": machine_facts(),
-        "device": arguments.device,
-    }
+    result: dict[str, Any] = (
+        json.loads(arguments.json.read_text()) if arguments.only and arguments.json.is_file() else {}
+    )
+    result |= {"benchmark": "two_gpus", "seed": 0, "machine": machine_facts(), "device": arguments.device}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    result["deterministic"] = compare_bytes(arguments.device)
-    print(f"deterministic: { ({**result['deterministic'], 'sha256': '...'}) }", flush=True)
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    with tempfile.TemporaryDirectory() as name:
-        part = Path(name) / "rows.json"
-        words = ["--device", arguments.device, "--models", arguments.models, "--budget", str(arguments.budget)]
-        subprocess.run(torchrun(__file__, *words, "--json", str(part)), check=False)
-        result["rows"] = json.loads(part.read_text()) if part.is_file() else []
-    result["models"] = {
-        f"{model}, {label}": sum(r["seconds_one"] for r in found) / sum(r["seconds_two"] for r in found)
-        for model in LAYERS
-        for label in SETTINGS
-        if (found := [r for r in result["rows"] if r["model"] == model and r["solver"] == label])
-    }
-    print(result["models"])
+    if arguments.only != "bytes":
+        with tempfile.TemporaryDirectory() as name:
+            part = Path(name) / "rows.json"
+            words = ["--device", arguments.device, "--models", arguments.models, "--budget", str(arguments.budget)]
+            try:
+                subprocess.run(torchrun(__file__, *words, "--json", str(part)), check=False, timeout=arguments.limit)
+            finally:
+                result["rows"] = json.loads(part.read_text()) if part.is_file() else []
+                result["models"] = sums(result["rows"])
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.only != "speed":
+        result["deterministic"] = compare_bytes(arguments.device)
+        print(f"deterministic: { ({**result['deterministic'], 'sha256': '...'}) }", flush=True)
+    print(result.get("models"))
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

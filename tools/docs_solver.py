@@ -120,7 +120,12 @@ def large_on_gpu(facts: dict[str, Any]) -> str:
     ]
     if killed:
         text = "the same bytes" if killed["same_bytes"] else "other bytes"
-        rows.append((f"killed after {killed['blocks_done_when_killed']} of 4 blocks, started anew", text))
+        rows.append(
+            (
+                f"killed after {killed['blocks_done_when_killed']} of {killed.get('blocks', 4)} blocks, started anew",
+                text,
+            )
+        )
     return f"A model of the shape of {facts['shape']}, random weights.\n\n" + table(("", ""), rows)
 
 

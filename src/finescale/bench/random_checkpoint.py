@@ -32,7 +32,7 @@ LLAMA_2_7B = LlamaShape(4096, 11008, 32, 32)
 SHAPES = {
     "open-llama-3b": OPEN_LLAMA_3B,
     "llama-2-7b": LLAMA_2_7B,
-    "llama-2-7b-6-blocks": replace(LLAMA_2_7B, blocks=6),
+    "llama-2-7b-2-blocks": replace(LLAMA_2_7B, blocks=2),
     "tiny": LlamaShape(64, 96, 4, 4, 2000),
 }
 
