@@ -33,7 +33,7 @@ from finescale.grid import (
     with_integer_scales,
 )
 from finescale.runtime.load import load
-from finescale.runtime.portable import PortableLinear
+from finescale.runtime.portable import PortableLinear, join_same_inputs
 
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -52,8 +52,9 @@ def quantize_linears(model: nn.Module) -> tuple[nn.Module, str]:
             grid = with_integer_scales(grid, module.weight.data, "auto")
             weight = QuantizedWeight(quantize_to_grid(module.weight.data, grid), grid)
             layer = PortableLinear(weight, None, InputRule(ActivationScheme(8)), torch.device("cpu"))
-            kernel = layer.product.kernel
+            kernel = str(layer.product.kernel)
             model.model.set_submodule(name, layer)  # type: ignore[union-attr, operator]
+    join_same_inputs(model)
     return model, kernel
 
 

@@ -5,10 +5,10 @@
 Needs a Hopper GPU and compute-sanitizer of the CUDA toolkit. All cases run without it first, in several processes;
 that compiles their kernels and compares every result with an exact one; the sanitizer then finds them on disk.
 
-The products order accesses in two ways of which CONTROL shows whether racecheck sees them, by doing nothing else: one
-lane arrives at a barrier for all of its warp, after __syncwarp; and blocks of a cluster store into each other's shared
-memory and arrive at a barrier there, without which no block ends. Products that do the latter are a family of their
-own.
+When a stage of a product is handed back, one lane arrives at a barrier for its warp, after __syncwarp. racecheck does
+not follow __syncwarp and reports what the other lanes have read, as CONTROL shows, which does nothing else. Products
+are compiled here so that each lane arrives for itself (`Variant.checked`), and CONTROL runs both ways, and the way in
+which blocks of a cluster store into each other's shared memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 TOOLS = ("memcheck", "racecheck")
 SIZES = (
     # tokens, outputs, inputs, group size, folded
-    (5, 200, 1152, 128, False),
+    (5, 200, 2560, 128, False),
     (20, 1000, 640, 64, True),
-    (100, 520, 512, 128, False),
+    (100, 520, 1536, 128, False),
     (300, 520, 1024, 128, True),
     (40, 264, 384, 32, False),
     (3, 70, 777, -1, False),
@@ -49,11 +49,9 @@ struct Arguments { int* out; };
 extern "C" __global__ void hand_over(const __grid_constant__ Arguments a) {
     __shared__ __align__(16) u32 given[32 * 4];
     u32 rank = blockIdx.x % 2, place = shared_address(given) + threadIdx.x * 16;
-    cluster_arrive();
-    cluster_wait();
+    cluster_meet();
     store_cluster16(cluster_address(place, 1 - rank), threadIdx.x, rank, 0, 0);
-    cluster_arrive();
-    cluster_wait();
+    cluster_meet();
     uint4 got = load_shared16(place);
     a.out[rank * 32 + threadIdx.x] = got.x + 100 * got.y;
 }
@@ -125,7 +123,7 @@ def products() -> list[Case]:
             some = list(dict.fromkeys(chosen.values()))[index::3]
             if dtype == "bfloat16" and not folded and group_size == 128:
                 some.append(replace(some[0], float_scales=True, cluster=1))
-            for variant in some:
+            for variant in (replace(each, checked=True) for each in some):
                 run = partial(product, variant, tokens, outputs, inputs, group_size, dtype)
                 cases.append((f"{variant} {tokens} x {outputs} x {inputs}", run))
     return cases
@@ -160,7 +158,7 @@ def control() -> list[Case]:
     return [
         ("one lane arrives", partial(run, "arrive_and_reuse", 1, 64, 1, 1, lanes[::-1])),
         ("each lane arrives", partial(run, "arrive_and_reuse", 1, 64, 1, 32, lanes[::-1])),
-        ("hand over in a cluster", partial(run, "hand_over", 2, 32, 2, 0, [lane + 100 for lane in lanes] + lanes)),
+        ("hand over in a cluster", partial(run, "hand_over", 2, 32, 2, 1, [lane + 100 for lane in lanes] + lanes)),
     ]
 
 
@@ -276,6 +274,8 @@ def grouped_product(variant: Variant, tokens: int, folded: bool) -> None:
 
 def mixtures() -> list[Case]:
     """Whole mixtures, and grouped products in their narrowest and widest tiles and each number of warpgroups."""
+    from dataclasses import replace
+
     from finescale.kernels.hopper import grouped
 
     cases: list[Case] = []
@@ -283,7 +283,10 @@ def mixtures() -> list[Case]:
         cases.append((f"experts of {tokens} tokens", partial(mixture, tokens, folded)))
         found = grouped.variants(tokens, 2, folded, 0, 6)
         chosen = dict.fromkeys([found[0], found[-1], *{v.warpgroups: v for v in found}.values()])
-        cases += [(f"{v} of {tokens} tokens", partial(grouped_product, v, tokens, folded)) for v in chosen]
+        cases += [
+            (f"{v} of {tokens} tokens", partial(grouped_product, replace(v, checked=True), tokens, folded))
+            for v in chosen
+        ]
     return cases
 
 

@@ -269,21 +269,17 @@ inline void copy_to(u32 destination, const void* source, u32 bytes, u32 barrier)
     });
 }
 inline void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier, u64) { copy_to(destination, source, bytes, barrier); }
+inline void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier) { copy_to(destination, source, bytes, barrier); }
 inline void prefetch_bulk(const void*, u32) {}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 inline void named_barrier(int id, int threads) { meet(id, threads); }
 template <int COUNT> inline void claim_registers() {}
 template <int COUNT> inline void release_registers() {}
-static std::map<Thread*, int> cluster_time;
-inline void cluster_arrive() {
-    Block& first = all_blocks[self->block->first_of_cluster];
-    cluster_time[self] = first.cluster_times;
-    first.cluster_arrived++;
-}
-inline void cluster_wait() {
+inline void cluster_meet() {
     Block* first = &all_blocks[self->block->first_of_cluster];
-    int time = cluster_time[self];
+    int time = first->cluster_times;
+    first->cluster_arrived++;
     wait_until([first, time] { return first->cluster_times != time; });
 }
 
@@ -335,7 +331,7 @@ static void enter() {
 static int run_grid(int grid, int threads, int shared_bytes, int cluster, u64 seed) {
     random_state = seed;
     cluster_size = cluster, threads_of_block = threads;
-    copies.clear(), cluster_time.clear();
+    copies.clear();
     all_blocks = std::vector<Block>(grid);
     all_threads = std::vector<Thread>(static_cast<size_t>(grid) * threads);
     for (int b = 0; b < grid; b++) {

@@ -132,13 +132,20 @@ def test_every_quotient_is_rounded_as_by_a_division(dtype, bits, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens, inputs, channels", [(3, 72, 90), (9, 264, 200)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gathers(tokens, inputs, channels, dtype, monkeypatch):
+@pytest.mark.parametrize("tokens, inputs, channels", [(3, 72, 90), (9, 264, 200), (9, 1032, 1100)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "rms"])
+def test_gathers(kind, tokens, inputs, channels, dtype, monkeypatch):
     emulator.emulate(monkeypatch, 2)
     gather = random_gather(inputs, channels, 3)
-    x_TI = torch.randn(tokens, inputs).to(dtype)
-    codes_TJ, scale_T1 = to_codes(gather.apply(x_TI), ActivationScheme(8))
-    packed, scale_T, sum_T = quantize.run(x_TI, gather=gather_table(gather))
+    y_TI = (torch.randn(tokens, inputs) if kind == "plain" else exactly_normed(tokens, inputs)).to(dtype)
+    residual_TI = None if kind == "plain" else torch.randint(-1, 2, (tokens, inputs)).to(dtype)
+    gain_I = None if kind == "plain" else torch.randn(inputs).to(dtype)
+    x_TI = y_TI if residual_TI is None else y_TI - residual_TI
+    expected_TJ = gather.apply(y_TI if gain_I is None else y_TI * gain_I)
+    codes_TJ, scale_T1 = to_codes(expected_TJ, ActivationScheme(8))
+    table = gather_table(gather)
+    packed, scale_T, sum_T = quantize.run(x_TI, kind, residual_TI, gain_I, None, 0.0, gather=table)
     assert torch.equal(layout.unpack_tokens(packed, tokens, channels), codes_TJ)
     assert torch.equal(scale_T, scale_T1[:, 0]) and torch.equal(sum_T, codes_TJ.sum(1, dtype=torch.int32))
+    assert residual_TI is None or torch.equal(residual_TI, y_TI)

@@ -21,10 +21,11 @@ from finescale.grid import (
     with_integer_scales,
 )
 from finescale.kernels import portable
+from finescale.kernels.cpu_int8 import int8_product_is_exact
 from finescale.kernels.dispatch import Choice
 from finescale.runtime.load import load
 from finescale.runtime.modules import QuantizedLinear
-from finescale.runtime.portable import PortableLinear
+from finescale.runtime.portable import JoinedProduct, PartOfProduct, PortableLinear, join_same_inputs
 from tests.helpers import recipe
 
 CPU = torch.device("cpu")
@@ -101,3 +102,61 @@ def test_without_gpu_and_compiler(tiny, text, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True" and "finescale runs W4A8 layers on" in done.stderr
+
+
+def siblings(kinds, biased=(False, True, False)):
+    """Queries, keys and values of one input, and the exact layers of the same weights."""
+    weights = [layer_weight(**kind) for kind in kinds]
+    biases = [torch.randn(24) if one else None for one in biased]
+    inputs = InputRule(ActivationScheme(8))
+    parent, names = torch.nn.Module(), ("q_proj", "k_proj", "v_proj")
+    for name, weight, bias_O in zip(names, weights, biases, strict=True):
+        parent.add_module(name, PortableLinear(weight, bias_O, inputs, CPU))
+    exact = [QuantizedLinear(w, b, inputs, "integer") for w, b in zip(weights, biases, strict=True)]
+    join_same_inputs(parent)
+    return [getattr(parent, name) for name in names], exact
+
+
+needs_int8 = pytest.mark.skipif(not int8_product_is_exact(), reason="needs int8 dot products")
+
+
+@needs_int8
+@pytest.mark.parametrize("kinds", [[{}, {}, {}], [{}, {"folded": True}, {"group_size": 7}], [{"group_size": -1}] * 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_one_input_are_one_product(kinds, dtype, monkeypatch):
+    layers, exact = siblings(kinds)
+    assert all(isinstance(layer.product, PartOfProduct) for layer in layers)
+    calls = []
+    multiply = JoinedProduct.multiply
+    monkeypatch.setattr(JoinedProduct, "multiply", lambda self, x_TI: calls.append(1) or multiply(self, x_TI))
+    for shape in ((1, 90), (2, 5, 90), (0, 90)):
+        x_TI = torch.randn(shape).to(dtype)
+        for layer, other in zip(layers, exact, strict=True):
+            assert torch.equal(layer(x_TI), other(x_TI)) and layer(x_TI).dtype == dtype
+    assert layers[0].product.whole is layers[2].product.whole
+    calls.clear()
+    x_TI = torch.randn(1, 90).to(dtype)
+    for layer in layers:
+        layer(x_TI)
+    assert len(calls) == 1 and layers[0].product.whole._last is None
+
+
+@needs_int8
+def test_outputs_of_other_inputs_are_not_taken():
+    layers, exact = siblings([{}] * 3)
+    x_TI = torch.randn(3, 90)
+    first = layers[0](x_TI)
+    first.zero_()  # the caller's own
+    x_TI[1] += 1  # in place
+    assert torch.equal(layers[1](x_TI), exact[1](x_TI))
+    assert torch.equal(layers[0](x_TI), exact[0](x_TI)) and torch.equal(layers[0](x_TI), exact[0](x_TI))
+    with torch.inference_mode():
+        assert torch.equal(layers[2](x_TI), exact[2](x_TI))
+    out = layers[1](x_TI)
+    assert not out.is_inference() and torch.equal(out, exact[1](x_TI))
+
+
+@needs_int8
+def test_layers_without_a_common_way_stay_apart():
+    layers, _ = siblings([{"group_size": -1}, {}, {}])
+    assert all(not isinstance(layer.product, PartOfProduct) for layer in layers)

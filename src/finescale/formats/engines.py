@@ -22,8 +22,8 @@ PACKED, INT8, DENSE = "compressed-tensors", "int-quantized", "dense"
 _GPTQ = ("gptq", "gptq_v2")
 _CUDA_GROUPS = (-1, 32, 64, 128)
 _EXPERT_FAMILIES = re.compile(r"mixtral|moe|deepseek_v[23]|gpt_oss|qwen3_next|dbrx|jamba")
-# Layers that engines load as one matrix, which must have one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers of one input, which engines load as one matrix and which must have one scheme for that.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CONV1D_FAMILIES = ("gpt2",)
 _CONV1D = "GPT-2's Conv1D layers are read packed by finescale only; save with dense"
 _OUTLIERS = "only finescale reads outliers and quantized scales, and without them weights are wrong; save with dense"
@@ -186,7 +186,7 @@ def fused_conflict(schemes: Mapping[str, WeightScheme | None]) -> str:
             fused.setdefault(f"{name.split('.experts.', 1)[0]}.experts", set()).add(_key(scheme))
             continue
         parent, _, leaf = name.rpartition(".")
-        for members in _FUSED:
+        for members in SAME_INPUT:
             if leaf in members:
                 # A member left unquantized conflicts too, unless the model has no such layer at all.
                 found = {_key(schemes.get(f"{parent}.{member}")) for member in members if member in leaves}

@@ -17,6 +17,7 @@ Shape legend: T tokens, I inputs, O outputs, G groups, D digits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,9 +90,24 @@ def pack_weight(codes_OI: Tensor, integer_scale_OG: Tensor, group_of_I: Tensor) 
     if groups == 1:
         return CpuWeight(codes_OI, scale_OG, member_GI, None)
     digit_DOI = _digits(codes_OI.to(torch.int32) * scale_OG[:, group_of_I])
-    if digit_DOI.shape[0] == 1 or codes_OI.numel() <= SMALL_LAYER:
+    if digit_DOI.shape[0] == 1:
         return CpuWeight(None, None, None, digit_DOI)
     return CpuWeight(codes_OI, scale_OG, member_GI, digit_DOI)
+
+
+def joined(weights: Sequence[CpuWeight]) -> CpuWeight | None:
+    """Layers of one input as one, their outputs one after the other; None if they have no way to multiply in common."""
+    digits = [weight.digit_DOI for weight in weights if weight.digit_DOI is not None]
+    digit_DOI = None
+    if len(digits) == len(weights):
+        most = max(each.shape[0] for each in digits)
+        digit_DOI = torch.cat([torch.cat([d, d.new_zeros(most - d.shape[0], *d.shape[1:])]) for d in digits], 1)
+    members = [weight.member_GI for weight in weights if weight.member_GI is not None]
+    if len(members) == len(weights) and all(torch.equal(each, members[0]) for each in members[1:]):
+        codes_OI = torch.cat([weight.codes_OI for weight in weights if weight.codes_OI is not None])
+        scale_OG = torch.cat([weight.scale_OG for weight in weights if weight.scale_OG is not None])
+        return CpuWeight(codes_OI, scale_OG, members[0], digit_DOI)
+    return None if digit_DOI is None else CpuWeight(None, None, None, digit_DOI)
 
 
 def _digits(wide_OI: Tensor) -> Tensor:
@@ -119,7 +135,7 @@ def product(x_TI: Tensor, weight: CpuWeight) -> Tensor:
         groups = scale_OG.shape[1]
         if groups == 1:
             return _multiply(codes_OI, x_TI).mul_(scale_OG).T
-        if digit_DOI is None or tokens * groups <= FEW_COLUMNS:
+        if digit_DOI is None or (tokens * groups <= FEW_COLUMNS and codes_OI.numel() > SMALL_LAYER):
             columns_GTI = x_TI * member_GI[:, None]
             sums_OGT = _multiply(codes_OI, columns_GTI.view(-1, inputs)).view(-1, groups, tokens)
             return sums_OGT.mul_(scale_OG[:, :, None]).sum(1, dtype=torch.int32).T

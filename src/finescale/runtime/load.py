@@ -27,7 +27,7 @@ from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.modules import Path as ComputePath
 from finescale.runtime.modules import QuantizedLinear
 from finescale.runtime.packed import PackedLinear
-from finescale.runtime.portable import PortableLinear
+from finescale.runtime.portable import PortableLinear, join_same_inputs
 
 Rounding = Literal["finescale", "compressed-tensors", "none"]
 LoadPath = Literal["float", "integer", "kernel"]
@@ -69,7 +69,8 @@ def load(
         cache: keep dequantized weights (only for ``float``).
         rounding: of the inputs of W4A8 layers; the others show what other engines make of the file:
             ``compressed-tensors`` what transformers does, ``none`` what engines do that run it as W4A16.
-        fuse: where the fused kernels run the layers, also fuse the decoder around them (`finescale.runtime.fused`).
+        fuse: where the fused kernels run the layers, also fuse the decoder around them (`finescale.runtime.fused`); on
+            a CPU, multiply layers of one input as one.
 
     Raises:
         InputError, CheckpointError, NumericsError: a checkpoint that is missing, damaged or fails its proof.
@@ -86,6 +87,7 @@ def load(
     loaded.config.use_cache = True
     if fuse:
         fuse_on_kernels(loaded)
+        join_same_inputs(loaded)
     if (source.path / "generation_config.json").is_file():
         loaded.generation_config = _generation_config(source.path)
     return loaded

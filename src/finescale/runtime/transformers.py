@@ -26,6 +26,7 @@ from finescale.models.skeleton import find_blocks, possible_names
 from finescale.runtime.checkpoint import open_quantized
 from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.load import install_quantized, quantized_places, usable_device
+from finescale.runtime.portable import join_same_inputs
 
 METHOD = "finescale"
 
@@ -77,6 +78,7 @@ class FinescaleQuantizer(HfQuantizer):
         device = self._device or next(model.parameters()).device
         install_quantized(skeleton, quantized, device, model.dtype, "kernel", False, "finescale")
         fuse_on_kernels(model)
+        join_same_inputs(model)
         return model
 
     def is_serializable(self) -> bool:

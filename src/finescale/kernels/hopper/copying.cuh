@@ -52,6 +52,7 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
     u64 weight_policy = a.token_tiles == 1 ? policy_evict_first() : keep;
     Copier copier(a);
     int total = copier.schedule.units(), filled = min(total, STAGES);
+    [[maybe_unused]] bool shares_tile = CLUSTER > 1 && copier.schedule.has_part;
     copier.advance();
     Copier tokens = copier;
 #pragma unroll 1
@@ -78,4 +79,12 @@ __device__ __forceinline__ void copy_units(const Arguments& a, u32 x_base, u32 w
             phase ^= 1;
         }
     }
+#if CLUSTER > 1
+    // What was copied has come before other blocks store their sums there (add_cluster).
+    if (!shares_tile) return;
+#pragma unroll 1
+    for (int i = total - filled; i < total; i++) barrier_wait(full + 8 * (i % STAGES), i / STAGES & 1);
+    cluster_meet();
+    cluster_meet();
+#endif
 }

@@ -11,7 +11,8 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
+// (blocks that share split tiles), ARRIVING (lanes of a warp that hand back a stage, 1 or 32), GROUPED (many weights, one
+// an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -70,7 +71,7 @@ struct Computer {
 
     __device__ __forceinline__ void release() {
         __syncwarp();  // what its lanes have read comes before what is copied there
-        if (thread % 32 == 0) barrier_arrive(empty + 8 * ring.stage);
+        if (thread % 32 < ARRIVING) barrier_arrive(empty + 8 * ring.stage);
         ring.advance();
         remaining--;
     }
@@ -241,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, WARPGROUPS * 4);
+            barrier_init(empty + 8 * i, WARPGROUPS * 4 * ARRIVING);
         }
         for (int g = 0; g < WARPGROUPS; g++) Part(a, parts, g).init();
         fence_barrier_init();

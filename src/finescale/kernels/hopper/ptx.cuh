@@ -53,11 +53,17 @@ __device__ __forceinline__ u64 policy_evict_last() {
     return policy;
 }
 
-// Contiguous bytes (a multiple of 16) from device to shared memory; the barrier counts them.
+// Contiguous bytes (a multiple of 16) from device to shared memory; the barrier counts them. With and without a policy
+// of the level-two cache.
 __device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier, u64 policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
         ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(u32 destination, const void* source, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // Brings contiguous bytes (a multiple of 16) to the level-two cache.
@@ -76,8 +82,9 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 }
 
 // A barrier of all threads of the cluster that have not ended; what they wrote before it is seen after it.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 // The same address in block `rank` of the cluster.
 __device__ __forceinline__ u32 cluster_address(u32 address, int rank) {

@@ -15,9 +15,9 @@
 // Compile-time settings: KIND (0 plain, 1 rms, 2 layer, 3 silu), ADD, IN (0 bfloat16, 1 float16, 2 float32), ALIGNED (all
 // rows are whole pieces and begin at multiples of 16 bytes), THREADS, PIECES (of a thread), WHOLE (of these, how many every
 // thread has), BLOCKS (that are to fit on a multiprocessor), STAGES (slots; 0 if threads load tokens themselves), KEPT
-// (gains and shifts stay in 0 nothing, 1 shared memory, 2 registers), GATHER, ROUTED (rows sorted by expert, of which
-// `position` says where each choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and
-// writes rows, one a choice).
+// (gains and shifts stay in 0 nothing, 1 shared memory, 2 registers), FIRST (tokens leave the cache before all else, so that
+// codes stay there), GATHER, ROUTED (rows sorted by expert, of which `position` says where each choice of a token has its
+// row: 1 reads tokens and writes each to all its rows; 2 reads and writes rows, one a choice).
 
 #include "ptx.cuh"
 #include "rows.cuh"
@@ -95,7 +95,8 @@ struct Tokens {
         long long from = row(item);
         if (from < 0) return barrier_arrive(barrier);
         barrier_expect(barrier, bytes);
-        copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
+        if (FIRST) copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier, policy_evict_first());
+        else copy_bulk(shared_address(part(s, p)), source(from, p), bytes, barrier);
     }
 
     // Brings it nearer, while its slot is still in use.
@@ -254,13 +255,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
             for (int p = first; p < last; p++) tokens.copy(filling, slot, p);
             if (first == 0) filling += stride;
         };
+        // The same where gathers need the first part a while longer.
+        auto fill_but_first = [&] {
+            fill_again(1, PARTS);
+            if (STAGES == 1 && threadIdx.x == 0 && filling < a.items) tokens.prefetch(filling, 0);
+        };
         if (row < 0) {
             __syncthreads();
             fill_again(0, PARTS);
         } else {
             Piece token[PIECES];
             u32 largest = 0;
-            if (GATHER && STAGES == 1 && threadIdx.x == 0 && filling < a.items) tokens.prefetch(filling, 0);
             constexpr bool STRAIGHT = GATHER && KIND == 0 && !ADD && STAGES > 0;  // gathers what was copied
             if (!STRAIGHT) {
                 Piece other[PIECES];
@@ -282,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                 }
                 if (NORM) {
                     float mean = 0, inverse = norm_scale(a, token, mean, scratch[parity]);
-                    if (!GATHER && WARPS > 1) fill_again(0, PARTS);
+                    if (WARPS > 1 && GATHER) fill_but_first();
+                    if (WARPS > 1 && !GATHER) fill_again(0, PARTS);
 #pragma unroll
                     for (int k = 0; k < PIECES; k++) token[k] = normed(token[k], mean, inverse, parameters, k);
                 }
@@ -294,8 +300,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
                     if (inside(k, a.inputs)) tokens.part(slot, 0)[piece_of(k)] = token[k];
                 fence_proxy_async();  // what is written here comes before what is copied here
                 __syncthreads();
-                fill_again(1, PARTS);
             }
+            if (!NORM || WARPS == 1) fill_but_first();
 #pragma unroll
             for (int k = 0; k < PIECES; k++)
                 token[k] = inside(k, a.gathered) ? gather(a, tokens.slot(slot), piece_of(k), gather_gain[k]) : zeros();

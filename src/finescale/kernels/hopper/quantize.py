@@ -31,6 +31,8 @@ GATHERING_THREADS = 768
 """The same for gathers, which need 80."""
 MANY_BLOCKS = 6
 """From so many on a multiprocessor, each fetches one token ahead; fewer fetch further."""
+CACHED_BYTES = 2**25
+"""Of codes that the level-two cache holds beside other things."""
 KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
 IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -227,6 +229,7 @@ def settings_of(facts: Facts, block: Block) -> tuple[tuple[str, int], ...]:
         ("BLOCKS", block.blocks),
         ("STAGES", block.stages),
         ("KEPT", block.kept),
+        ("FIRST", int(block.first)),
         ("ROUTED", facts.routed),
         ("GATHER", int(facts.gathered is not None)),
     )
@@ -251,6 +254,8 @@ class Block:
         stages: tokens that shared memory holds; 0 where threads load them.
         kept: where gains and shifts stay: 2 in registers, 1 in shared memory, 0 nowhere.
         shared_bytes: of a block.
+        first: tokens leave the cache before all else, so that codes are still there when they are multiplied; where
+            those do not fit, it is faster not to say so.
     """
 
     threads: int
@@ -259,6 +264,7 @@ class Block:
     stages: int
     kept: int
     shared_bytes: int
+    first: bool = True
 
 
 def block_shape(facts: Facts, items: int, multiprocessors: int) -> Block:
@@ -291,7 +297,8 @@ def block_shape(facts: Facts, items: int, multiprocessors: int) -> Block:
     blocks = max(1, min(32, at_once // threads, fitting))
     most = 1 if blocks >= MANY_BLOCKS or facts.gathered is not None else 4
     stages = max(1, min(most, (SHARED_BYTES // blocks - fixed - RESERVED_BYTES) // facts.slot_bytes))
-    return Block(threads, pieces, blocks, stages, kept, stages * facts.slot_bytes + fixed)
+    first = items * facts.pieces * 8 <= CACHED_BYTES
+    return Block(threads, pieces, blocks, stages, kept, stages * facts.slot_bytes + fixed, first)
 
 
 def _kept(facts: Facts, fixed: int) -> int:

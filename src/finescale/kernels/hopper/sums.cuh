@@ -64,13 +64,12 @@ __device__ __forceinline__ int sum_of(u32 bits) { return static_cast<int>(bits);
 #endif
 
 // `area` is where the stages were; `tokens` are those from the tile's first to the last of all. Every computing thread of
-// the cluster comes here once. Copying ones do not wait here and are not waited for once they have ended.
+// the cluster comes here once, and those that copied to the stages meet them; the others have ended or will.
 __device__ __forceinline__ void add_cluster(
     Sum (&total)[TOKENS / 2], u32 area, int tokens, int group, int thread) {
     int rank = static_cast<int>(blockIdx.x) % CLUSTER;
     area += group * (FOURS * 2048) + thread * 16;
-    cluster_arrive();  // all warps of the cluster are done with the stages
-    cluster_wait();
+    cluster_meet();  // all are done with the stages
 #pragma unroll
     for (int r = 0; r < FINISHERS; r++) {
         if (r == rank || r * SHARE >= tokens) continue;
@@ -81,8 +80,7 @@ __device__ __forceinline__ void add_cluster(
             store_cluster16(target + i * 2048, sum_bits(four[0]), sum_bits(four[1]), sum_bits(four[2]), sum_bits(four[3]));
         }
     }
-    cluster_arrive();  // all sums have come
-    cluster_wait();
+    cluster_meet();  // all sums have come
 #pragma unroll
     for (int r = 0; r < FINISHERS; r++) {
         if (r != rank) continue;
