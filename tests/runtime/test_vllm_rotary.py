@@ -102,14 +102,13 @@ def test_another_result_is_not_taken(kind):
 @pytest.fixture
 def engine(monkeypatch):
     """Stand-ins of vLLM's forward context and of the kernel; what they were asked for."""
-    found = SimpleNamespace(slots={}, calls=[], usual=[], capturing=True, metadata=None)
-    context, kernel = ModuleType("vllm.forward_context"), ModuleType("triton_pages")
+    found = SimpleNamespace(slots={}, calls=[], usual=[], metadata=None)
+    context, kernel = ModuleType("vllm.forward_context"), ModuleType("rotate")
     context.get_forward_context = lambda: SimpleNamespace(slot_mapping=found.slots, attn_metadata=found.metadata)
     kernel.rotate_into_pages = lambda *arguments: found.calls.append(arguments)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
-    monkeypatch.setitem(sys.modules, "finescale.kernels.triton_pages", kernel)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
+    monkeypatch.setitem(sys.modules, "finescale.kernels.hopper.rotate", kernel)
     found.attention = SimpleNamespace(
         layer_name="layer", impl=SimpleNamespace(do_kv_cache_update=lambda *arguments: found.usual.append(arguments))
     )
@@ -134,10 +133,12 @@ def test_the_update_of_the_cache_rotates(engine):
     assert len(engine.usual) == 1 and len(engine.calls) == 1
 
 
-@pytest.mark.parametrize("slots", [None, {}, {"other": torch.tensor([1])}, {"layer": None}, "eager"])
-def test_without_a_cache_or_a_graph_it_rotates_at_once(engine, slots):
-    rotary, engine.capturing = Rotary(), slots != "eager"
-    slots = slots if engine.capturing else {"layer": torch.tensor([5, 7, -1])}
+@pytest.mark.parametrize("slots", [None, {}, {"other": torch.tensor([1])}, {"layer": None}, "traced"])
+def test_without_a_cache_or_traced_it_rotates_at_once(engine, slots, monkeypatch):
+    rotary = Rotary()
+    if slots == "traced":
+        slots = {"layer": torch.tensor([5, 7, -1])}
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     stand_in, engine.slots = RotaryIntoCache(rotary, engine.attention), slots
     tokens = [torch.randn(3, 16).bfloat16() for _ in range(2)]
     want = rotary(torch.arange(3), *[x.clone() for x in tokens])

@@ -99,4 +99,6 @@ def to_unsigned(codes: Tensor, bits: int) -> Tensor:
 
 def to_signed(values: Tensor, bits: int) -> Tensor:
     """int8 ``value - 2**(bits-1)``; inverse of `to_unsigned`."""
+    if values.dtype == torch.uint8:  # modulo 256: no wider copy
+        return (values - (1 << (bits - 1))).view(torch.int8)
     return (values.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

@@ -37,7 +37,9 @@ HEADS_OF_TILE = 8
 TILES = Tiles(64, 528, 4, 2)
 """Four programs for each multiprocessor of an H100 (benchmarks/attention_tiles.py)."""
 ROUNDED_TILES = Tiles(32, 528, 2, 3)
-"""The same for a cache of int8."""
+"""The same for a cache of int8, where a head of keys serves several heads of queries."""
+PLAIN_ROUNDED_TILES = Tiles(32, 528, 4, 1, plain=True)
+"""The same where it serves one."""
 
 
 # Triton reads the signatures below: annotations other than its own are errors there.
@@ -281,7 +283,7 @@ def attend(
     if batch == 0:
         return out_BC
     pairs, group = batch * kv_heads, heads // kv_heads
-    tiles = tiles or (TILES if key_scale_BKS is None else ROUNDED_TILES)
+    tiles = tiles or (TILES if key_scale_BKS is None else PLAIN_ROUNDED_TILES if group == 1 else ROUNDED_TILES)
     splits, plain = splits_of(pairs, capacity, tiles), tiles.plain and group == 1
     partial, counters = workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](

@@ -30,9 +30,10 @@ from finescale.kernels.triton_softmax import (
     workspace,
 )
 
-TILES = Tiles(32, 528, 4, 1, plain=True)
-GROUPED_TILES = Tiles(64, 528, 4, 2)
-"""For heads of keys that serve several heads of queries."""
+TILES = Tiles(64, 528, 4, 2)
+"""Of a GPU that is full (benchmarks/attention_tiles.py)."""
+FEW_TILES = Tiles(32, 528, 4, 1, plain=True)
+"""Where a sequence and head are shared out, one head of queries for a head of keys."""
 LONG = 4096
 """Keys that one program takes where there are programs enough."""
 
@@ -197,7 +198,8 @@ def attend_pages(
     ):  # fmt: skip
         raise InputError("positions and slots of each sequence are wanted, and a contiguous float32 table.")
     pairs, group = batch * kv_heads, heads // kv_heads
-    tiles = tiles or (TILES if group == 1 else GROUPED_TILES)
+    few = group == 1 and splits_of(pairs, pages_BM.shape[1] * keys.shape[1], FEW_TILES) > 1
+    tiles = tiles or (FEW_TILES if few else TILES)
     plain = tiles.plain and group == 1
     splits, least = sharing(pairs, pages_BM.shape[1] * keys.shape[1], group, width, tiles)
     partial, counters = workspace(query_BC.device, pairs * splits * group * (width + 2) if splits > 1 else 1, pairs)

@@ -111,7 +111,10 @@ def _attends(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
     key, value = (x.unflatten(-1, (kv_heads, width)) for x in (key, value))
     pages, lengths = torch.tensor([[3, 1], [4, 2]]).int().to(device), torch.tensor([length] * 2).int().to(device)
     last = (torch.tensor([1, 2]) * slots + length - 1 - slots).to(device)
-    positions, table = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(4, width, device=device)
+    positions, table = (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.ones(4, width, dtype=torch.float32, device=device),
+    )
     table[:, width // 2 :] = 0.0  # by no angle
     rotated, found = torch.empty_like(query).contiguous(), torch.empty_like(query).contiguous()
     scaling = width**-0.5

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from finescale.kernels.linear import quantize_tokens
+from finescale.kernels.direct import quantized
 from finescale.runtime.vllm_rotary import rotate_on_the_way
 
 _ATTENTION = {"self_attn.qkv_proj": "input_layernorm"}
@@ -55,11 +55,9 @@ class QuantizingNorm(nn.Module):
         self, x_TI: Tensor, residual_TI: Tensor | None = None
     ) -> QuantizedTokens | tuple[QuantizedTokens, Tensor]:
         """The rounded norm of x, or of x + residual, together with that sum (which overwrites the residual)."""
-        codes, scale_T, sum_T = quantize_tokens(
-            x_TI.contiguous(), "rms", residual_TI, self.weight, None, self.variance_epsilon
-        )
-        quantized = QuantizedTokens(codes, scale_T, sum_T, x_TI.dtype)
-        return quantized if residual_TI is None else (quantized, residual_TI)
+        codes, scale_T, sum_T = quantized(x_TI.contiguous(), "rms", residual_TI, self.weight, self.variance_epsilon)
+        rounded = QuantizedTokens(codes, scale_T, sum_T, x_TI.dtype)
+        return rounded if residual_TI is None else (rounded, residual_TI)
 
 
 class QuantizingSilu(nn.Module):
@@ -67,7 +65,7 @@ class QuantizingSilu(nn.Module):
 
     def forward(self, x_TI: Tensor) -> QuantizedTokens:
         """silu(gate) * up of [T, 2 * I], rounded."""
-        codes, scale_T, sum_T = quantize_tokens(x_TI.contiguous(), "silu", None, None, None, 0.0)
+        codes, scale_T, sum_T = quantized(x_TI.contiguous(), "silu", None, None, 0.0)
         return QuantizedTokens(codes, scale_T, sum_T, x_TI.dtype)
 
 

@@ -20,10 +20,10 @@ from finescale.formats.compressed_tensors import INT8
 from finescale.grid import Grid, InputRule, QuantizedWeight, contiguous_groups, input_rule, number_of_groups
 from finescale.grid.inputs import SUFFIXES
 from finescale.grid.packing import packed_words, to_signed, unpack_rows
+from finescale.kernels.direct import linear, product
 from finescale.kernels.dispatch import choose_kernel
 from finescale.kernels.hopper import gemm
 from finescale.kernels.layout import LARGEST_FOLDED_SCALE, pack_weight
-from finescale.kernels.linear import w4a8_linear, w4a8_product
 from finescale.kernels.portable import PORTABLE, PortableProduct
 from finescale.runtime.vllm_fusion import Ancestry, QuantizedTokens, quantize_on_the_way
 from finescale.runtime.vllm_layer import LayerDescription
@@ -162,14 +162,14 @@ class FinescaleLinearMethod(LinearMethodBase):
         bias = None if bias is None else layer.finescale_bias
         outputs, factor_O = layer.finescale_outputs, layer.finescale_factor_O
         if isinstance(x, QuantizedTokens):
-            return w4a8_product(
-                x.codes, x.scale_T, x.sum_T, layer.finescale_packed, bias, factor_O, outputs, 1,
+            return product(
+                x.codes, x.scale_T, x.sum_T, layer.finescale_packed, bias, factor_O, outputs,
                 layer.finescale_folded, x.dtype,
             )  # fmt: skip
         inputs: InputRule = layer.finescale_inputs
         x = inputs.rearrange(x)
         if hasattr(layer, "finescale_packed"):
-            return w4a8_linear(x, layer.finescale_packed, bias, factor_O, outputs, 1, layer.finescale_folded)
+            return linear(x, layer.finescale_packed, bias, factor_O, outputs, layer.finescale_folded)
         if hasattr(layer, "finescale_dense_OI"):
             bias = None if bias is None else bias.to(x.dtype)
             return nn.functional.linear(inputs.round(x), layer.finescale_dense_OI, bias)

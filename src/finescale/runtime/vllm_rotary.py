@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finescale.kernels.dispatch import has_hopper_kernels
 from finescale.runtime.vllm_attention import PageAttention, Unrotated, page_attention
 
 logger = logging.getLogger("vllm.finescale")
@@ -36,9 +37,9 @@ def fits(rotary: Any, attention: Any) -> bool:
     table = getattr(rotary, "cos_sin_cache", None)
     if type(implementation).__name__ not in PAGED or not hasattr(implementation, "do_kv_cache_update") or table is None:
         return False
-    if not table.is_cuda or torch.cuda.get_device_capability(table.device) < (9, 0):
+    if not has_hopper_kernels(table.device):
         return False
-    from finescale.kernels import triton_pages
+    from finescale.kernels.hopper.rotate import fits as has_form
 
     return (
         getattr(type(rotary), "forward_cuda", None) is not None
@@ -46,7 +47,7 @@ def fits(rotary: Any, attention: Any) -> bool:
         and not rotary.use_flashinfer
         and rotary.is_neox_style
         and rotary.rotary_dim == rotary.head_size == attention.head_size == attention.head_size_v
-        and triton_pages.fits(attention.num_heads, attention.num_kv_heads, attention.head_size)
+        and has_form(attention.head_size, table.dtype)
         and implementation.kv_cache_dtype == "auto"
         and attention.kv_sharing_target_layer_name is None
         and attention.query_quant is None
@@ -60,7 +61,7 @@ def same_in_pages(rotary: Any, heads: int, kv_heads: int) -> bool:
 
     It is compiled by this, for nothing may be compiled while a CUDA graph is recorded.
     """
-    from finescale.kernels.triton_pages import rotate_into_pages
+    from finescale.kernels.hopper.rotate import rotate_into_pages
 
     table, width = rotary.cos_sin_cache, rotary.head_size
     generator = torch.Generator(table.device).manual_seed(0)
@@ -103,12 +104,10 @@ class RotaryIntoCache(nn.Module):
         attention.impl.do_kv_cache_update = self.update
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, which are rotated when the cache is updated, or at once if it will not be.
-
-        Outside of a CUDA graph, where launching takes the host's time, vLLM's own operators are called faster.
-        """
+        """Queries and keys, which are rotated when the cache is updated, or at once if it will not be (or if torch
+        traces: what it makes of this has no place for what waits)."""
         self._waiting = None
-        if positions.dim() != 1 or not torch.cuda.is_current_stream_capturing() or not self._cache_follows():
+        if positions.dim() != 1 or torch.compiler.is_compiling() or not self._cache_follows():
             rotated: tuple[Tensor, Tensor] = self.rotary(positions, query, key)
             return rotated
         self._waiting = (positions, query)
@@ -131,7 +130,7 @@ class RotaryIntoCache(nn.Module):
         if self._waiting is None:
             self._usual(layer, key, value, kv_cache, slot_mapping)
             return
-        from finescale.kernels.triton_pages import rotate_into_pages
+        from finescale.kernels.hopper.rotate import rotate_into_pages
 
         (positions, query), self._waiting = self._waiting, None
         if self._decoding is not None and self._decoding.takes(self._metadata(), key.shape[0]):
