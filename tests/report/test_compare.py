@@ -98,6 +98,16 @@ def test_every_file_is_written_and_whole(result, tmp_path):
     assert write_comparison(json.loads(json.dumps(result)), tmp_path / "b").read_bytes() == page.read_bytes()
 
 
+def test_what_lost_too_much_is_named_instead_of_drawn(result, tmp_path):
+    """Else the models that count are on top of each other."""
+    result["rows"].append(row("ruined", 2, 64, 50.1, 500))
+    html = write_comparison(result, tmp_path).read_text(encoding="utf-8")
+    assert "Not drawn, beyond 5 times the least: ruined (W2 g64) 50.1." in html
+    assert "of 5 models drawn are on the Pareto front" in html and "ruined, W2 g64: perplexity" not in html
+    result["rows"][0]["perplexity"] = result["rows"][-1]["perplexity"] = 1.0  # all others have lost too much
+    assert "Not drawn" not in write_comparison(result, tmp_path).read_text(encoding="utf-8")
+
+
 def test_nothing_to_draw_is_said(result, tmp_path):
     result["rows"], result["peers"] = result["rows"][:2], []
     html = write_comparison(result, tmp_path).read_text(encoding="utf-8")

@@ -18,6 +18,8 @@ AXES = (
     ("prompt_speed", "fig-prompt-speed", "Perplexity and speed of prompts", "prompt tokens per second", False),
     ("generated_speed", "fig-generated-speed", "Perplexity and speed of generation", "tokens per second", False),
 )
+_WORST = 5.0
+"""Models whose perplexity is so many times the least are named below the plot: they would take all of its height."""
 
 
 class Point(Protocol):
@@ -57,12 +59,27 @@ def figures(rows: Sequence[Point]) -> list[Figure | Omitted]:
         if key.endswith("_speed") and not shown:
             continue
         original = next((row for row in rows if row.kind == "original"), None)
-        drawn.append(_figure(name, title, words, less, key, shown, original))
+        drawn.append(_figure(name, title, words, less, key, *_without_the_worst(shown, original), original))
     return drawn
 
 
+def _without_the_worst(rows: Sequence[Point], original: Point | None) -> tuple[list[Point], list[Point]]:
+    """What is drawn, and what has lost too much to be."""
+    known = [row.values["perplexity"] for row in (*rows, original) if row is not None and "perplexity" in row.values]
+    highest = _WORST * min(known, default=0.0)
+    near = [row for row in rows if row.values["perplexity"] <= highest]
+    return (near, [row for row in rows if row not in near]) if len(near) > 1 else (list(rows), [])
+
+
 def _figure(
-    name: str, title: str, words: str, less: bool, key: str, shown: Sequence[Point], original: Point | None
+    name: str,
+    title: str,
+    words: str,
+    less: bool,
+    key: str,
+    shown: Sequence[Point],
+    left_out: Sequence[Point],
+    original: Point | None,
 ) -> Figure | Omitted:
     if len(shown) < 2:
         return Omitted(name, title, "fewer than two models have both numbers.")
@@ -97,14 +114,18 @@ def _figure(
     parts += _names(labels, shown, box)
     parts += _front_names([shown[n] for n in front], [(x(points[n][0]), y(points[n][1])) for n in front])
     best = min(range(len(shown)), key=lambda number: points[number][1])
+    drawn = f"{len(shown)} models drawn" if left_out else f"{len(shown)} models"
     sentence = (
-        f"{len(front)} of {len(shown)} models are on the Pareto front; the least perplexity has {shown[best].label} "
+        f"{len(front)} of {drawn} are on the Pareto front; the least perplexity has {shown[best].label} "
         f"({shown[best].scheme}), {units.sig(points[best][1], 4)}."
     )
     caption = (
         "Each mark is one model, all evaluated on the same text; rings and the line mark those that no other model "
         "beats in both numbers. Grey marks are other tools."
     )
+    if left_out:
+        names = ", ".join(f"{row.label} ({row.scheme}) {units.sig(row.values['perplexity'], 3)}" for row in left_out)
+        caption += f" Not drawn, beyond {_WORST:g} times the least: {names}."
     alt = f"Scatter plot of perplexity against {words}. On the front: " + "; ".join(
         f"{shown[n].label} {shown[n].scheme} {units.sig(points[n][1], 4)}" for n in front
     )
@@ -128,11 +149,11 @@ def _names(labels: Sequence[str], shown: Sequence[Point], box: svg.Box) -> list[
 def _front_names(rows: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[Markup]:
     """Schemes beside the marks of the front, where there is room."""
     parts: list[Markup] = []
-    last: tuple[float, float] | None = None
+    last: tuple[float, float, int] | None = None
     for row, (x, y) in zip(rows, places, strict=True):
-        if last is None or abs(x - last[0]) > 60 or abs(y - last[1]) > 16:
+        if last is None or abs(x - last[0]) > 10 + 7.5 * last[2] or abs(y - last[1]) > 16:
             parts.append(svg.text(x + 12, y - 8, row.scheme, "label strong"))
-            last = (x, y)
+            last = (x, y, len(row.scheme))
     return parts
 
 
