@@ -49,7 +49,8 @@ __device__ __forceinline__ void write_tile(
         }
     named_barrier(1 + group, 128);
     [[maybe_unused]] int channel = channel0 + warp * 16 + lane / 4;
-    float bias0 = 0, bias1 = 0;
+    // Read before the loop: ptxas serializes the products of the main loop otherwise.
+    float bias0 = 0, bias1 = 0, own0 = facts.own[0], own1 = facts.own[1];
     if (!GROUPED && a.bias) {
         if (channel < a.channels) bias0 = a.bias[channel];
         if (channel + 8 < a.channels) bias1 = a.bias[channel + 8];
@@ -71,7 +72,7 @@ __device__ __forceinline__ void write_tile(
             for (int i = 0; i < 4; i++) {
                 Sum accumulator = sum[i] - static_cast<Sum>(i % 2 ? excess.y : excess.x);
                 value[i] = static_cast<float>(accumulator) * (i % 2 ? scale.y : scale.x);
-                if (GROUPED || a.channel_scale) value[i] *= facts.own[i / 2];
+                if (GROUPED || a.channel_scale) value[i] *= i < 2 ? own0 : own1;
                 if (!GROUPED && a.bias) value[i] = __fadd_rn(value[i], i < 2 ? bias0 : bias1);
 #if OUT >= 2
                 int token = token0 + inner + i % 2, c = channel + i / 2 * 8;
