@@ -4,8 +4,8 @@
 
 The small trained models of ``--data`` (models/zoo), calibrated on the second half of data/books/books_valid.txt and
 evaluated on all windows of its first half, perplexity and KL divergence from the original's next tokens. Columns: the
-original; QuantEase per channel on the min/max grid as published, and on ours (clipping search), with the damping of the
-outlier recipes and with the usual one; 1 % structured and 1 % unstructured outliers; the published outlier algorithm;
+original; QuantEase per channel on the min/max grid as published, and on ours (clipping search), with the options of the
+outlier recipes and with its own; 1 % structured and 1 % unstructured outliers; the published outlier algorithm;
 SpQR in groups of 32 with as many outliers as make its size that of 1 % unstructured (in groups of 16 its scales alone
 take more), with the published damping and with ours, and QuantEase from the latter on its grid; SpQR as published
 (groups of 16) and with our damping; QuantEase from SpQR on SpQR's grid, of SpQR's size; and QuantEase per channel with
@@ -47,29 +47,33 @@ LENGTH = 512
 """Tokens of a window, calibrated or evaluated."""
 DAMPED = "solver.damping=0.1"
 """The damping of the outlier recipes."""
+LIKE_THEM = (DAMPED, "solver.gptq_damping=0.1", "solver.refits=2")
+"""All that the outlier recipes have beside the outliers."""
 ORIGINAL, PLAIN, STRUCTURED, UNSTRUCTURED = "original", "plain", "structured 1 %", "unstructured 1 %"
 PLAIN_PUBLISHED, SPQR, SPQR_QUANTEASE = "plain published", "spqr", "spqr-quantease"
 SPQR_SMALL, SAME_SIZE = "spqr of unstructured's size", "unstructured of spqr's size"
 SPQR_SMALL_DAMPED, SPQR_QUANTEASE_SMALL = SPQR_SMALL + ", damping 0.1", "spqr-quantease of unstructured's size"
+SPQR_DAMPED = SPQR + ", damping 0.1"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     PLAIN_PUBLISHED: ("quantease-published", (BITS,)),
-    PLAIN: ("quantease", (BITS, DAMPED)),
-    STRUCTURED: ("quantease-structured-outliers", (BITS, DAMPED)),
-    UNSTRUCTURED: ("quantease-outliers", (BITS, DAMPED)),
+    PLAIN: ("quantease", (BITS, *LIKE_THEM)),
+    STRUCTURED: ("quantease-structured-outliers", (BITS, *LIKE_THEM)),
+    UNSTRUCTURED: ("quantease-outliers", (BITS, *LIKE_THEM)),
     SPQR_SMALL: ("spqr", (BITS, "weights.group_size=32")),
     SPQR_SMALL_DAMPED: ("spqr", (BITS, "weights.group_size=32", DAMPED)),
     SPQR_QUANTEASE_SMALL: ("spqr-quantease", (BITS, "weights.group_size=32", DAMPED, "solver.gptq_damping=0.1")),
     SPQR: ("spqr", (BITS,)),
-    SPQR + ", damping 0.1": ("spqr", (BITS, DAMPED)),
+    SPQR_DAMPED: ("spqr", (BITS, DAMPED)),
     SPQR_QUANTEASE: ("spqr-quantease", (BITS, DAMPED, "solver.gptq_damping=0.1")),
-    SAME_SIZE: ("quantease-outliers", (BITS, DAMPED)),
-    "plain, damping 0.01": ("quantease", (BITS,)),
+    SAME_SIZE: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    "plain, its own options": ("quantease", (BITS,)),
     "unstructured 1 % published": ("quantease-outliers-published", (BITS,)),
 }
 ALL_SEEDS = (PLAIN_PUBLISHED, PLAIN, STRUCTURED, UNSTRUCTURED)
 """Runs that are made for every seed, the others for the first three."""
 SEEDS_OF_THE_OTHERS = 3
-ONE_SEED = ("plain, damping 0.01", "unstructured 1 % published")
+FIRST_THRESHOLD = 0.9
+ONE_SEED = ("plain, its own options", "unstructured 1 % published")
 """Runs that are made for the first seed only."""
 
 
@@ -133,7 +137,7 @@ def fit_threshold(
         over = row["bits_per_weight"] - target
         if abs(over) <= 0.003 * target:
             break
-        threshold *= math.exp(min(max(over / 0.4, -1.5), 1.5))  # about how fast the bits fall with its logarithm
+        threshold *= math.exp(min(max(over / 0.2, -1.0), 1.0))  # about how fast the bits fall with its logarithm
     return row | {"threshold": threshold}
 
 
@@ -151,14 +155,17 @@ def is_done(row: dict[str, Any] | None, recipe: str, settings: tuple[str, ...]) 
     return row is not None and row["recipe"] == recipe and list(row["settings"])[: len(wanted)] == wanted
 
 
-def compare(model: Path, seeds: dict[str, dict[str, Any]], seed: int, texts: Texts, save: Callable[[], None]) -> None:
-    """All runs of a seed that are not among its rows yet."""
+def compare(
+    model: Path, seeds: dict[str, dict[str, Any]], seed: int, texts: Texts, names: list[str], save: Callable[[], None]
+) -> None:
+    """Those of the runs called ``names`` that a seed should have and has not yet."""
     rows = seeds.setdefault(str(seed), {})
     if ORIGINAL not in rows:
         found = evaluate_on(texts, model, None)
         rows[ORIGINAL] = {"perplexity": found.perplexity, "kl": 0.0, "tokens": found.tokens, "bits_per_weight": 16.0}
         save()
-    for name, (recipe, settings) in RUNS.items():
+    for name in names:
+        recipe, settings = RUNS[name]
         wanted = seed == 0 if name in ONE_SEED else seed < SEEDS_OF_THE_OTHERS or name in ALL_SEEDS
         if not wanted or is_done(rows.get(name), recipe, settings):
             continue
@@ -166,7 +173,8 @@ def compare(model: Path, seeds: dict[str, dict[str, Any]], seed: int, texts: Tex
             same = f"solver.spqr_threshold={rows[SPQR_SMALL_DAMPED]['threshold']:.4f}"
             rows[name] = run(model, recipe, (*settings, same), texts, seed)
         elif name.startswith(SPQR_SMALL):
-            first = seeds.get("0", {}).get(name, {}).get("threshold", 0.6)
+            known = [other[name]["threshold"] for other in seeds.values() if name in other]
+            first = known[0] if known else FIRST_THRESHOLD
             target = rows[UNSTRUCTURED]["bits_per_weight"]
             rows[name] = fit_threshold(model, settings, target, texts, seed, first)
         elif name == SAME_SIZE:
@@ -196,43 +204,52 @@ def means(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
+QUESTIONS = {
+    "columns_beat_plain": (STRUCTURED, PLAIN),
+    "columns_beat_plain_published": (STRUCTURED, PLAIN_PUBLISHED),
+    "weights_beat_columns": (UNSTRUCTURED, STRUCTURED),
+    "unstructured_beats_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL),
+    "unstructured_beats_damped_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL_DAMPED),
+    "spqr_quantease_beats_spqr_of_unstructureds_size": (SPQR_QUANTEASE_SMALL, SPQR_SMALL),
+    "spqr_quantease_beats_damped_spqr_of_unstructureds_size": (SPQR_QUANTEASE_SMALL, SPQR_SMALL_DAMPED),
+    "unstructured_of_its_size_beats_spqr": (SAME_SIZE, SPQR),
+    "spqr_quantease_beats_spqr": (SPQR_QUANTEASE, SPQR),
+    "spqr_quantease_beats_damped_spqr": (SPQR_QUANTEASE, SPQR_DAMPED),
+}
+
+
 def judge(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is asked of the outliers, each question by the means over the seeds that have all its runs."""
+    """What is asked of the outliers, each question by the seeds that have both of its runs.
 
-    def mean(name: str, of: Callable[[dict[str, Any]], float], *others: str) -> float | None:
-        found = [of(rows[name]) for rows in seeds.values() if {name, *others} <= rows.keys()]
-        return statistics.fmean(found) if found else None
-
-    def loss(name: str, *others: str) -> float | None:
-        first = mean(ORIGINAL, lambda row: math.log(row["perplexity"]))
-        last = mean(name, lambda row: math.log(row["perplexity"]), *others)
-        return None if first is None or last is None else last - first
-
-    def kl(name: str, *others: str) -> float | None:
-        return mean(name, lambda row: float(row["kl"]), *others)
-
+    ``difference``: mean over the seeds of the logarithm of the first run's perplexity (or KL) over the second one's,
+    with its standard ``error``; ``holds`` when it is below zero.
+    """
     found: dict[str, Any] = {}
-    damped = ", damping 0.1"
-    for label, value in (("perplexity", loss), ("kl", kl)):
-        for question, better, worse in (
-            ("columns_beat_plain", STRUCTURED, PLAIN),
-            ("weights_beat_columns", UNSTRUCTURED, STRUCTURED),
-            ("unstructured_beats_spqr_of_its_size", UNSTRUCTURED, SPQR_SMALL),
-            ("unstructured_beats_damped_spqr_of_its_size", UNSTRUCTURED, SPQR_SMALL_DAMPED),
-            ("spqr_quantease_beats_spqr_of_unstructureds_size", SPQR_QUANTEASE_SMALL, SPQR_SMALL),
-            ("spqr_quantease_beats_damped_spqr_of_unstructureds_size", SPQR_QUANTEASE_SMALL, SPQR_SMALL_DAMPED),
-            ("unstructured_of_its_size_beats_spqr", SAME_SIZE, SPQR),
-            ("spqr_quantease_beats_spqr", SPQR_QUANTEASE, SPQR),
-            ("spqr_quantease_beats_damped_spqr", SPQR_QUANTEASE, SPQR + damped),
-        ):
-            one, other = value(better, worse), value(worse, better)
-            if one is not None and other is not None:
-                found[f"{question}_by_{label}"] = one < other
+    for label in ("perplexity", "kl"):
+        for question, (better, worse) in QUESTIONS.items():
+            logs = [
+                math.log(rows[better][label] / rows[worse][label])
+                for rows in seeds.values()
+                if {better, worse} <= rows.keys()
+            ]
+            if logs:
+                mean = statistics.fmean(logs)
+                error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else None
+                facts = {"holds": mean < 0, "difference": mean, "error": error, "seeds": len(logs)}
+                found[f"{question}_by_{label}"] = facts
         for question, base in (("way_of_plain_published", PLAIN_PUBLISHED), ("way_of_plain", PLAIN)):
-            one, other = value(UNSTRUCTURED, base), value(base, UNSTRUCTURED)
-            if one is not None and other:
-                found[f"{question}_by_{label}"] = one / other
+            ways = [_losses(rows, label, base) for rows in seeds.values() if {UNSTRUCTURED, base} <= rows.keys()]
+            if ways:
+                found[f"{question}_by_{label}"] = sum(one for one, _ in ways) / sum(other for _, other in ways)
     return found
+
+
+def _losses(rows: dict[str, Any], label: str, base: str) -> tuple[float, float]:
+    """What unstructured outliers and ``base`` lose: log perplexity beyond the original's, or KL."""
+    if label == "kl":
+        return rows[UNSTRUCTURED]["kl"], rows[base]["kl"]
+    original = math.log(rows[ORIGINAL]["perplexity"])
+    return math.log(rows[UNSTRUCTURED]["perplexity"]) - original, math.log(rows[base]["perplexity"]) - original
 
 
 def main() -> None:
@@ -270,10 +287,13 @@ def main() -> None:
             evaluation.write_text(text[: len(text) // 2], encoding="utf-8")
             calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
             texts = Texts(str(calibration), str(evaluation), arguments.windows, arguments.device)
-            for seed in arguments.seeds.split(","):
-                for family in arguments.families.split(","):
-                    seeds = result["models"].setdefault(family, {})
-                    compare(arguments.data / "models" / "zoo" / family, seeds, int(seed), texts, save)
+            others = [name for name in RUNS if name not in ALL_SEEDS]
+            for names in (list(ALL_SEEDS), others):  # the essential ones of all seeds first
+                for seed in arguments.seeds.split(","):
+                    for family in arguments.families.split(","):
+                        seeds = result["models"].setdefault(family, {})
+                        model = arguments.data / "models" / "zoo" / family
+                        compare(model, seeds, int(seed), texts, names, save)
     save()
     show(result)
 
