@@ -1,0 +1,55 @@
+"""Numbers that stand in sentences of the pages are those of the files. Tables are made from the files anyway."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.docs_claims import load_results
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = load_results(ROOT / "benchmarks" / "results")
+
+
+def rounding(bits):
+    return RESULTS["tuning"]["models"]["smollm2"]["rows"][bits]["rounding from quantease"]["perplexity"]
+
+
+def large():
+    whole = RESULTS["large-on-gpu"]["whole"]
+    memory = (whole["peak_gpu_bytes"] / 1e9, whole["peak_host_bytes"] / 1e9)
+    return whole["seconds"], whole["phases"]["solve"], *memory
+
+
+def rounded_well():
+    """Rows of many tokens, and those that reach 80 % of a copy as the page says it, to a whole percent."""
+    shares = [row["share_of_copy"] for row in RESULTS["quantize-h100"]["rows"] if row["tokens"] >= 4096]
+    return sum(share >= 0.8 for share in shares), len(shares)
+
+
+def memory_on_cpu():
+    runs = RESULTS["large-on-cpu"]["runs"]
+    return tuple(runs[recipe]["peak_rss_bytes"] / 1e9 for recipe in ("rtn", "quantease"))
+
+
+SENTENCES = [
+    ("docs/tuning.md", "perplexity {:.2f} at 4 bits and {:.2f} at 3", lambda: (rounding("4"), rounding("3"))),
+    (
+        "docs/quantease.md",
+        "took {:.0f} s as a command, {:.0f} of them solving, with {:.1f} GB of GPU memory and {:.1f} GB",
+        large,
+    ),
+    ("docs/quantease.md", "needs {:.1f} GB with `rtn` and {:.1f} GB with `quantease` on a CPU", memory_on_cpu),
+    ("docs/kernels.md", "bytes in {} of {} rows with 4096 tokens and more", rounded_well),
+    (
+        "README.md",
+        "(original {:.2f})",
+        lambda: (RESULTS["tuning"]["models"]["smollm2"]["original_perplexity"],),
+    ),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "values"), SENTENCES, ids=lambda value: str(value)[:40])
+def test_a_sentence_says_what_the_file_says(page, sentence, values):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    wanted = sentence.format(*values())
+    assert wanted in text, f"{page} should say: {wanted}"
