@@ -23,6 +23,8 @@ SUFFIXES = ("input_scale", "input_zero_point", "input_index", "input_gain")
 
 MOST_OF_A_MATRIX = 1 << 24
 """Elements of a gather's matrix beyond which gradients go back channel by channel."""
+MOST_PASSES = 8
+"""Channels merged into one up to which a GPU that learns makes a pass for each."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class Gather:
             out_TJ[..., some_M] += x_TI[..., index_M] * gain_M.to(x_TI.dtype)
         return out_TJ
 
+    def values_in_passes(self, x_TI: Tensor) -> Tensor:
+        """The same values by as many passes as channels are merged into one, where nothing is scattered: a GPU that is
+        asked for a fixed order sorts what it scatters."""
+        out_TJ = x_TI[..., self.index_KJ[0]] * self.gain_KJ[0].to(x_TI.dtype)
+        for index_J, gain_J in zip(self.index_KJ[1:], self.gain_KJ[1:], strict=True):
+            out_TJ += x_TI[..., index_J] * gain_J.to(x_TI.dtype)
+        return out_TJ
+
     def folded(self, norm_gain_I: Tensor) -> Gather:
         """The same after a norm without its gain: the gain rides along in the gather."""
         return Gather(self.index_KJ, self.gain_KJ * norm_gain_I.to(self.gain_KJ.dtype)[self.index_KJ])
@@ -85,7 +95,8 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x_TI: Tensor, gather: Gather) -> Tensor:
         context.gather, context.channels = gather, x_TI.shape[-1]
-        return gather.values(x_TI)
+        few = x_TI.is_cuda and gather.index_KJ.shape[0] <= MOST_PASSES
+        return gather.values_in_passes(x_TI) if few else gather.values(x_TI)
 
     @staticmethod
     def backward(context: Any, gradient_TJ: Tensor) -> tuple[Tensor, None]:

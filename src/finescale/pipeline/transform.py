@@ -25,7 +25,6 @@ from finescale.recipe import TransformPart
 from finescale.transforms import BlockView, Target, some_of
 from finescale.transforms.rotation import Outside, Rotation, outside_names, rotated_outside
 from finescale.transforms.view import Learning, Limits
-from finescale.tuning.reconstruction import fixed_order
 
 PRESERVED = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Largest relative change of a block's output that rounding in its type explains."""
@@ -100,8 +99,7 @@ def transform_block(
         targets = {path: Target(plan.scheme, rules[path].scheme) for path, plan in plans.items()}
         rearranged = {path for path, rule in rules.items() if not rule.is_plain}
         view = BlockView(block, index, targets, edges, steps, batches, device, stored, rearranged, turns, learning)
-        with fixed_order(device):  # merged channels and shared scales add up several values
-            changes = part.entry().apply(view, part.options_model())
+        changes = part.entry().apply(view, part.options_model())
         hooks += rearrange_inputs(block, changes.inputs)
         for path, rule in changes.inputs.items():
             limits.pop(path, None)  # they were of other columns

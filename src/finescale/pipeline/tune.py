@@ -63,10 +63,15 @@ def learning_options(recipe: Recipe) -> tuple[ReconstructionOptions, ...]:
     """Options of all that learns from a block's output: transforms and tuners."""
     transforms = [part.options_model() for part in recipe.transforms if part.entry().learned]
     return tuple(
-        options
-        for options in (*transforms, *(part.options_model() for part in recipe.tuning))
-        if isinstance(options, ReconstructionOptions)
+        options for options in (*transforms, *tuner_options(recipe)) if isinstance(options, ReconstructionOptions)
     )
+
+
+def tuner_options(recipe: Recipe) -> list[ReconstructionOptions]:
+    """Options of the recipe's tuners, settled for its solver."""
+    found: list[Any] = [part.options_model() for part in recipe.tuning]
+    nearest = recipe.solver.name == "rtn"
+    return [options.before(nearest) if isinstance(options, LowRankOptions) else options for options in found]
 
 
 def tuning_batches(recipe: Recipe) -> tuple[int, ...]:

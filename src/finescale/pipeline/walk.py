@@ -40,6 +40,7 @@ from finescale.pipeline.tune import (
     correct_blocks,
     learning_options,
     tune_block,
+    tuner_options,
     windows_of,
 )
 from finescale.transforms.rotation import Rotation
@@ -181,7 +182,7 @@ def _quantize_group(walk: _Walk, group: range, active: int, on_progress: Progres
         if index + 1 < group.stop:
             _propagate(walk, prepared[-1].index, prepared[-1].module, prepared[-1].changed.rules, ahead, Timer())
     del ahead
-    options = [part.options_model() for part in job.recipe.tuning]
+    options = tuner_options(job.recipe)
     single = prepared[0] if len(prepared) == 1 else None
     # The targets of a lone block are settled before it is corrected: they are what it put out till then.
     tunings = None if single is None else [(chosen, _windows(walk, single, chosen)) for chosen in options]

@@ -120,8 +120,9 @@ def best_scale(
 def _bound_together(mean_abs_I: Tensor, channel_I: Tensor) -> Tensor:
     """The mean over all inputs that come from one producer channel, at each of them, float [I]."""
     count_O = torch.zeros(int(channel_I.max()) + 1, dtype=mean_abs_I.dtype, device=mean_abs_I.device)
-    total_O = count_O.index_add(0, channel_I, mean_abs_I)
-    count_O = count_O.index_add(0, channel_I, torch.ones_like(mean_abs_I))
+    # Sums in a fixed order on a GPU too, which index_add has not.
+    total_O = count_O.index_put((channel_I,), mean_abs_I, accumulate=True)
+    count_O = count_O.index_put((channel_I,), torch.ones_like(mean_abs_I), accumulate=True)
     return (total_O / count_O.clamp(min=1))[channel_I]
 
 

@@ -46,6 +46,7 @@ from finescale.tuning.reconstruction import (
     block_loss,
     fixed_windows,
     is_check,
+    is_masked,
     reproducible,
     round_inputs,
     window_batches,
@@ -222,7 +223,7 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
         return block_error(run, windows, fixed, arguments_of, options, device)
 
     try:
-        with reproducible(device):
+        with reproducible(device, is_masked(arguments_of(size))):
             plain = error(_Learned([], [], dict.fromkeys(view.targets, ())))
             best = error(learned)
             kept = [value.detach().clone() for value in tuned]

@@ -11,6 +11,7 @@ merged channel, A and B the even and odd of E.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -38,13 +39,19 @@ class Reassembly:
     width: int
 
     def weight(self, weight_OI: Tensor) -> Tensor:
-        """The weight that meets the gathered input, float [O, J]: columns copied and summed."""
-        kept = self.group_E >= 0
-        out_OJ = torch.zeros(weight_OI.shape[0], self.width, dtype=weight_OI.dtype, device=weight_OI.device)
-        return out_OJ.index_add_(1, self.group_E[kept], weight_OI[:, self.source_E[kept]])
+        """The weight that meets the gathered input, float [O, J]: columns copied and summed, in their order."""
+        gather = self.gather()
+        out_OJ = weight_OI[:, gather.index_KJ[0]]
+        for some_M, index_M, _ in gather.further_members:  # not scattered: a GPU would add them in any order
+            out_OJ[:, some_M] += weight_OI[:, index_M]
+        return out_OJ
 
     def gather(self) -> Gather:
         """The input's side: shares of the members, averaged over each merged channel."""
+        return self._gather
+
+    @cached_property
+    def _gather(self) -> Gather:
         kept = (self.group_E >= 0).nonzero().squeeze(1)
         group = self.group_E[kept]
         size_J = torch.bincount(group, minlength=self.width)

@@ -33,6 +33,7 @@ from finescale.tuning.reconstruction import (
     fixed_windows,
     gradient_of,
     is_check,
+    is_masked,
     round_inputs,
     shown_weight,
     weights_with_gradients,
@@ -50,7 +51,8 @@ class LowRankOptions(ReconstructionOptions):
         iterations: steps per block (10 passes over 128 windows).
         scaling: c; the authors' code has 1 / rank.
         forward: see above; ``unrounded`` tunes W + c * B A beside rounded inputs alone, for solvers that round in
-            another way than to nearest.
+            another way than to nearest, which undo a correction of nearest rounding's errors. ``auto`` is ``merged``
+            before round to nearest and ``unrounded`` before every other solver.
         norms: tune the gains and biases of norms too.
         blocks: consecutive blocks that are corrected together, by the output of the last.
     """
@@ -61,9 +63,14 @@ class LowRankOptions(ReconstructionOptions):
     iterations: int = Field(default=1280, ge=1)
     batch_size: int = Field(default=1, ge=1)
     scaling: float = Field(default=0.25, gt=0.0)
-    forward: Literal["merged", "sum", "unrounded"] = "merged"
+    forward: Literal["auto", "merged", "sum", "unrounded"] = "auto"
     norms: bool = True
     blocks: int = Field(default=4, ge=1)
+
+    def before(self, nearest: bool) -> LowRankOptions:
+        """With ``auto`` settled for a solver that rounds to nearest, or for another one."""
+        forward = "merged" if nearest else "unrounded"
+        return self.model_copy(update={"forward": forward}) if self.forward == "auto" else self
 
 
 @dataclass
@@ -123,7 +130,8 @@ def correct_weights(
     order = window_batches(len(windows), size, seed, fixed if options.unseen else ())
     hooks = round_inputs(block, rules)
     try:
-        with weights_with_gradients(block, modules, options, device):
+        masked = is_masked(arguments_of(size))
+        with weights_with_gradients(block, modules, options, device, masked):
             _show(modules, layers, options, merged=True)
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
             tuned = factors + (_norm_parameters(block) if options.norms else [])
@@ -135,7 +143,7 @@ def correct_weights(
 
             def one(input_BTC: Tensor, target_BTC: Tensor, left: Any) -> None:
                 set_rates(optimizer, left)
-                _show(modules, layers, options, merged=options.forward == "merged")
+                _show(modules, layers, options, merged=options.forward in ("auto", "merged"))
                 block_loss(block, input_BTC, target_BTC, arguments, options).backward()
                 for module, layer in zip(modules, layers, strict=True):
                     _pass_on(gradient_of(module), layer, options.scaling)

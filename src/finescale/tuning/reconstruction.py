@@ -113,8 +113,17 @@ class RoundInput(torch.autograd.Function):
         span_T1 = sum(value_T1.abs() for value_T1 in values)
         for end_T1, value_T1 in zip(ends, values, strict=True):
             share_T1 = (pull_T1 * value_T1.sign() / span_T1).masked_fill(value_T1 == 0, 0.0)
-            result_TI.scatter_add_(-1, end_T1, share_T1)
+            result_TI = _added_at(result_TI, end_T1, share_T1)
         return result_TI.to(gradient_TI.dtype), None
+
+
+def _added_at(value_TI: Tensor, place_T1: Tensor, addend_T1: Tensor) -> Tensor:
+    """``value_TI`` with one element of each token made larger; it may be changed in place."""
+    if value_TI.device.type == "cpu":
+        return value_TI.scatter_add_(-1, place_T1, addend_T1)
+    # A GPU that is asked for a fixed order sorts what it scatters, which takes longer than a pass over everything.
+    here_TI = torch.arange(value_TI.shape[-1], device=value_TI.device) == place_T1
+    return torch.where(here_TI, value_TI + addend_T1, value_TI)
 
 
 def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
@@ -130,20 +139,29 @@ def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
     ]
 
 
+def is_masked(arguments: Mapping[str, Any]) -> bool:
+    """Whether a block, or one of several, is told by a tensor which tokens attend to which."""
+    parts = arguments.get("arguments", ())
+    return isinstance(arguments.get("attention_mask"), Tensor) or any(is_masked(part) for part in parts)
+
+
 @contextmanager
-def fixed_order(device: torch.device) -> Iterator[None]:
-    """On a GPU, sums over scattered indices in a fixed order. What PyTorch warns of then is the multiplication library:
-    on one stream it is reproducible anyway; and attention, for which see `reproducible`."""
+def reproducible(device: torch.device, masked: bool) -> Iterator[None]:
+    """On a GPU, gradients that add up in a fixed order, which those of attention and of gathered channels do not by
+    themselves. What PyTorch warns of then is the multiplication library: on one stream it is reproducible anyway. Fused
+    attention with a mask keeps an order only where errors instead of warnings are asked for, which that library would
+    raise too: it is written out instead."""
     if device.type != "cuda":
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fills = settings.fill_uninitialized_memory
+    written_out = sdpa_kernel(SDPBackend.MATH) if masked else nullcontext()
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), written_out:
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
             yield
     finally:
@@ -152,22 +170,11 @@ def fixed_order(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """On a GPU, gradients that add up in a fixed order. Those of fused attention do so only where errors instead of
-    warnings are asked for, which the multiplication library would then raise too: attention is written out instead."""
-    if device.type != "cuda":
-        yield
-        return
-    with fixed_order(device), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-@contextmanager
 def weights_with_gradients(
-    block: nn.Module, modules: Sequence[Any], options: ReconstructionOptions, device: torch.device
+    block: nn.Module, modules: Sequence[Any], options: ReconstructionOptions, device: torch.device, masked: bool
 ) -> Iterator[None]:
     """Give some layers empty weights that collect gradients, in the type of the products, and the rest of the block
-    float32; afterwards everything is as it was."""
+    float32; afterwards everything is as it was. ``masked`` as in `reproducible`."""
     originals: list[Any] = [module.weight for module in modules]
     before = originals[0].dtype
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
@@ -178,7 +185,7 @@ def weights_with_gradients(
         block.float()
         for module, parameter in zip(modules, empty, strict=True):
             module.weight = parameter
-        with reproducible(device):
+        with reproducible(device, masked):
             yield
     finally:
         for module in modules:
