@@ -34,11 +34,11 @@ from finescale.pipeline.quantize import prepare
 from finescale.runtime.load import load
 
 PEER = "AutoRound 0.16.1, 50 iterations"
-LESS = "a quarter of the work"
-"""Half of the windows and half of the steps, for us and for AutoRound: both in one run on one CPU."""
-LESS_WINDOWS = 32
-PEERS = {PEER: 50, f"AutoRound 0.16.1, 25 iterations, {LESS}": 25}
-"""AutoRound's rows and their iterations."""
+SOME = 6
+"""Blocks of the rows that are small enough for one CPU; the others stay as they are."""
+FIRST = f"the first {SOME} blocks"
+PEERS = {PEER: None, f"{PEER}, {FIRST}": SOME}
+"""AutoRound's rows, and of how many blocks."""
 GROUP = 64
 GPTQ_DAMPED = GPTQ | {"damping": 0.01}
 ROUNDING = part("rounding")
@@ -89,7 +89,6 @@ MORE: dict[str, dict[str, Any]] = {
     "rounding from quantease, rotated": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "rounding from quantease, rotated online": method(QUANTEASE, [ROTATION], [ROUNDING]),
 }
-HALF_STEPS = method(QUANTEASE, [], [part("rounding", iterations=64)])
 INT8 = {"activations": {"bits": 8}}
 W4A8: dict[str, dict[str, Any]] = {
     "quantease, float scales": method(QUANTEASE) | INT8,
@@ -131,15 +130,12 @@ def all_rows(peer: bool) -> list[Row]:
         for seed in SEEDS
     ]
     rows += [Row(str(bits), f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
-    rows += [
-        Row(str(bits), f"rounding from quantease, {LESS}", weights_of(bits) | HALF_STEPS, LESS_WINDOWS)
-        for bits in (4, 3)
-    ]
+    some = SOLVERS["rounding from quantease"] | {"blocks": SOME}
+    rows += [Row(str(bits), f"rounding from quantease, {FIRST}", weights_of(bits) | some) for bits in (4, 3)]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
-        for name in PEERS:
-            windows = LESS_WINDOWS if LESS in name else None
-            rows += [Row(str(bits), name, weights_of(bits) | method(), windows) for bits in (4, 3)]
+        for name, blocks in PEERS.items():
+            rows += [Row(str(bits), name, weights_of(bits) | method() | {"blocks": blocks}) for bits in (4, 3)]
         rows.append(Row("w4a8", PEER, weights_of(4) | method() | INT8))
     return rows
 
@@ -154,19 +150,18 @@ def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: 
 
 def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path) -> dict[str, Any]:
     """AutoRound's row; its weights are made once and used for W4A8 too."""
-    bits, iterations, samples = row.values["weights"]["bits"], PEERS[row.name], row.samples or setting.samples
-    out = work / f"autoround-{setting.name}-{bits}-{iterations}"
+    bits, blocks = row.values["weights"]["bits"], PEERS[row.name]
+    out = work / f"autoround-{setting.name}-{bits}-{blocks or 'all'}"
     start = time.perf_counter()
     if not (out / "facts.json").is_file():
         tokens = work / f"tokens-{out.name}.safetensors"
-        text = calibration_of(setting, samples, work)
+        text = calibration_of(setting, setting.samples, work)
         job = prepare(setting.model, recipe_of(row, setting), work / "unused", str(text))
         save_file({"calibration": job.calibration.tokens_BT.contiguous()}, tokens)
         values = {
-            "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP,
-            "iterations": iterations,
+            "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP, "iterations": 50,
             "threads": threads,
-        }  # fmt: skip
+        } | ({"blocks": blocks} if blocks else {})  # fmt: skip
         arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         script = Path(__file__).parent / "peers" / "autoround.py"
         done = subprocess.run([python, str(script), *arguments], check=False, capture_output=True, text=True)

@@ -11,7 +11,8 @@ from finescale.runtime.load import load
 from tests.helpers import KINDS, assert_same_logits, assert_sentence, logits_of, quantize, some_tokens
 
 SETTINGS = ("calibration.samples=4", "calibration.length=32", "calibration.batch_size=4")
-REFUSED: dict[tuple[str, str], str] = {}
+ROTATED = ("llama3-w4a8-integer-scale", "quarot-w4a4", "quarot-w4a8", "w4a4-best")
+REFUSED = {(name, "bloom"): "quarot cannot rotate bloom: 2 norms stand outside its blocks" for name in ROTATED}
 """Words of the reason, by recipe and family."""
 
 
