@@ -55,12 +55,12 @@ ROTATION = part("quarot", online_down=True, online_o=True)
 AWQ_SCALES = part("awq", clip=False)
 LEARNED = {"batch_size": 4, "iterations": 320}
 OMNIQUANT = part("omniquant", alpha=0.75, **LEARNED)
-CORRECTION = part("low_rank", batch_size=4, iterations=160)
-RELATIVE = part("low_rank", batch_size=4, iterations=160, loss="relative")
-MERGED = part("low_rank", batch_size=4, iterations=160, forward="merged")
-UNROUNDED = part("low_rank", batch_size=4, iterations=160, forward="unrounded")
+STEPS = {"batch_size": 4, "iterations": 160}
+CORRECTION = part("low_rank", forward="merged", **STEPS)
+RELATIVE = part("low_rank", forward="merged", loss="relative", **STEPS)
+UNROUNDED = part("low_rank", forward="unrounded", **STEPS)
 PUBLISHED_QLLM = part("qllm", max_expansion=0.2)
-BALANCED = part("low_rank", batch_size=4, iterations=160, loss="balanced")
+BALANCED = part("low_rank", forward="merged", loss="balanced", **STEPS)
 ROUNDING = part("rounding")
 BALANCED_ROUNDING = part("rounding", loss="balanced", iterations=256)
 
@@ -95,7 +95,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "QuantEase": method(QUANTEASE),
     "AWQ + GPTQ": method(GPTQ, [AWQ_SCALES]),
     "QLLM + GPTQ": method(GPTQ, [PUBLISHED_QLLM]),
-    "QLLM + correction + GPTQ": method(GPTQ, [PUBLISHED_QLLM], [MERGED]),
+    "QLLM + correction + GPTQ": method(GPTQ, [PUBLISHED_QLLM], [CORRECTION]),
     "QLLM + unrounded correction + GPTQ": method(GPTQ, [PUBLISHED_QLLM], [UNROUNDED]),
     "QuaRot, fused + GPTQ": method(GPTQ, [part("quarot")]),
     "QuaRot, online too + GPTQ": method(GPTQ, [ROTATION]),
@@ -108,7 +108,7 @@ METHODS: dict[str, dict[str, Any]] = {
         QUANTEASE, [part("omniquant", clip=False, loss="relative", **LEARNED)], [ROUNDING]
     ),
     "QLLM + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [ROUNDING]),
-    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [MERGED, ROUNDING]),
+    "QLLM + correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [CORRECTION, ROUNDING]),
     "QLLM + unrounded correction + QuantEase + rounding": method(QUANTEASE, [PUBLISHED_QLLM], [UNROUNDED, ROUNDING]),
     "QuaRot, fused + QuantEase + rounding": method(QUANTEASE, [part("quarot")], [ROUNDING]),
     "QuaRot, online too + QuantEase + rounding": method(QUANTEASE, [ROTATION], [ROUNDING]),
@@ -178,7 +178,7 @@ def ablation_rows() -> list[Row]:
     for samples in (16, 32, 64, 128):  # five passes over each
         rows.append(Row("samples", str(samples), corrected(fixed, iterations=samples * 5 // 4), samples))
     rows.append(Row("correction", "trained beside the rounded weight", corrected(fixed, forward="sum", **short)))
-    rows.append(Row("correction", "trained as merged", corrected(fixed, forward="merged", **short)))
+    rows.append(Row("correction", "trained as merged", corrected(fixed, **short)))
     rows.append(Row("correction", "error relative to each token", corrected(fixed, loss="relative", **short)))
     rows.append(Row("correction", "adaptive, 40 passes", corrected(bound, iterations=640)))
     return rows
