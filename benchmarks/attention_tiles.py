@@ -88,7 +88,7 @@ def microseconds(
             else:
                 out = attend(
                     qkv_BC, cos_1D, sin_1D, None, None, 0.0, heads, kv_heads, keys, values, slot, None, WIDTH**-0.5,
-                    scale_BKS, scale_BKS, tiles,
+                    scale_BKS, scale_BKS, True, tiles,
                 )  # fmt: skip
         return out
 
@@ -114,6 +114,7 @@ def microseconds(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", default="1,16,64,128")
+    parser.add_argument("--kinds", default=",".join(f"{kind}:{group}" for kind, group in FORMS), help="some of these")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no row is begun")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -121,7 +122,8 @@ def main() -> None:
     facts: dict[str, Any] = {"benchmark": "attention_tiles", "machine": machine_facts(), "rows": []}
     facts["command"] = " ".join(["python benchmarks/attention_tiles.py", *sys.argv[1:]])
     batches = [int(n) for n in options.batches.split(",")]
-    for (kind, group), batch in itertools.product(FORMS, batches):
+    kinds = [key for key in FORMS if f"{key[0]}:{key[1]}" in options.kinds.split(",")]
+    for (kind, group), batch in itertools.product(kinds, batches):
         if time.monotonic() - started > options.budget:
             break
         kv_heads = 32 // group

@@ -58,8 +58,8 @@ def test_forms(case, tiles, masked, rounded):
         ]
         there = [x.to(DEVICE, copy=True) if isinstance(x, torch.Tensor) else x for x in [*given, 0.3, *scales]]
         want = attend_token(*given, 0.3, *scales)
-        for _ in range(2):
-            got = attend(*there, tiles)
+        for settled in (False, True):
+            got = attend(*there, settled, tiles)
             torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
         for mine, theirs in zip(there[8:10], cache, strict=True):
             step = 1 if rounded else 1e-5  # codes of a rotation that is rounded otherwise

@@ -104,6 +104,7 @@ def _empty_attend_token(
     scaling: float,
     key_scale_BKS: Tensor | None = None,
     value_scale_BKS: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     return qkv_BC.new_empty(qkv_BC.shape[0], heads * keys_BKSD.shape[3])
 
@@ -125,6 +126,7 @@ def attend_token(
     scaling: float,
     key_scale_BKS: Tensor | None = None,
     value_scale_BKS: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of one token a sequence to the cache and itself, [B, H * D]; its key and value go into the cache.
 
@@ -137,6 +139,8 @@ def attend_token(
         valid_BS: bool, contiguous: which slots count (left padding does not), or None for all.
         scaling: what scores are multiplied by.
         key_scale_BKS, value_scale_BKS: see ``rotate_heads``; the token's own key and value count as rounded too.
+        settled: the cache and the slot were written before the kernel in front of this one began, and may be read while
+            it still runs.
 
     Raises:
         InputError: shapes, types or strides that do not fit together.
@@ -153,7 +157,7 @@ def attend_token(
 
         return triton_attention.attend(
             qkv_BC, cos_BD, sin_BD, q_gain_D, k_gain_D, epsilon, heads, kv_heads, *cache, valid_BS, scaling,
-            *scales,
+            *scales, settled,
         )  # fmt: skip
     query_BTHD, key_BTKD, value_BTKD = _rotated(
         qkv_BC[:, None], cos_BD[:, None], sin_BD[:, None], q_gain_D, k_gain_D, epsilon, heads, kv_heads

@@ -22,6 +22,7 @@ from finescale.kernels.triton_softmax import (
     Tiles,
     attend_plainly,
     attend_tile,
+    bring_near,
     load_tile,
     merged,
     put_together,
@@ -139,11 +140,12 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     capacity, table_stride, scaling, epsilon,
     kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, block: tl.constexpr,
     splits: tl.constexpr, normed: tl.constexpr, masked: tl.constexpr, rounded: tl.constexpr, overlap: tl.constexpr,
-    plain: tl.constexpr,
+    plain: tl.constexpr, settled: tl.constexpr,
 ):  # fmt: skip
     if overlap:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not settled:
+            tl.extra.cuda.gdc_wait()
     b, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(slot).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, splits), block) * block
@@ -155,10 +157,16 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         partner_D = tl.where(d_D < width // 2, d_D + width // 2, d_D - width // 2)
         first_half_D = d_D < width // 2
         cache = (b * kv_heads + h) * capacity
-        if plain:  # on their way before anything is computed
+        if plain:  # on their way before anything is computed, if settled even while the kernel before this one ends
             offset_N = tile_offsets(start + n_N, start + n_N < end, 0, 0, 0, width, False)
             k_ND = load_tile(keys + cache * width, offset_N, start + n_N < end, d_D)
             v_ND = load_tile(values + cache * width, offset_N, start + n_N < end, d_D)
+        elif overlap and settled:
+            near_N = (cache + tl.minimum(start + n_N, capacity - 1)) * width
+            bring_near(keys, near_N, width)
+            bring_near(values, near_N, width)
+        if overlap and settled:
+            tl.extra.cuda.gdc_wait()
         cos_D, sin_D = tl.load(cos + b * table_stride + d_D), tl.load(sin + b * table_stride + d_D)
         live_RD = (r_R < group)[:, None] & (d_D >= 0)[None, :]
         token = qkv + b * (kv_heads * (group + 2)) * width
@@ -275,7 +283,7 @@ def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
     scaling: float, key_scale_BKS: Tensor | None = None, value_scale_BKS: Tensor | None = None,
-    tiles: Tiles | None = None,
+    settled: bool = False, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``kernels.attention.attend_token``."""
     batch, (capacity, width) = qkv_BC.shape[0], keys_BKSD.shape[2:]
@@ -292,7 +300,7 @@ def attend(
         capacity, cos_BD.stride(0) if cos_BD.shape[0] > 1 else 0, scaling, epsilon,
         kv_heads=kv_heads, group=group, rows=rows_of_tile(group, plain), width=width, block=tiles.keys, splits=splits,
         normed=q_gain_D is not None, masked=valid_BS is not None,
-        rounded=key_scale_BKS is not None, plain=plain,
+        rounded=key_scale_BKS is not None, plain=plain, settled=settled,
         num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(qkv_BC.device),
     )  # fmt: skip
     return out_BC

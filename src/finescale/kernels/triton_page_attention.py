@@ -20,6 +20,7 @@ from finescale.kernels.triton_softmax import (
     Tiles,
     attend_plainly,
     attend_tile,
+    bring_near,
     load_tile,
     merged,
     parts_of_rows,
@@ -85,6 +86,10 @@ def _attend_pages_kernel(  # type: ignore[no-untyped-def]
             offset_N = tile_offsets(start + n_N, inside_N, own_pages, slots, page_stride, slot_stride, True)
             k_ND = load_tile(head_keys, offset_N, inside_N, d_D)
             v_ND = load_tile(head_values, offset_N, inside_N, d_D)
+        elif overlap and rotating:
+            offset_N = tile_offsets(start + n_N, start + n_N < end, own_pages, slots, page_stride, slot_stride, True)
+            bring_near(head_keys, offset_N, width)
+            bring_near(head_values, offset_N, width)
         if overlap and rotating:
             tl.extra.cuda.gdc_wait()
         live_RD = (r_R < group)[:, None] & (d_D >= 0)[None, :]

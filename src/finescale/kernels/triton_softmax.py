@@ -67,6 +67,17 @@ def load_tile(rows, offset_N, inside_N, d_D):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def bring_near(rows, offset_N, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Has rows fetched into the GPU's cache, whole lines of 128 bytes, without waiting for them."""
+    lines: tl.constexpr = (width * rows.dtype.element_ty.primitive_bitwidth + 1023) // 1024
+    step: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+    place_NL = rows + offset_N[:, None] + (tl.arange(0, lines) * step)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place_NL.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def attend_tile(  # type: ignore[no-untyped-def]
     q_RD, keys, values, offset_N, inside_N, counted_N, k_scale_N, v_scale_N, scaling, largest_R, sum_R, acc_RD,
     width: tl.constexpr, rounded: tl.constexpr,

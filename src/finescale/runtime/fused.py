@@ -153,7 +153,8 @@ class FusedDecoder(nn.Module):
                 layer.lazy_initialization(empty, empty)
             place, scales = (layer.keys, layer.values, layer.cumulative_length), scales_of(layer)
             if tokens == 1 and (mask is None or mask.dim() == 2):
-                given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling, *scales)
+                # What is in the cache is from earlier steps, and this one began with a copy that waits for all of them.
+                given = (qkv_BTC[:, 0], cos[:, 0], sin[:, 0], *facts, *place, mask, block.scaling, *scales, True)
                 return block.out(attend_token(*given))
             query_BTHD = rotate_heads(qkv_BTC, cos, sin, *facts, *place, *scales)
             keys, values = layer.keys, layer.values
