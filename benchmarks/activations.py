@@ -218,6 +218,8 @@ def scale_rows() -> list[Row]:
             for key in ("transforms", "tuning"):
                 values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
             modes = {"float": "off", "integer": "before"} | ({"folded": "folded"} if name in FOLDED else {})
+            # The solver's own codes with scales that are rounded behind it: what the rounding alone costs.
+            modes |= {"after": "after"} if name in SOLVED and draw == 0 else {}
             for title, mode in modes.items():
                 label = f"{name}, {title}{f', part {draw + 1}' if draw else ''}"
                 rows.append(Row("integer scales", label, values | {"integer_scale": {"mode": mode}}, draw=draw))

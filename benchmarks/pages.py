@@ -57,15 +57,16 @@ def methods(parts: Mapping[str, Rows]) -> str:
 
 
 def scales(rows: Rows) -> str:
-    """Each recipe with float, integer and folded scales: perplexity on the first part of the calibration text, and the
+    """Each recipe with float scales, with scales that are integers before the solver runs or are made so after it, and
+    with folded ones: perplexity on the first part of the calibration text, and the
     change over all parts that were tried, with its standard error."""
     found = []
     for name in dict.fromkeys(key.partition(", ")[0] for key in rows):
         line = [f"`{name}`", number(rows.get(f"{name}, float"))]
-        for form in ("integer", "folded"):
+        for form in ("integer", "after", "folded"):
             line += [number(rows.get(f"{name}, {form}")), shown_change(changes(rows, name, form))]
         found.append(line)
-    header = ["recipe", "float scales", "integer scales", "change", "folded scales", "change"]
+    header = ["recipe", "float scales", "integer before the solver", "change", "after it", "change", "folded", "change"]
     return table(header, found)
 
 
