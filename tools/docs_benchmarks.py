@@ -275,7 +275,7 @@ def serving(facts: dict[str, Any]) -> str:
 STEP_GROUPS = {
     "W4A8 products": ("w4a8_gemm",),
     "rounding, norms, silu": ("quantize_tokens", "fused_add_rms_norm", "fused_add_r", "act_and_mul", "per_token_quant"),
-    "attention": ("flash",),
+    "attention": ("flash", "_attend_pages"),
     "rotary embedding, cache": ("_rotate_into_pages", "rotary_embedding", "reshape_and_cache", "rotary"),
     "other products": ("nvjet", "splitk", "gemm", "marlin"),
 }
@@ -308,7 +308,8 @@ def load_memory(facts: dict[str, Any]) -> str:
     keys = ("weights_gb", "peak_gb", "peak_over_weights", "seconds", "host_peak_gb")
     rows = [(row["model"], row["form"], *(number(row[key]) for key in keys)) for row in facts["rows"]]
     return (
-        "Gigabytes on the GPU of a W4A8 checkpoint of random weights, afterwards and at most while it is loaded.\n\n"
+        "Gigabytes on the GPU of a W4A8 checkpoint of random weights, afterwards and at most while it is loaded. "
+        f"{facts.get('note', '')}\n\n"
         + table(("model", "scales", "weights, GB", "peak, GB", "peak over weights", "seconds", "host, GB"), rows)
     )
 
@@ -325,19 +326,25 @@ def launch_cost(facts: dict[str, Any]) -> str:
 
 def attention_tiles(facts: dict[str, Any]) -> str:
     """Forms of attention of one token."""
-    forms = ["/".join(map(str, form["tiles"])) for form in facts["rows"][0]["forms"]]
+    names = {"bf16": "bfloat16", "int8": "int8", "pages": "bfloat16, in pages"}
     rows = [
         (
-            row["batch"], f"{row['kv_heads']} x {row['group']}", "int8" if row["rounded"] else "bfloat16",
-            number(row["reading"]), *(number(form["microseconds"]) for form in row["forms"]),
+            row["batch"], f"{row['kv_heads']} x {row['group']}", names[row["cache"]], number(row["reading"]),
+            ", ".join(f"{form_name(form['tiles'])}: {number(form['microseconds'])}" for form in row["forms"]),
         )
         for row in facts["rows"]
     ]  # fmt: skip
     return (
-        "Microseconds of a layer's attention of one token to 192 others, by keys of a tile / programs / warps / "
-        f"stages, and reading keys and values at 3 TB/s. {facts.get('note', '')}\n\n"
-        + table(("sequences", "heads of keys x queries", "cache", "reading", *forms), rows)
+        "Microseconds of a layer's attention of one token to 192 others: reading keys and values at 3 TB/s, and forms "
+        "of the kernel by keys of a tile / programs / warps / stages (plain: without tensor cores). "
+        f"{facts.get('note', '')}\n\n"
+        + table(("sequences", "heads of keys x queries", "cache", "reading", "forms"), rows)
     )
+
+
+def form_name(tiles: list[Any]) -> str:
+    """Of `finescale.kernels.triton_softmax.Tiles`."""
+    return "/".join(map(str, tiles[:4])) + (" plain" if tiles[4] else "")
 
 
 KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -95,9 +95,13 @@ def test_steps_of_vllm():
 
 
 def test_forms_of_attention():
-    row = {"batch": 16, "kv_heads": 8, "group": 4, "rounded": True, "reading": 5.0}
-    text = attention_tiles({"rows": [row | {"forms": [{"tiles": [64, 528, 4, 2], "microseconds": 9.0}]}]})
-    assert "| 16 | 8 x 4 | int8 | 5 | 9 |" in text and "64/528/4/2" in text
+    row = {"batch": 16, "kv_heads": 8, "group": 4, "cache": "int8", "reading": 5.0}
+    forms = [
+        {"tiles": [64, 528, 4, 2, False], "microseconds": 9.0},
+        {"tiles": [32, 528, 4, 1, True], "microseconds": 8},
+    ]
+    text = attention_tiles({"rows": [row | {"forms": forms}]})
+    assert "| 16 | 8 x 4 | int8 | 5 | 64/528/4/2: 9, 32/528/4/1 plain: 8 |" in text
 
 
 def test_host_time_of_a_call():
