@@ -22,8 +22,8 @@ from finescale.grid import ActivationScheme, contiguous_groups, quantize_tokens
 from finescale.kernels import integer_scale_linear
 from finescale.kernels.cpu_int8 import cpu_linear, int8_product_is_exact, pack_weight
 
-SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
-"""Inputs and outputs of the layers of SmolLM2-135M."""
+SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+"""Inputs and outputs of the products of a block of SmolLM2-135M: layers of one input are one product."""
 TOKENS = (1, 8, 128)
 NAMES = ("float32", "bf16", "integer", "folded")
 _ROTATED_BYTES = 128 * 2**20
