@@ -258,14 +258,17 @@ def test_nothing_left_to_quantize(tiny, text, tmp_path):
         prepare(tiny("llama"), chosen, tmp_path / "out", str(text), allow_partial=True)
 
 
-@pytest.mark.parametrize("family", ["stablelm", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["stablelm", "gemma3_text", "phi3", "olmoe", "lfm2_moe"])
 def test_an_unknown_family_needs_the_flag(text, tmp_path, tokenizer, family):
-    """Gemma scales its embeddings by a buffer that no file holds; Phi fuses query, key and value."""
+    """Gemma scales its embeddings by a buffer that no file holds; Phi fuses query, key and value; the names of experts
+    are seen in the files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16,
                                   num_attention_heads=4, num_key_value_heads=2, vocab_size=300, pad_token_id=0,
-                                  bos_token_id=0, eos_token_id=1, max_position_embeddings=256)  # fmt: skip
+                                  bos_token_id=0, eos_token_id=1, max_position_embeddings=256, num_experts=4,
+                                  num_experts_per_tok=2, moe_intermediate_size=32, num_dense_layers=1,
+                                  layer_types=["full_attention"] * 2)  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -60,7 +60,7 @@ def open_skeleton(source: SourceCheckpoint, allow_unknown: bool = False) -> Skel
     Raises:
         InputError: unknown family, a config that transformers cannot build, or no list of blocks in it.
     """
-    family = find_family(source.config, allow_unknown)
+    family = find_family(source.config, allow_unknown, source)
     check_no_foreign_kernels(source.config, source.name)
     model = build_empty(source.path, source.name)
     if family.experts is not None:

@@ -109,7 +109,7 @@ def _skeleton_of(model: PreTrainedModel) -> Skeleton:
             f"{folder} is no local folder; download the checkpoint first (huggingface_hub.snapshot_download)."
         )
     source = open_checkpoint(folder)
-    family = find_family(source.config, allow_unknown=True)
+    family = find_family(source.config, allow_unknown=True, keys=source)
     if family.experts is not None:
         unfuse_experts(model, family.experts)
     path, blocks = find_blocks(model)

@@ -57,6 +57,8 @@ def apply_quarot(view: BlockView, options: QuarotOptions) -> Changes:
         norm = view.block.get_submodule(edge.norm)
         gain_N = norm._parameters["weight"]
         assert gain_N is not None
+        if gain_N.shape[0] != width:  # a norm inside, as multi-head latent attention has them
+            raise InputError(f"quarot rotates {width} channels and {edge.norm} has {gain_N.shape[0]}; leave it out.")
         bias_N = norm._parameters.get("bias")
         ones_N, moved_N = absorb_norm(gain_N.data, None if bias_N is None else bias_N.data, rotation, edge.norm)
         for path in edge.consumers:
