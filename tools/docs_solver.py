@@ -96,7 +96,8 @@ def outliers(facts: dict[str, Any]) -> str:
         "over the choices of calibration windows (seeds).\n\n"
         + table(("run", *facts["means"]), rows)
         + "\nWhat is asked, by the mean over the seeds of the logarithm of the first run's perplexity or KL over the "
-        "other's, with its standard error; way: share of the way from the original to plain (the smaller the better).\n\n"
+        "other's, with its standard error; way: share of the way from the original to plain (the smaller the "
+        "better).\n\n"
         + table(("", *facts["judgement"]), asked)
     )  # fmt: skip
 
