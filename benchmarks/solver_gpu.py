@@ -27,9 +27,9 @@ import torch
 from finescale.bench import gpu_solver
 from finescale.solvers import descent
 
-COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16")
 
-RATIOS = ("speedup_over_algorithm_2_3xfp16", "quantease_3xfp16_over_gptq")
+RATIOS = ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def tune(device: str) -> dict[str, Any]:
     for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
         normalized_II = torch.randn(columns, columns, device=device) * 0.01
         beta_IO = torch.randn(columns, rows, device=device)
-        for kind in ("float32", "3xtf32", "3xfp16"):
+        for kind in ("float32", "3xtf32", "2xfp16"):
             products = Products(normalized_II, kind)
             entry = {"rows": rows, "columns": columns, "kind": kind}
             for depth, last in ((128, 1024), (512, columns), (1024, columns), (2048, columns)):
@@ -128,8 +128,8 @@ def main() -> None:
         return
     shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
     print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
-          ["algorithm_2", "gptq", "quantease", "q_3xfp16", "q_gptq10", "over alg 2", "over gptq",
-           "obj 3xfp16", "obj gptq10"]))  # fmt: skip
+          ["algorithm_2", "gptq", "quantease", "q_2xfp16", "q_gptq10", "over alg 2", "over gptq",
+           "obj 2xfp16", "obj gptq10"]))  # fmt: skip
 
     def on_row(result: dict[str, Any]) -> None:
         show(result["rows"][-1])

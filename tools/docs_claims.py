@@ -63,15 +63,18 @@ def perplexities(results: Results) -> list[str]:
 def algorithm_2(results: Results) -> list[str]:
     """The solver's speed over the paper's own algorithm."""
     rows, lines = results.get("solver-gpu", {}).get("rows", []), []
-    for key, products in (("", "float32"), ("_3xfp16", "3xfp16")):
+    for key, products in (("", "float32"), ("_2xfp16", "2xfp16"), ("_3xfp16", "3xfp16")):
         ratios = [row[f"speedup_over_algorithm_2{key}"] for row in rows if row.get(f"speedup_over_algorithm_2{key}")]
         if ratios:
             times = f"{number(min(ratios))} to {number(max(ratios))} times faster than Algorithm 2"
             gpu = results["solver-gpu"]["machine"].get("gpu")
             lines.append(f"{times}, layer by layer, products {products}, on one {gpu}")
     for model, found in results.get("solver-gpu", {}).get("models", {}).items():
-        seconds = [number(found[key]) for key in ("quantease_seconds", "quantease_3xfp16_seconds") if key in found]
-        lines.append(f"{model}: {' s, with 3xfp16 '.join(seconds)} s of solver for 30 sweeps, from its layers' times")
+        keys = {f"quantease_{kind}_seconds": f"with {kind} " for kind in ("2xfp16", "3xfp16")} | {
+            "quantease_seconds": ""
+        }
+        seconds = [f"{label}{number(found[key])} s" for key, label in reversed(keys.items()) if key in found]
+        lines.append(f"{model}: {', '.join(seconds)} of solver for 30 sweeps, from its layers' times")
     return [f"{line} (`solver-gpu.json`)" for line in lines]
 
 

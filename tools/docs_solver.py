@@ -9,7 +9,7 @@ from tools.docs_text import number, table
 
 def solver_gpu(facts: dict[str, Any]) -> str:
     """Seconds of one layer and of whole models on a GPU."""
-    kind = next(kind for kind in ("3xfp16", "3xtf32") if f"quantease_{kind}_seconds" in facts["rows"][0])
+    kind = next(kind for kind in ("2xfp16", "3xfp16", "3xtf32") if f"quantease_{kind}_seconds" in facts["rows"][0])
     keys = ("gptq_seconds", "quantease_seconds", f"quantease_{kind}_seconds", f"quantease_gptq10_{kind}_seconds")
     names = ("gptq", "quantease, 30 sweeps, float32", f"the same, {kind}", f"GPTQ and 10 sweeps, {kind}")
     if any(f"quantease_weight_{kind}_seconds" in row for row in facts["rows"]):

@@ -8,7 +8,7 @@ from finescale.solvers.products import Products, fp16_parts, tf32_parts, tf32_pr
 from finescale.solvers.quantease import normalize_columns_
 from tests.solvers.examples import error_of, grid_of, layer, slow_quantease, solve
 
-KINDS = ("float32", "3xtf32", "3xfp16")
+KINDS = ("float32", "3xtf32", "3xfp16", "2xfp16")
 
 
 def test_parts_are_an_exact_sum_and_tf32():
@@ -46,9 +46,10 @@ def test_split_products_are_as_precise_as_float32():
     generator = torch.Generator().manual_seed(1)
     normalized_II = torch.randn(300, 300, generator=generator)
     change_CO, beta_IO = torch.randn(40, 50, generator=generator), torch.randn(300, 50, generator=generator)
+    change_CO = change_CO.half().float()  # as the sweeps of 2xfp16 make them
     exact_IO = beta_IO.double() + normalized_II[60:100].T.double() @ change_CO.double()
     errors = {}
-    for kind in ("float32", "3xtf32", "3xfp16"):
+    for kind in KINDS:
         found_IO = beta_IO.clone()
         products = Products(normalized_II, kind, 20)
         changes = products.new_changes(40, 50)
@@ -60,7 +61,7 @@ def test_split_products_are_as_precise_as_float32():
         errors[kind] = float((found_IO - exact_IO).norm() / exact_IO.norm())
         assert torch.equal(products.inner(20, 40), normalized_II[20:40, 20:40].T)
     assert errors["3xtf32"] < 4 * errors["float32"] < 4e-6
-    assert errors["3xfp16"] < 4 * errors["float32"]
+    assert errors["3xfp16"] < 4 * errors["float32"] and errors["2xfp16"] < 4 * errors["float32"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +95,8 @@ def test_blocks_of_several_batches_equal_the_plain_algorithm(block, kind):
     descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [False] * 12, block=block)
     expected_OI = slow_quantease(weight_OI, hessian_II, grid, 12)
     codes_OI = (current_IO.T / grid.scale_OG[:, grid.group_of_I]).round() + grid.zero_OG[:, grid.group_of_I]
-    assert torch.equal(codes_OI.to(torch.int8), expected_OI)
+    different = int((codes_OI.to(torch.int8) != expected_OI).sum())
+    assert different <= (0.03 * weight_OI.numel() if kind == "2xfp16" else 0)  # whose changes are rounded
 
 
 def test_the_objective_of_split_products():
@@ -104,4 +106,31 @@ def test_the_objective_of_split_products():
     for products in KINDS:
         weight = solve("quantease", weight_OI.float(), hessian_II.float(), grid, products=products).weight
         errors.append(error_of(weight_OI, weight.dequantize(), hessian_II))
-    assert errors[1:] == [pytest.approx(errors[0], rel=1e-4)] * 2
+    assert errors[1:3] == [pytest.approx(errors[0], rel=1e-4)] * 2
+    assert errors[3] == pytest.approx(errors[0], rel=1e-2)  # unrounded sweeps end elsewhere by 2^-12, as ties do
+
+
+def test_values_follow_changes_that_are_float16_numbers():
+    weight_OI, hessian_II = layer(30, 80, seed=4)
+    weight_OI, hessian_II = weight_OI.float(), hessian_II.float()
+    grid = grid_of(weight_OI, 3)
+    products = Products(normalize_columns_(hessian_II.clone()), "2xfp16", 16)
+    current_IO, group_of_I = weight_OI.T.clone(), grid.group_of_I.tolist()
+    descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [False, True, False])
+    exact_IO = weight_OI.T.clone()
+    descend(
+        weight_OI.T.contiguous(),
+        exact_IO,
+        Products(normalize_columns_(hessian_II.clone()), "float32", 16),
+        grid,
+        group_of_I,
+        [False, True, False],
+    )
+    steps_IO = current_IO / grid.scale_OG.T
+    assert float((steps_IO - steps_IO.round()).abs().max()) < 0.01  # off the grid by little
+    assert float(((current_IO - exact_IO) / grid.scale_OG.T).abs().gt(0.5).float().mean()) < 0.01
+    for relaxed, bound in ((True, 1e-2), (False, 1e-2)):
+        before_IO = current_IO.clone()
+        descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [relaxed])
+        change_IO = (before_IO - current_IO) * products.unit_O(weight_OI.T, grid.scale_OG.T)
+        assert float((change_IO - change_IO.half().float()).abs().max()) < bound * 2.0**-10

@@ -41,6 +41,8 @@ def moved(grid):
         ("quantease", {"sweeps": 6, "start": "gptq", "act_order": True}),
         ("quantease", {"sweeps": 5, "products": "3xtf32"}),
         ("quantease", {"sweeps": 5, "products": "3xfp16"}),
+        ("quantease", {"sweeps": 5, "products": "2xfp16"}),
+        ("quantease", {"sweeps": 5, "products": "2xfp16", "outliers": 0.02, "start": "gptq"}),
         ("quantease", {"sweeps": 5, "outliers": 0.02, "start": "gptq"}),
         ("quantease", {"sweeps": 5, "outliers": 0.02, "structured": True}),
         ("quantease", {"sweeps": 5, "outliers": 0.02, "products": "3xfp16"}),
@@ -55,6 +57,8 @@ def test_equals_the_loops_in_float64(on_chip, name, options, bits, group, symmet
         plain.setattr(gptq, "_solve_slab", gptq._solve_slab.func)
         expected = solve(name, weight_OI, hessian_II, grid, **options).weight
     found = solve(name, weight_OI.float().to(DEVICE), hessian_II.float().to(DEVICE), moved(grid), **options).weight
-    assert torch.equal(found.codes_OI.cpu(), expected.codes_OI)
+    different = int((found.codes_OI.cpu() != expected.codes_OI).sum())
+    ties = options.get("products") == "2xfp16"  # a change that is rounded the other way moves others by 2^-12
+    assert different <= (0.005 * weight_OI.numel() if ties else 0)
     errors = [error_of(weight_OI, weight.dequantize().cpu(), hessian_II) for weight in (found, expected)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    assert errors[0] == pytest.approx(errors[1], rel=5e-3 if ties else 1e-5)

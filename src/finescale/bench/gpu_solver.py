@@ -33,18 +33,18 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 }  # fmt: skip
 """Outputs, inputs and how many of each a block has."""
 BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 80}
-MOST_OPERATIONS = {"float32": 1.2e14, "3xfp16": 1.2e15}
+MOST_OPERATIONS = {"float32": 1.2e14, "2xfp16": 1.2e15}
 """A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
 and large layers are solved in slabs of rows anyway)."""
-KINDS = ("", "_3xfp16")
+KINDS = ("", "_2xfp16")
 """Products of the sweeps: float32, and float16 parts."""
-WEIGHT = "quantease_weight_3xfp16"
+WEIGHT = "quantease_weight_2xfp16"
 """The published start, the unquantized weight; all others start from GPTQ's solution as the recipe does."""
 FEW_SWEEPS = (10,)
 """Sweeps from GPTQ's solution, which need no relaxation."""
 FEW_OPERATIONS = 2e13
 """Up to here layers are solved once to warm up, and once more in other blocks."""
-ENOUGH_ROWS, MORE_ROWS = 4096, 16384
+ENOUGH_ROWS, MORE_ROWS = 4096, 32768
 """Layers of fewer rows than the first are solved with so many once more, to compare objectives: where rounding leads
 one code of a row another way at a tie, the row ends in another local minimum, a percent better or worse, so that two
 solvers of any precision differ by that over the root of the number of such rows."""
@@ -55,7 +55,9 @@ CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
     ("quantease", 4, 64, True, {"start": "gptq", "relax_every": 0}),
     ("quantease", 3, -1, False, {"products": "3xtf32"}),
     ("quantease", 3, -1, False, {"products": "3xfp16"}),
-    ("quantease", 4, 64, True, {"products": "3xfp16", "start": "gptq"}),
+    ("quantease", 3, -1, False, {"products": "2xfp16"}),
+    ("quantease", 3, -1, False, {"products": "2xfp16", "outliers": 0.01, "start": "gptq"}),
+    ("quantease", 4, 64, True, {"products": "2xfp16", "start": "gptq"}),
     ("quantease", 3, -1, False, {"outliers": 0.01, "start": "gptq"}),
     ("gptq", 3, 32, False, {}),
     ("gptq", 4, -1, True, {}),
@@ -231,16 +233,16 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     QuantEase starts from GPTQ's solution, whose time it includes; inputs beyond ``LARGEST_FACTOR`` from the weight.
     Float32 may be timed on fewer rows than the others; objectives are compared on those, and given per row.
     """
-    timed = timed_rows(rows, columns, sweeps, "3xfp16")
+    timed = timed_rows(rows, columns, sweeps, "2xfp16")
     weight_OI, hessian_II = large_layer(timed, columns, device)
     grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
     few = min(timed, timed_rows(rows, columns, sweeps, "float32"))
     row: dict[str, Any] = {"shape": [rows, columns], "rows_timed": timed, "rows_timed_float32": few, "sweeps": sweeps}
     start = "gptq" if columns <= LARGEST_FACTOR else "weight"
-    parts = {"sweeps": sweeps, "products": "3xfp16"}
+    parts = {"sweeps": sweeps, "products": "2xfp16"}
     runs: dict[str, tuple[str, int, dict[str, Any]]] = {
         "quantease": ("quantease", few, {"sweeps": sweeps, "start": start}),
-        "quantease_3xfp16": ("quantease", timed, parts | {"start": start}),
+        "quantease_2xfp16": ("quantease", timed, parts | {"start": start}),
     }
     fixed = 0.0
     if start == "gptq":
@@ -250,7 +252,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         runs["gptq"] = ("gptq", timed, {})
         runs[WEIGHT] = ("quantease", timed, parts | {"start": "weight"})
         for count in FEW_SWEEPS:
-            runs[f"quantease_gptq{count}_3xfp16"] = (
+            runs[f"quantease_gptq{count}_2xfp16"] = (
                 "quantease", timed, parts | {"sweeps": count, "start": "gptq", "relax_every": 0}
             )  # fmt: skip
     objectives: dict[str, Tensor] = {}
@@ -284,7 +286,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         for kind in KINDS:
             row[f"quantease{kind}_over_gptq"] = row[f"quantease{kind}_seconds"] / row["gptq_seconds"]
         row[f"{WEIGHT}_over_gptq"] = row[f"{WEIGHT}_seconds"] / row["gptq_seconds"]
-        row["objective_over_gptq"] = row["quantease_3xfp16_objective"] / row["gptq_objective"]
+        row["objective_over_gptq"] = row["quantease_2xfp16_objective"] / row["gptq_objective"]
     return row
 
 
@@ -299,11 +301,11 @@ def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for model, layers in SHAPES.items():
         if not all((outputs, inputs) in by_shape for outputs, inputs, _ in layers.values()):
             continue
-        few = [f"quantease_gptq{count}_3xfp16_seconds" for count in FEW_SWEEPS]
+        few = [f"quantease_gptq{count}_2xfp16_seconds" for count in FEW_SWEEPS]
         found: dict[str, Any] = {"arithmetic": {}}
         published = f"{WEIGHT}_seconds"
         for label in [*(f"quantease{kind}_seconds" for kind in KINDS), published, *few, "gptq_seconds"]:
-            instead = "quantease_3xfp16_seconds" if label in (published, *few) else ""
+            instead = "quantease_2xfp16_seconds" if label in (published, *few) else ""
             parts = [(by_shape[o, i].get(label, by_shape[o, i].get(instead)), count) for o, i, count in layers.values()]
             if all(seconds is not None for seconds, _ in parts):
                 found[label] = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
@@ -330,7 +332,7 @@ def estimates(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return 2.0 * outputs * inputs**2 * rows[0]["sweeps"]
 
     largest = max(rows, key=lambda row: operations(*row["shape"]))
-    seconds = largest["quantease_3xfp16_seconds"]
+    seconds = largest["quantease_2xfp16_seconds"]
     speed = operations(*largest["shape"]) / seconds
     shape = "x".join(map(str, largest["shape"]))
     found = {}

@@ -219,7 +219,7 @@ def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[in
     from finescale.bench.gpu_solver import bench_gpu_solver
 
     result = bench_gpu_solver(device, sweeps, budget, shapes)
-    keys = ("algorithm_2", "gptq", "quantease", "quantease_3xfp16", "quantease_gptq10_3xfp16")
+    keys = ("algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16")
     table = Table(
         "shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2", "over gptq"
     )
@@ -227,7 +227,7 @@ def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[in
         seconds = (f"{row[f'{key}_seconds']:.3g}" if f"{key}_seconds" in row else "" for key in keys)
         ratios = (
             f"{row[key]:.1f}" if key in row else ""
-            for key in ("speedup_over_algorithm_2_3xfp16", "quantease_3xfp16_over_gptq")
+            for key in ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq")
         )
         table.add_row("x".join(map(str, row["shape"])), str(row["rows_timed"]), *seconds, *ratios)
     console.print(table)

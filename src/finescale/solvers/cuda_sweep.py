@@ -63,8 +63,9 @@ def quantease_batch(
     Args:
         beta_BO: running targets, without what changes inside the batch.
         current_BO: values; replaced by the new ones.
-        change: old less new values, written: float32 [B, O], or float16 [3 * B, O], the high parts, what these leave
-            over, and the high parts again.
+        change: old less new values, written: float32 [B, O]; or float16 [3 * B, O], the high parts, what these leave
+            over, and the high parts again; or float16 [2 * B, O], twice the same: values then follow changes that are
+            float16 numbers.
         inner_BW: row k holds H_kj / H_jj of the batch's columns j, [B, 128], zeros beyond them.
         scale_GO: scales.
         zero_GO: zero points, None when symmetric.
@@ -82,7 +83,7 @@ def quantease_batch(
         ("ZERO", int(zero_GO is not None)),
         ("FREE", int(free_BO is not None)),
         ("RELAXED", int(relaxed)),
-        ("PARTS", int(change.dtype == torch.float16)),
+        ("PARTS", change.shape[0] // columns if change.dtype == torch.float16 else 0),
     )
     shared_bytes = 4 * WIDTH * (WIDTH + warps * ROWS_OF_WARP)
     function = load_kernel("sweep.cu", settings, (), "sweep", beta_BO.device.index, shared_bytes)

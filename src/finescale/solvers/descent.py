@@ -154,6 +154,9 @@ def _loop_sweeper(
                     else:
                         value_O = support.round(column, beta_O, group, rounder, point_O)
                     torch.sub(current_IO[column], value_O, out=change_BO[done])
+                    if products.half_changes:
+                        change_BO[done] = products.rounded_change(change_BO[done])
+                        value_O = current_IO[column] - change_BO[done]
                     current_IO[column] = value_O
             products.write_changes(changes, change_BO)
 
@@ -183,7 +186,7 @@ def _triton_sweeper(
         def step(relaxed: bool) -> None:
             quantease_batch(
                 beta_IO[start:end], current_IO[start:end], change_BO, inner_BB, rounder.scale_GO, rounder.zero_GO,
-                group_I[start:end], free_BO, rounder.low, rounder.high, relaxed,
+                group_I[start:end], free_BO, rounder.low, rounder.high, relaxed, products.half_changes,
             )  # fmt: skip
             products.write_changes(changes, change_BO)
 

@@ -1,4 +1,4 @@
-"""Matrix products of the solvers: full float32, or three products of parts of it; never plain TF32 or float16.
+"""Matrix products of the solvers: full float32, or products of parts of it; never plain TF32 or float16.
 
 Shape legend: O outputs, I inputs, B columns of one batch, C columns of one block, W columns of the kernel's matrix.
 """
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from finescale.kernels.half import half_product_adder
 
-Kind = Literal["float32", "3xtf32", "3xfp16"]
+Kind = Literal["float32", "3xtf32", "3xfp16", "2xfp16"]
+DEPTH: dict[Kind, int] = {"float32": 1, "3xtf32": 1, "3xfp16": 3, "2xfp16": 2}
+"""Rows that float16 parts make of one row of H and of the changes."""
 LARGEST_BATCH = 128
 """Columns that one kernel launch sweeps at most."""
 LARGEST_FP16 = 2.0**15
@@ -53,8 +55,14 @@ def fp16_parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return high, (matrix - high.float()).half()
 
 
+def fp16_sum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``fp16_parts`` as float32."""
+    high, low = fp16_parts(matrix)
+    return high.float(), low.float()
+
+
 class Products:
-    """Products with the transposed normalized H, in float32 or as three products of parts.
+    """Products with the transposed normalized H, in float32 or as products of parts.
 
     With parts, a b is computed as a_high b_high + a_high b_low + a_low b_high on tensor cores, which sum in float32.
     What is left out is 2^-20 of the product, near the rounding of float32 itself; a plain TF32 or float16 product would
@@ -66,16 +74,21 @@ class Products:
     those of the changes do (high, low, high): then three products are one of threefold depth, which reads and writes
     the targets once.
 
+    ``2xfp16``: where a sweep makes changes that are float16 numbers (``rounded_change``), a_low is zero, and two
+    products are as precise as three.
+
     Args:
         normalized_II: H_kj / H_jj with a zero diagonal, in solving order.
-        kind: float32, or the parts (both for float32 only).
+        kind: float32, or the parts (for float32 only; float64 makes the changes of ``2xfp16`` in full products).
         batch: columns of one batch.
     """
 
     def __init__(self, normalized_II: Tensor, kind: Kind = "float32", batch: int = LARGEST_BATCH) -> None:
+        if DEPTH[kind] > 1 and max(map(abs, map(float, normalized_II.aminmax()))) > LARGEST_FP16:
+            kind = "3xtf32"
+        self.half_changes = kind == "2xfp16"
         self.kind: Kind = kind if normalized_II.dtype == torch.float32 else "float32"
-        if self.kind == "3xfp16" and max(map(abs, map(float, normalized_II.aminmax()))) > LARGEST_FP16:
-            self.kind = "3xtf32"
+        self.depth = DEPTH[self.kind]
         self.batch = batch
         self.columns = normalized_II.shape[0]
         width = max(batch, LARGEST_BATCH)
@@ -86,20 +99,21 @@ class Products:
         self.parts: tuple[Tensor, ...] = (normalized_II,)
         if self.kind == "3xtf32":
             self.parts = tf32_parts(normalized_II)
-        elif self.kind == "3xfp16":
-            stacked = normalized_II.new_empty(3 * self.columns, self.columns, dtype=torch.float16)
+        elif self.depth > 1:
+            stacked = normalized_II.new_empty(self.depth * self.columns, self.columns, dtype=torch.float16)
             for start, end in self.batches(0, self.columns):
                 high, low = fp16_parts(normalized_II[start:end])
-                torch.cat((high, high, low), out=stacked[3 * start : 3 * end])
+                rows = (high, high, low) if self.depth == 3 else (high, low)
+                torch.cat(rows, out=stacked[self.depth * start : self.depth * end])
             self.parts = (stacked,)
 
     def unit_O(self, weight_IO: Tensor, scale_GO: Tensor) -> Tensor | None:
         """Powers of two by which the rows of a weight and its grid are multiplied to suit float16 parts; None without
         them. Every row is solved in its own unit: the largest step of the grid becomes about one."""
-        if self.kind != "3xfp16":
+        if self.depth == 1 and not self.half_changes:
             return None
         largest_O = torch.maximum(scale_GO.abs().amax(0), weight_IO.abs().amax(0) * 2.0**-13)
-        return torch.exp2(-torch.frexp(largest_O).exponent.float().clamp(-100, 100))
+        return torch.exp2(-torch.frexp(largest_O).exponent.to(largest_O.dtype).clamp(-100, 100))
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Start and end of each batch of the columns first:last."""
@@ -111,20 +125,27 @@ class Products:
         return self.inner_IW[start:end, : end - start].T.contiguous()
 
     def new_changes(self, columns: int, rows: int) -> Tensor:
-        """Room for the changes of so many columns: [C, O], with float16 parts [3 * C, O]."""
-        shape = (3 * columns, rows) if self.kind == "3xfp16" else (columns, rows)
-        dtype = torch.float16 if self.kind == "3xfp16" else self.parts[0].dtype
-        return torch.zeros(shape, dtype=dtype, device=self.parts[0].device)
+        """Room for the changes of so many columns: [C, O], with float16 parts [3 * C, O] or [2 * C, O]."""
+        dtype = torch.float16 if self.depth > 1 else self.parts[0].dtype
+        return torch.zeros(self.depth * columns, rows, dtype=dtype, device=self.parts[0].device)
 
     def changes_of(self, changes: Tensor, start: int, end: int) -> Tensor:
         """The part of a block's changes that belongs to its columns start:end (whole batches)."""
-        return changes[3 * start : 3 * end] if self.kind == "3xfp16" else changes[start:end]
+        return changes[self.depth * start : self.depth * end]
+
+    def rounded_change(self, change_O: Tensor) -> Tensor:
+        """The change that a sweep should make for one that it wants, up to 2^-12 of it.
+
+        The new value follows the change, so that targets and values agree; what is off the grid thereby is gone with
+        the entry's next change.
+        """
+        return change_O.half().to(change_O.dtype) if self.half_changes else change_O
 
     def write_changes(self, changes: Tensor, change_BO: Tensor) -> None:
-        """Float changes of one batch into their place among ``new_changes``."""
-        if self.kind == "3xfp16":
+        """Float changes of one batch (for ``2xfp16`` float16 numbers) into their place among ``new_changes``."""
+        if self.depth > 1:
             high, low = fp16_parts(change_BO)
-            torch.cat((high, low, high), out=changes)
+            torch.cat((high, low, high) if self.depth == 3 else (high, high), out=changes)
         else:
             changes.copy_(change_BO)
 
@@ -140,8 +161,9 @@ class Products:
         if first == last:
             return lambda: None
         sum_IO = beta_IO[first:last]
-        if self.kind == "3xfp16":
-            return half_product_adder(sum_IO, self.parts[0][3 * start : 3 * end, first:last].T, changes)
+        if self.depth > 1:
+            part_IK = self.parts[0][self.depth * start : self.depth * end, first:last].T
+            return half_product_adder(sum_IO, part_IK, changes)
         factors = [part_II[start:end, first:last].T for part_II in self.parts]
 
         def add() -> None:
@@ -164,7 +186,8 @@ class Products:
             last = min(first + block, self.columns)
             change_CO = target_IO[first:last] - current_IO[first:last]
             changes = self.new_changes(last - first, beta_IO.shape[1])
-            for start, end in self.batches(first, last):
-                part = self.changes_of(changes, start - first, end - first)
-                self.write_changes(part, change_CO[start - first : end - first])
-            self.add_(beta_IO, changes, first, last, 0, self.columns)
+            for summand_CO in fp16_sum(change_CO) if self.kind == "2xfp16" else (change_CO,):
+                for start, end in self.batches(first, last):
+                    part = self.changes_of(changes, start - first, end - first)
+                    self.write_changes(part, summand_CO[start - first : end - first])
+                self.add_(beta_IO, changes, first, last, 0, self.columns)

@@ -64,7 +64,8 @@ class QuantEaseOptions(SolverOptions):
         spqr_threshold: sensitivity of outliers of the SpQR start.
         block_size: columns of one lazy batch.
         products: ``float32``, or the matrix products as three of parts on tensor cores, whose sum is almost as precise
-            and faster: ``3xtf32``, or ``3xfp16``, the fastest (not for the gradient support, which gets ``3xtf32``).
+            and faster: ``3xtf32``, or ``3xfp16`` (not for the gradient support, which gets ``3xtf32``); or ``2xfp16``,
+            the fastest, as two of parts, with changes of values that are float16 numbers.
         refits: how often scales are fitted anew to the codes after the sweeps, ``REFIT_SWEEPS`` more sweeps each.
         outliers: weights kept beside the grid: a share below 1, or a number; the grid's range is fitted without them.
         structured: outliers are whole input columns, and ``outliers`` counts these.

@@ -50,6 +50,7 @@ def _quantease_kernel(  # type: ignore[no-untyped-def]
     relaxed: tl.constexpr,
     has_zero: tl.constexpr,
     has_free: tl.constexpr,
+    half: tl.constexpr,
     width: tl.constexpr,
     slab: tl.constexpr,
 ):
@@ -74,6 +75,9 @@ def _quantease_kernel(  # type: ignore[no-untyped-def]
                 free_R = tl.load(free_BO + at_R, mask=live_R, other=0)
                 value_R = tl.where(free_R != 0, beta_R, value_R)
         move_R = old_R - value_R
+        if half:
+            move_R = move_R.to(tl.float16).to(tl.float32)
+            value_R = old_R - move_R
         change_RB = tl.where(k_B[None, :] == column, move_R[:, None], change_RB)
         tl.store(current_BO + at_R, value_R, mask=live_R)
         tl.store(change_BO + at_R, move_R, mask=live_R)
@@ -142,6 +146,7 @@ def quantease_batch(
     low: float,
     high: float,
     relaxed: bool,
+    half: bool = False,
 ) -> None:
     """One sweep over the columns of a batch; all tensors float32 and contiguous unless said.
 
@@ -157,12 +162,13 @@ def quantease_batch(
         low: smallest code.
         high: largest code.
         relaxed: no column is rounded.
+        half: changes are float16 numbers, and values follow them.
     """
     columns, rows = beta_BO.shape
     _quantease_kernel[(triton.cdiv(rows, ROWS),)](
         beta_BO, current_BO, change_BO, inner_BB, scale_GO, scale_GO if zero_GO is None else zero_GO, group_B,
         group_B if free_BO is None else free_BO.view(torch.uint8), columns, rows, low, high,
-        relaxed=relaxed, has_zero=zero_GO is not None, has_free=free_BO is not None,
+        relaxed=relaxed, has_zero=zero_GO is not None, has_free=free_BO is not None, half=half,
         width=_width(columns), slab=ROWS, num_warps=WARPS,
     )  # fmt: skip
 

@@ -6,8 +6,9 @@
 // exchange within the warp.
 //
 // Compile-time settings: WARPS, GROUPED (scales differ between columns), ZERO (has zero points), FREE (some entries are
-// not rounded), RELAXED (no entry is), PARTS (changes as float16 [3 * columns, rows]: the high parts, what they leave
-// over, and the high parts again; else as float32 [columns, rows]).
+// not rounded), RELAXED (no entry is), PARTS (3: changes as float16 [3 * columns, rows], the high parts, what they leave
+// over, and the high parts again; 2: as float16 [2 * columns, rows], twice the same, and values follow these rounded
+// changes; 0: as float32 [columns, rows]).
 
 #include "ptx.cuh"
 
@@ -67,14 +68,18 @@ __device__ __forceinline__ float float_of_fp16(u16 value) {
     return wide;
 }
 
+__device__ __forceinline__ u16 fp16_of_float(float value) { return static_cast<u16>(pack_fp16(value, 0.0f) & 0xFFFF); }
+
 __device__ __forceinline__ void store_change(const Arguments& a, int column, int row, float change) {
 #if PARTS
     u16* parts = static_cast<u16*>(a.change);
-    const u16 high = static_cast<u16>(pack_fp16(change, 0.0f) & 0xFFFF);
-    const u16 low = static_cast<u16>(pack_fp16(__fadd_rn(change, -float_of_fp16(high)), 0.0f) & 0xFFFF);
+    const u16 high = fp16_of_float(change);
     parts[static_cast<long long>(column) * a.rows + row] = high;
+#if PARTS == 3
+    const u16 low = fp16_of_float(__fadd_rn(change, -float_of_fp16(high)));
     parts[static_cast<long long>(a.columns + column) * a.rows + row] = low;
-    parts[static_cast<long long>(2 * a.columns + column) * a.rows + row] = high;
+#endif
+    parts[static_cast<long long>((PARTS - 1) * a.columns + column) * a.rows + row] = high;
 #else
     static_cast<float*>(a.change)[static_cast<long long>(column) * a.rows + row] = change;
 #endif
@@ -125,7 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep(const __grid_constan
             chosen = nearest(own[i], step.scale[i], inverse[i], step.zero[i], a.low, a.high);
             if (FREE && step.free[i]) chosen = own[i];
 #endif
-            const float change = __fadd_rn(step.old[i], -chosen);
+            float change = __fadd_rn(step.old[i], -chosen);
+#if PARTS == 2
+            change = float_of_fp16(fp16_of_float(change));
+            chosen = __fadd_rn(step.old[i], -change);
+#endif
             if (lane == k / 4) value[i] = chosen, mine[i] = change;
             moved[k] = __shfl_sync(0xFFFFFFFFu, change, k / 4, 4);
             const float4 factor = matrix[k * (WIDTH / 4)];
