@@ -38,7 +38,7 @@ def slow_likely(row, diagonals, threshold, top):
     return found
 
 
-def slow_spqr(weight_OI, hessian_II, size, bits, threshold, damping, rows):
+def slow_spqr(weight_OI, hessian_II, size, bits, threshold, damping, rows, scale_bits=3):
     upper_II, _ = inverse_factor(hessian_II, damping)
     inverse_II = upper_II.T @ upper_II
     weight_OI, top = weight_OI.clone(), 2 ** (bits - 1) - 1
@@ -56,7 +56,8 @@ def slow_spqr(weight_OI, hessian_II, size, bits, threshold, damping, rows):
                 rest = [v if not out else sum(rest) / max(len(rest), 1) for v, out in zip(row, likely, strict=True)]
                 lows.append(min(0.0, *rest))
                 scales.append((max(0.0, *rest) - lows[-1]) / (2**bits - 1))
-            scale_O = quantize_scales(torch.tensor(scales), 3, rows, torch.float32, 1e-38).scale_OG()[:, 0].double()
+            bilevel = quantize_scales(torch.tensor(scales), scale_bits, rows, torch.float32, 1e-38)
+            scale_O = bilevel.scale_OG()[:, 0].double()
             zero_O = (-top - 1 - torch.tensor(lows).double() / scale_O).round().clamp(-top - 1, top)
         w_O = weight_OI[:, j].clone()
         q_O = ((w_O / scale_O + zero_O).round().clamp(-top - 1, top) - zero_O) * scale_O
@@ -81,6 +82,16 @@ def test_equals_the_slow_version(size, columns, bits, threshold):
     found = {tuple(index) for index in weight.outliers.dense().nonzero().tolist()}
     assert found <= kept and len(kept) == weight.outliers.count
     assert bool(kept) is (threshold < 1)
+
+
+@pytest.mark.parametrize("scale_bits", [2, 4, 8])
+def test_scales_of_other_bits_equal_the_slow_version(scale_bits):
+    weight_OI, hessian_II = layer(10, 24, seed=scale_bits)
+    options = {"threshold": 0.2, "damping": 0.1, "scale_rows": 4, "scale_bits": scale_bits}
+    weight = solve("spqr", weight_OI, hessian_II, grid_of(weight_OI, 3, 8), **options).weight
+    expected_OI, _ = slow_spqr(weight_OI, hessian_II, 8, 3, 0.2, 0.1, 4, scale_bits)
+    torch.testing.assert_close(weight.dequantize().double(), expected_OI, rtol=1e-4, atol=1e-6)
+    assert weight.grid.bilevel.bits == scale_bits
 
 
 def test_a_lower_threshold_keeps_more_and_errs_less():
