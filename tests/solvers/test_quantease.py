@@ -202,9 +202,9 @@ def test_an_input_that_is_almost_dead_does_no_harm(dtype):
     assert torch.equal(codes_OI, expected_OI)
 
 
-@pytest.mark.parametrize(("start", "sweeps", "expected"), [("weight", 10, 0), ("weight", 11, 1), ("gptq", 31, 4)])
+@pytest.mark.parametrize(("start", "sweeps", "expected"), [("weight", 15, 0), ("weight", 16, 1), ("gptq", 31, 3)])
 def test_running_targets_are_made_anew_against_drift(monkeypatch, start, sweeps, expected):
-    """Every tenth sweep, and at the beginning unless the weight itself is the start."""
+    """Every fifteenth sweep, and at the beginning unless the weight itself is the start."""
     calls = []
     original = Products.targets_
     monkeypatch.setattr(Products, "targets_", lambda self, *args: (calls.append(1), original(self, *args)))

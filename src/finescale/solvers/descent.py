@@ -23,7 +23,7 @@ from finescale.solvers.columns import ColumnRounder, one_thread
 from finescale.solvers.outliers import CoordinateSupport, Support
 from finescale.solvers.products import LARGEST_BATCH, Products, has_triton
 
-REFRESH_EVERY = 10
+REFRESH_EVERY = 15
 """Sweeps between exact recomputations of the running targets, against drift of float32."""
 GPU_BLOCK = 1024
 """Columns of one block on a GPU; the fastest of 128 to 2048 on an H100, for 4096 and for 11008 inputs."""
