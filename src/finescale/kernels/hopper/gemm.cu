@@ -11,8 +11,9 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), ARRIVING (lanes of a warp that hand back a stage, 1 or 32), GROUPED (many weights, one
-// an expert, and rows sorted by expert; grouped.cuh).
+// (blocks that share split tiles), BLOCKS (that fit on a multiprocessor), ARRIVING (lanes of a warp that hand back a stage,
+// 1 or 32), PROFILE (0, or where blocks note the time), GROUPED (many weights, one an expert, and rows sorted by expert;
+// grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -92,6 +93,7 @@ struct Computer {
     __device__ __forceinline__ bool inside() { return (place().channel_slab + part.group) * 64 < a.channels; }
 
     __device__ __forceinline__ void finish_tile(Sum (&total)[TOKENS / 2]) {
+        MARK(4)
         int first = 0, last = TOKENS;
 #if CLUSTER > 1
         if (work.tile >= schedule.whole_tiles) {
@@ -166,6 +168,7 @@ struct Computer {
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
         fetch(operand[0], scale);
+        MARK(3)
         next_tile();
         issue(total, operand[0], 0, true);
         while (true) {
@@ -175,7 +178,9 @@ struct Computer {
             if (remaining == 0) break;
         }
         wgmma_wait<0>();
+        MARK(5)
         finish_part(total);
+        MARK(6)
     }
 #else
     __device__ __forceinline__ void issue(int (&partial)[TOKENS / 2], const u32 (&operand)[16], int g) {
@@ -217,6 +222,7 @@ struct Computer {
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; i++) total[i] = 0;
         fetch(operand[0], scale[0]);
+        MARK(3)
         next_tile();
         while (true) {
             step(total, operand[0], scale[0], operand[1], scale[1]);
@@ -224,17 +230,20 @@ struct Computer {
             step(total, operand[1], scale[1], operand[0], scale[0]);
             if (remaining == 0) break;
         }
+        MARK(5)
         finish_part(total);
+        MARK(6)
     }
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) w4a8_gemm(const __grid_constant__ Arguments a) {
     u32 x_base = shared_address(memory);
     u32 w_base = x_base + STAGES * X_BYTES;
     u8* buffer = memory + STAGES * (X_BYTES + W_BYTES);
     u32 full = shared_address(buffer) + BUFFER_BYTES, empty = full + 8 * STAGES, parts = empty + 8 * STAGES;
 
+    MARK(0)
     let_next_kernel_start();
 #if GROUPED
     if (threadIdx.x < 32) make_table(a);
@@ -265,7 +274,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_
         }
     } else {
         claim_registers<COMPUTE_REGISTERS>();
+        MARK(1)
         wait_for_previous_kernel();
+        MARK(2)
         Computer computer(a, Part(a, parts, group));
         computer.x_base = x_base;
         computer.slab_base = w_base + group * SLAB_BYTES;

@@ -16,10 +16,10 @@ constexpr int BUFFER_BYTES = WARPGROUPS * (2 * CHUNK_BYTES + TOKENS * 8);
 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;
-constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
+constexpr int START_REGISTERS = 65536 / BLOCKS / THREADS / 8 * 8;
 constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS =
-    WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
+    WARPGROUPS == 1 && BLOCKS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
 
 extern __shared__ __align__(1024) u8 memory[];
 
@@ -46,6 +46,19 @@ struct Arguments {
     float factor;           // 1 / amplifier
     const int* row_end;     // GROUPED: one past each expert's last row; the next one's first is the next multiple of 8
 };
+
+// Where a block stands when: the clocks of its multiprocessor and of the GPU, so far behind in the workspace, by block and
+// point (benchmarks/gemm_phases.py).
+#if PROFILE
+#define MARK(point)                                                                       \
+    if (threadIdx.x == 0) {                                                               \
+        u64* marks = reinterpret_cast<u64*>(a.workspace + PROFILE) + blockIdx.x * 16;     \
+        asm volatile("mov.u64 %0, %%clock64;" : "=l"(marks[point])::"memory");            \
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(marks[8 + point])::"memory");    \
+    }
+#else
+#define MARK(point)
+#endif
 
 struct Work {
     int tile, begin, end;   // blocks of the tile
