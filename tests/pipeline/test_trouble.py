@@ -1,6 +1,7 @@
 """What cannot work is refused before the work starts; what breaks on the way is named."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -18,8 +19,9 @@ from tests.helpers import assert_sentence, change_tensor, quantize, read_json, r
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("solver", ["rtn", "gptq", "quantease"])
-def test_nan_in_a_weight_names_the_layer(tiny, text, tmp_path, value, solver):
+@pytest.mark.parametrize("parts", [{"solver": "quantease"}, {"transforms": ["smoothquant"]}, {"transforms": ["awq"]}])
+def test_nan_in_a_weight_names_the_layer(tiny, text, tmp_path, value, parts):
+    """Before anything is computed with it, whose complaint would be about something else."""
     path = shutil.copytree(tiny("llama"), tmp_path / "model")
 
     def spoil(tensor):
@@ -27,22 +29,22 @@ def test_nan_in_a_weight_names_the_layer(tiny, text, tmp_path, value, solver):
         return tensor
 
     change_tensor(path, "model.layers.1.mlp.gate_proj.weight", spoil)
-    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.(gate|down)_proj") as caught:
-        quantize(path, tmp_path / "out", recipe(solver), text)
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight") as caught:
+        quantize(path, tmp_path / "out", recipe(**parts), text)
     assert_sentence(str(caught.value))
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("key", "named"),
+    "key",
     [
-        ("model.layers.1.input_layernorm.weight", r"model\.layers\.1\.self_attn\.q_proj"),
-        ("model.embed_tokens.weight", r"model\.embed_tokens\.weight"),
-        ("model.norm.weight", r"model\.norm\.weight"),
-        ("lm_head.weight", r"lm_head\.weight"),
+        "model.layers.1.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
     ],
 )
-def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key, named):
+def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key):
     path = shutil.copytree(tiny("llama"), tmp_path / "model")
 
     def spoil(tensor):
@@ -50,7 +52,7 @@ def test_nan_anywhere_stops_the_run(tiny, text, tmp_path, key, named):
         return tensor
 
     change_tensor(path, key, spoil)
-    with pytest.raises(NumericsError, match=named) as caught:
+    with pytest.raises(NumericsError, match=re.escape(key)) as caught:
         quantize(path, tmp_path / "out", recipe("rtn"), text)
     assert_sentence(str(caught.value))
 

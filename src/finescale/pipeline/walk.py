@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from finescale.calibration.capture import BlockInputs
 from finescale.calibration.spill import Batches as SpilledBatches
-from finescale.errors import CheckpointError
+from finescale.errors import CheckpointError, NumericsError
+from finescale.finite import all_finite
 from finescale.formats.source import check_shard
 from finescale.grid import InputRule, input_rule
 from finescale.models import Step, linear_modules, trace_steps
-from finescale.models.skeleton import fill_module, release_module, replace_weight_OI
+from finescale.models.skeleton import checkpoint_key, fill_module, release_module, replace_weight_OI
 from finescale.pipeline import journal as journals
 from finescale.pipeline.block import Batches, Timer, propagate, quantize_block, quantize_inputs, rearrange_inputs
 from finescale.pipeline.job import Job, Progress
@@ -152,10 +153,15 @@ def _finished_entry(walk: _Walk, index: int) -> Entry | None:
 
 
 def _fill(walk: _Walk, index: int, timer: Timer) -> nn.Module:
-    """The block with its weights; the float model's hidden states move past it."""
+    """The block with its weights; the float model's hidden states move past it. Raises NumericsError for NaN or Inf in
+    a weight, before anything is computed with it."""
     job = walk.job
     path = job.skeleton.block_path(index)
     block = timer.measure("load", fill_module, job.skeleton, path, job.device, job.compute_dtype)
+    for name, parameter in block.named_parameters():
+        if not all_finite(parameter):
+            known = checkpoint_key(job.skeleton, f"{path}.{name}") or f"{path}.{name}"
+            raise NumericsError(f"{known} holds NaN or Inf; repair or re-download the checkpoint.")
     if walk.stream is not None:
         timer.measure("forward", walk.stream.advance, block, walk.arguments(index), job.device)
     return block
