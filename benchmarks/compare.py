@@ -156,6 +156,36 @@ def page(runner: Runner, name: str, results: Path) -> None:
     keep(result, runner.work / "page", results, f"compare-{name}")
 
 
+CONVERSIONS = {
+    "converted, automatic amplifier": ("--amplifier", "auto"),
+    "converted, amplifier 1024": ("--amplifier", "1024"),
+    "converted, folded": ("--folded",),
+}
+"""The codes of float scales, and integer scales put on them afterwards, as in the paper."""
+
+
+def converted(runner: Runner, out: Path, base: dict[str, Any], words: list[Any]) -> list[dict[str, Any]]:
+    """Rows of the checkpoint with float scales, converted in each way and evaluated side by side."""
+    checkpoint, work = out / "cells" / base["key"] / "checkpoint", runner.work
+    text = ["--text", work / "evaluation.txt", "--against", runner.model, "--device", runner.device]
+    text += [word for key, value in runner.setting.items() for word in (f"--{key}", value)]
+    made = {label: out / f"converted-{number}" for number, label in enumerate(CONVERSIONS)}
+    started = []
+    for label, folder in made.items():
+        if not folder.with_suffix(".json").is_file():
+            runner.wait(runner.start("convert", checkpoint, "--out", folder, "--fresh", *CONVERSIONS[label]))
+            started.append(runner.start("evaluate", folder, *text, *words, "--json", folder.with_suffix(".json")))
+    for process in started:
+        runner.wait(process)
+    rows = []
+    for label, file in ((label, folder.with_suffix(".json")) for label, folder in made.items()):
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            own = {key: value for key, value in found.items() if key in base}
+            rows.append(base | own | {"key": f"{base['key']}-{file.stem}", "label": label})
+    return rows
+
+
 def tasks(runner: Runner, name: str, results: Path, data: Path, limit: int) -> None:
     """Eight tasks with float scales and with every form of integer scales, and the changes question by question."""
     out = runner.work / "tasks"
@@ -164,6 +194,9 @@ def tasks(runner: Runner, name: str, results: Path, data: Path, limit: int) -> N
     result = joined_result(out)
     if result is None:
         return
+    base = next((row for row in result["rows"] if row["key"].startswith("w4a8-float-scale") and row.get("tasks")), None)
+    if base is not None:
+        result["rows"] += converted(runner, out, base, words)
     result["changes"] = changes(result["rows"])
     keep(result, out, results, f"tasks-{name}")
     for row in result["changes"]:

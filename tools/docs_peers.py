@@ -19,6 +19,8 @@ OURS = (
 )
 """Rows of ``benchmarks/tuning.py`` that stand beside the tools: the solver alone, and our recipes' learned rounding."""
 BEST = f"finescale: {OURS[-1]}"
+RECIPES = "finescale: `w4-best`, `w3-best`, `w2-best`"
+"""The same as recipes, whose groups are 64 or 128, whichever fits: 64 on SmolLM2."""
 _SEED = re.compile(r", seed \d+$")
 Row = dict[str, Any]
 Rows = dict[str, dict[int, Row]]
@@ -53,10 +55,16 @@ def ours_beside(results: dict[str, Row], facts: Row) -> Rows:
         if entry and all(entry["setting"].get(key) == value for key, value in wanted.items()):
             for part, rows in entry["rows"].items():
                 for name, row in rows.items() if part.isdigit() else ():
-                    if _SEED.sub("", name) in OURS:
-                        found.setdefault(_SEED.sub("", name), {}).setdefault(int(part), {})[name] = row
-    listed = {name: {bits: list(rows.values()) for bits, rows in found[name].items()} for name in OURS if name in found}
-    return {f"finescale: {name}": row for name, row in _means(listed).items()}
+                    label = RECIPES if name.startswith("recipe w") else f"finescale: {_SEED.sub('', name)}"
+                    found.setdefault(label, {}).setdefault(int(part), {})[name] = row
+    labels = [label for label in (*(f"finescale: {name}" for name in OURS), RECIPES) if label in found]
+    return _means({label: {bits: list(rows.values()) for bits, rows in found[label].items()} for label in labels})
+
+
+def best_of(ours: Rows) -> tuple[str, dict[int, Row]]:
+    """Our recipes where they were run as a whole, else what they are made of: label and rows."""
+    label = RECIPES if RECIPES in ours else BEST
+    return label, ours.get(label, {})
 
 
 def _means(found: dict[str, dict[int, list[Row]]]) -> Rows:
@@ -90,12 +98,12 @@ def _model(name: str, facts: Row, tools: Rows, ours: Rows) -> str:
         f"{setting['sample_length']} tokens, perplexity on {setting['windows']} windows of {setting['length']}, all "
         f"by the same code; in brackets KL to the original. What has a range was run with several seeds.\n\n"
         + table(("symmetric, groups of 64", *(f"{b} bits" for b in bits)), lines)
-        + _differences(bits, tools, ours.get(BEST, {}))
+        + _differences(bits, tools, *best_of(ours))
         + f"\nHow the other tools were run (each in an environment of its own):\n\n{notes}\n"
     )
 
 
-def _differences(bits: list[int], tools: Rows, best: dict[int, Row]) -> str:
+def _differences(bits: list[int], tools: Rows, name: str, best: dict[int, Row]) -> str:
     """How much lower our best recipe's perplexity is than each tool's, with the standard error over windows."""
     lines = []
     for label, row in tools.items():
@@ -105,7 +113,7 @@ def _differences(bits: list[int], tools: Rows, best: dict[int, Row]) -> str:
     if not lines:
         return ""
     return (
-        f"\nPerplexity of *{BEST.removeprefix('finescale: ')}* against each tool's, on the same windows, with the "
+        f"\nPerplexity of {name.removeprefix('finescale: ')} against each tool's, on the same windows, with the "
         "standard error of the mean over windows:\n\n" + table(("against", *(f"{b} bits" for b in bits)), lines)
     )
 
