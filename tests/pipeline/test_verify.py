@@ -284,6 +284,30 @@ def test_another_original(results, tiny, tmp_path):
     found(results / "dense", other, CheckpointError)
 
 
+def test_an_original_that_was_trained_a_little_further(results, tiny, tmp_path):
+    """A merged adapter changes few weights, and those by less than rounding does."""
+    other = shutil.copytree(tiny("llama", torch.float16), tmp_path / "other")
+    noise = torch.Generator().manual_seed(0)
+    change_tensor(other, f"{LAYER}.weight", lambda w: w + 0.01 * torch.randn(w.shape, generator=noise).half())
+    for kind in ("float", "integer", "asymmetric", "gptq"):
+        found(results / kind, other, CheckpointError, LAYER.replace(".", r"\."))
+
+
+def test_a_solution_far_from_its_weight_is_no_damage(tiny, text, tmp_path):
+    """Huge weights make the inputs of later layers nearly one-dimensional, and their solutions wander."""
+    original = shutil.copytree(tiny("llama", torch.float16), tmp_path / "original")
+
+    def with_a_giant(tensor):
+        tensor[0, 0] = 300.0
+        return tensor
+
+    for layer in ("0.mlp.up_proj", "0.mlp.down_proj", "1.self_attn.v_proj", "1.mlp.down_proj"):
+        change_tensor(original, f"model.layers.{layer}.weight", with_a_giant)
+    options = {"start": "weight", "act_order": True}
+    quantize(original, tmp_path / "out", recipe("quantease", 3, 40, options=options), text)
+    assert verify(tmp_path / "out", original).worst_relative > 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edited_report(damaged, kind):
     folder = damaged(kind)

@@ -61,9 +61,10 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
     Every layer is unpacked and packed again (same bytes) and compared with the run's report (bits, groups, amplifier,
     hash of codes and scales). With integer scales its int32 accumulator is compared with int64 on random tokens and on
     the tokens that reach the bound. The files must have the hashes of the report. With ``against`` every tensor that
-    was not quantized must equal the original's, and weights must lie near the original's, unless a transform of the
-    recipe changed them. A dense checkpoint holds neither codes nor scales: its weights must
-    lie on a grid of the bits and groups in the report, but for as many as that names outliers.
+    was not quantized must equal the original's, and weights must lie as far from the original's as the report says, or
+    near it where tuning moved them, unless a transform of the recipe changed them. A dense checkpoint holds neither
+    codes nor scales: its weights must lie on a grid of the bits and groups in the report, but for as many as that names
+    outliers.
 
     Raises:
         CheckpointError, NumericsError: the first thing that does not hold.
@@ -92,7 +93,8 @@ def verify(path: str | Path, against: str | Path | None = None) -> Verification:
             integer += 1
             folded += weight.grid.folded
         if original is not None and not facts.get("transforms"):
-            worst = max(worst or 0.0, original.relative_error(name, weight.dequantize()))
+            error = original.relative_error(name, weight.dequantize(), _distance(facts, report.get(name, {})))
+            worst = max(worst or 0.0, error)
     copied = None
     if original is not None:
         owned = {f"{name}.{suffix}" for name in names for suffix in (*quantized.fmt.suffixes, *INPUT_SUFFIXES)}
@@ -131,6 +133,14 @@ def _check_on_a_grid(name: str, weight_OI: Tensor, record: dict[str, Any]) -> No
         raise CheckpointError(
             f"{name}: more values in a group than {record['bits']} bits can tell apart; the file was changed."
         )
+
+
+def _distance(facts: dict[str, Any], record: dict[str, Any]) -> float | None:
+    """How far a layer was from the weight that it was made of, mean square, where that was the original's weight; None
+    where it had been corrected or was a quantized one."""
+    made_of_original = "recipe" in facts and not facts.get("transforms") and not facts.get("tuning")
+    found = record.get("weight_mse") if made_of_original else None
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _check_files(folder: Path, facts: dict[str, Any]) -> int:
@@ -245,6 +255,10 @@ def _check_folded(name: str, weight: QuantizedWeight, wide_OI: Tensor, channel_s
         raise NumericsError(f"{name}: folded scales do not give the weights of the file; quantize again.")
 
 
+DISTANCE_TOLERANCE = 0.01
+"""Of the report's mean square: a GPU may have worked on weights that were rounded to the model's usual type."""
+
+
 class _Original:
     """The checkpoint that a quantized one is compared with.
 
@@ -261,13 +275,19 @@ class _Original:
             if isinstance(module, Conv1D)
         }
 
-    def relative_error(self, name: str, dense_OI: Tensor) -> float:
+    def relative_error(self, name: str, dense_OI: Tensor, distance: float | None = None) -> float:
         """||Q - W|| / ||W||.
 
-        It may exceed 1 at 2 bits: solvers minimize the error of the outputs, not of the weights.
+        It may exceed 1: solvers minimize the error of the outputs, not of the weights.
+
+        Args:
+            name: of the layer.
+            dense_OI: its dequantized weight.
+            distance: mean square of Q - W by the report; None where it does not say.
 
         Raises:
-            CheckpointError: as far away as zeros would be, and pointing elsewhere.
+            CheckpointError: another distance than the report's; without one, as far away as zeros would be, and
+                pointing elsewhere.
         """
         value = self.source.read(name + ".weight") if name + ".weight" in self.source else None
         if value is None:
@@ -280,7 +300,12 @@ class _Original:
         norm = original_OI.norm().clamp(min=1e-30)
         error = float((dense_OI - original_OI).norm() / norm)
         cosine = float((dense_OI * original_OI).sum() / norm / dense_OI.norm().clamp(min=1e-30))
-        if error >= 1.0 and cosine < LEAST_COSINE:
+        if distance is None:
+            unrelated = error >= 1.0 and cosine < LEAST_COSINE
+        else:
+            mean_square = float((dense_OI - original_OI).double().square().mean())
+            unrelated = abs(mean_square - distance) > DISTANCE_TOLERANCE * distance
+        if unrelated:
             raise CheckpointError(
                 f"{name}: the weights are {error:.2f} of their norm away from the original's; "
                 f"{self.source.name} is another model or the file is damaged."
