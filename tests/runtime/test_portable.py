@@ -142,6 +142,23 @@ def test_layers_of_one_input_are_one_product(kinds, dtype, monkeypatch):
 
 
 @needs_int8
+@pytest.mark.parametrize("kinds", [[{}, {}, {}], [{}, {"folded": True}, {"group_size": 7}]])
+def test_traced_layers_multiply_for_themselves_alone(kinds):
+    layers, exact = siblings(kinds)
+    widths = []
+
+    def backend(graph, _):
+        called = [node for node in graph.graph.nodes if "cpu_int8_linear" in str(node.target)]
+        widths.extend(node.meta["example_value"].shape[-1] for node in called)
+        return graph.forward
+
+    x_TI = torch.randn(3, 90)
+    outputs = torch.compile(lambda x_TI: [layer(x_TI) for layer in layers], backend=backend)(x_TI)
+    assert widths == [24, 24, 24]
+    assert all(torch.equal(out, other(x_TI)) for out, other in zip(outputs, exact, strict=True))
+
+
+@needs_int8
 def test_outputs_of_other_inputs_are_not_taken():
     layers, exact = siblings([{}] * 3)
     x_TI = torch.randn(3, 90)

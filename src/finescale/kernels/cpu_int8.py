@@ -110,6 +110,17 @@ def joined(weights: Sequence[CpuWeight]) -> CpuWeight | None:
     return None if digit_DOI is None else CpuWeight(None, None, None, digit_DOI)
 
 
+def rows_of(weight: CpuWeight, rows: slice) -> CpuWeight:
+    """Some outputs of a layer."""
+    codes_OI, scale_OG, member_GI, digit_DOI = weight
+    return CpuWeight(
+        None if codes_OI is None else codes_OI[rows],
+        None if scale_OG is None else scale_OG[rows],
+        member_GI,
+        None if digit_DOI is None else digit_DOI[:, rows],
+    )
+
+
 def _digits(wide_OI: Tensor) -> Tensor:
     """Balanced digits to base 256, from -128 to 127, the lowest first, int8 [D, O, I]."""
     digits: list[Tensor] = []
@@ -146,7 +157,7 @@ def product(x_TI: Tensor, weight: CpuWeight) -> Tensor:
 def _by_digits(x_TI: Tensor, digit_DOI: Tensor) -> Tensor:
     """int32 [T, O]."""
     outputs = digit_DOI.shape[1]
-    stacked = digit_DOI.view(-1, x_TI.shape[1])
+    stacked = digit_DOI.reshape(-1, x_TI.shape[1])
     if x_TI.shape[0] >= MANY_TOKENS:
         *lower, total = _multiply(x_TI, stacked).split(outputs, 1)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finescale.errors import InputError
 from finescale.formats.engines import SAME_INPUT
 from finescale.grid import InputRule, QuantizedWeight
-from finescale.kernels.cpu_int8 import CpuWeight, cpu_linear, joined
+from finescale.kernels.cpu_int8 import CpuWeight, cpu_linear, joined, rows_of
 from finescale.kernels.dispatch import choose_kernel, layer_facts
 from finescale.kernels.portable import PORTABLE, PortableProduct
 
@@ -95,20 +95,24 @@ class JoinedProduct(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._last: tuple[Tensor, Sequence[Tensor], set[int]] | None = None
 
-    def multiply(self, x_TI: Tensor) -> Sequence[Tensor]:
-        """float [..., I] -> [..., O] of each layer, in the type of the input."""
-        weight = CpuWeight(*(self._buffers[name] for name in self._names))
+    def multiply(self, x_TI: Tensor, rows: slice = slice(None)) -> Tensor:
+        """float [..., I] -> [..., O] of all layers, or some of these outputs, in the type of the input."""
+        weight = rows_of(CpuWeight(*(self._buffers[name] for name in self._names)), rows)
         flat_TI = x_TI.reshape(-1, x_TI.shape[-1])
-        out_TO = cpu_linear(flat_TI, weight, self.bias_O, self.factor_O, self.amplifier, self.activation_bits)
-        return out_TO.reshape(*x_TI.shape[:-1], out_TO.shape[1]).split(self.sizes, -1)
+        bias_O = None if self.bias_O is None else self.bias_O[rows]
+        factor_O = None if self.factor_O is None else self.factor_O[rows]
+        out_TO = cpu_linear(flat_TI, weight, bias_O, factor_O, self.amplifier, self.activation_bits)
+        return out_TO.reshape(*x_TI.shape[:-1], out_TO.shape[1])
 
     def outputs_of(self, index: int, x_TI: Tensor) -> Tensor:
         """[..., O] of one layer."""
         if torch.compiler.is_compiling() or x_TI.requires_grad:
-            return self.multiply(x_TI)[index]
+            # Nothing is kept between calls that are traced, and each would multiply for all.
+            start = sum(self.sizes[:index])
+            return self.multiply(x_TI, slice(start, start + self.sizes[index]))
         last = self._last
         if last is None or index in last[2] or not _same(last[0], x_TI):
-            self._last = last = (x_TI.clone(), self.multiply(x_TI), set())
+            self._last = last = (x_TI.clone(), self.multiply(x_TI).split(self.sizes, -1), set())
         _, outputs, taken = last
         taken.add(index)
         if len(taken) == len(self.sizes):
