@@ -12,6 +12,7 @@ from finescale.errors import CheckpointError, InputError
 from finescale.formats.source import open_checkpoint
 from finescale.models import linear_modules, open_skeleton
 from finescale.models.skeleton import (
+    check_tensors,
     checkpoint_key,
     fill_except_blocks,
     fill_module,
@@ -193,6 +194,15 @@ def test_a_model_without_a_list_of_blocks_is_refused(tiny):
     model.config.num_hidden_layers = 7
     with pytest.raises(InputError, match="no list of 7 equal blocks"):
         find_blocks(model)
+
+
+def test_names_that_only_transformers_uses_are_said(tiny):
+    skeleton = open_skeleton(open_checkpoint(tiny("mixtral", style="fused")))
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.0\.mlp\.gate\.weight.*save_original_format=True"
+    ) as caught:
+        check_tensors(skeleton)
+    assert_sentence(str(caught.value))
 
 
 def test_remote_code_is_never_run(tiny, tmp_path, tokenizer):
