@@ -303,6 +303,7 @@ def main() -> None:
     facts: dict[str, Any] = {
         "benchmark": "serving",
         "machine": {},
+        "command": " ".join(["python benchmarks/serving.py", *sys.argv[1:]]),
         "setting": {
             "shape": options.shape,
             "repeat": options.repeat,

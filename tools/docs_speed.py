@@ -16,6 +16,7 @@ SERVED = {
     "marlin-w4a8": "W4A8, Marlin",
     "finescale-integer": "finescale, any integers",
     "finescale-folded": "finescale, folded",
+    "finescale-folded-flash-attention": "finescale, folded, vLLM's attention",
 }
 ARMS = {
     "w4a8": "any integers",

@@ -31,7 +31,7 @@ _NOT_FOLDED = (
     f"the scales of an output are not integers up to {LARGEST_FOLDED_SCALE} times one factor; quantize the model again."
 )
 
-ELEMENTS_AT_ONCE = 2**22
+ELEMENTS_AT_ONCE = 2**20
 """Codes that are widened at a time."""
 Amplifier = int | Literal["heuristic", "auto"]
 
