@@ -37,6 +37,8 @@ HEADS_OF_TILE = 8
 
 TILES = Tiles(64, 528, 4, 2)
 """Four programs for each multiprocessor of an H100 (benchmarks/attention_tiles.py)."""
+SHARED_TILES = Tiles(64, 528, 4, 3)
+"""The same for heads of keys that serve several heads of queries, while programs are shared out and not very few."""
 ROUNDED_TILES = Tiles(32, 528, 2, 3)
 """The same for a cache of int8, where a head of keys serves several heads of queries."""
 PLAIN_ROUNDED_TILES = Tiles(32, 528, 4, 1, plain=True)
@@ -279,6 +281,13 @@ def rotate(
     return query_BTHD
 
 
+def _usual_tiles(pairs: int, group: int, capacity: int, rounded: bool) -> Tiles:
+    """The fastest form of those that were timed on an H100."""
+    if rounded:
+        return PLAIN_ROUNDED_TILES if group == 1 else ROUNDED_TILES
+    return SHARED_TILES if group > 1 and pairs >= 64 and splits_of(pairs, capacity, SHARED_TILES) > 1 else TILES
+
+
 def attend(
     qkv_BC: Tensor, cos_BD: Tensor, sin_BD: Tensor, q_gain_D: Tensor | None, k_gain_D: Tensor | None, epsilon: float,
     heads: int, kv_heads: int, keys_BKSD: Tensor, values_BKSD: Tensor, slot: Tensor, valid_BS: Tensor | None,
@@ -291,7 +300,7 @@ def attend(
     if batch == 0:
         return out_BC
     pairs, group = batch * kv_heads, heads // kv_heads
-    tiles = tiles or (TILES if key_scale_BKS is None else PLAIN_ROUNDED_TILES if group == 1 else ROUNDED_TILES)
+    tiles = tiles or _usual_tiles(pairs, group, capacity, key_scale_BKS is not None)
     splits, plain = splits_of(pairs, capacity, tiles), tiles.plain and group == 1
     partial, counters = workspace(qkv_BC.device, pairs * splits * group * (width + 2), pairs)
     _attend_kernel[(batch, kv_heads, splits)](
