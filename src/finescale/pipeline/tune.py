@@ -70,7 +70,7 @@ def learning_options(recipe: Recipe) -> tuple[ReconstructionOptions, ...]:
 def tuner_options(recipe: Recipe) -> list[ReconstructionOptions]:
     """Options of the recipe's tuners, settled for its solver."""
     found: list[Any] = [part.options_model() for part in recipe.tuning]
-    nearest = recipe.solver.name == "rtn"
+    nearest = not recipe.solver.entry().needs_hessian  # without it nothing better can be done
     return [options.before(nearest) if isinstance(options, LowRankOptions) else options for options in found]
 
 
