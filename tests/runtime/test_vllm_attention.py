@@ -15,7 +15,11 @@ def implementation(**changes):
     facts = {"alibi_slopes": None, "sliding_window": (-1, -1), "logits_soft_cap": 0, "sinks": None}
     facts |= {"dcp_world_size": 1, "batch_invariant_enabled": False, "scale": 0.25}
     found = SimpleNamespace(**(facts | changes), usual=[])
-    found.forward = lambda *arguments, **options: found.usual.append((arguments, options))
+
+    def forward(layer, query, key, value, kv_cache, attn_metadata, output, **options):
+        found.usual.append(((layer, query, key, value, kv_cache, attn_metadata, output), options))
+
+    found.forward = forward
     return found
 
 
@@ -66,6 +70,7 @@ def test_a_recorded_step_of_single_tokens_is_taken(engine):
         metadata(num_actual_tokens=2),
         metadata(seq_lens=torch.tensor([4]).int()),
         metadata(block_table=torch.zeros(1, 2).int()),
+        SimpleNamespace(max_query_len=1, use_cascade=False),
         "eager",
     ],
     ids=str,
@@ -90,10 +95,12 @@ def test_other_steps_are_not(engine, facts):
         {"sinks": torch.ones(4)},
         {"dcp_world_size": 2},
         {"batch_invariant_enabled": True},
+        {"sliding_window": None},
+        {"forward": lambda layer, q, k, v, cache, output: output},
     ],
     ids=str,
 )
 def test_other_attention_is_left_alone(changes):
-    inner = implementation(**changes)
-    before = inner.forward
+    inner = implementation(**{name: value for name, value in changes.items() if name != "forward"})
+    inner.forward = before = changes.get("forward", inner.forward)
     assert page_attention(SimpleNamespace(impl=inner), torch.bfloat16) is None and inner.forward is before

@@ -9,6 +9,7 @@ Shape legend: T tokens, one of each sequence, C channels, K heads of keys and va
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from typing import Any, NamedTuple
 
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger("vllm.finescale")
+ARGUMENTS = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+"""Of an implementation's ``forward``."""
+METADATA = ("max_query_len", "use_cascade", "num_actual_tokens", "seq_lens", "block_table")
+"""What is read of a step's metadata."""
 
 
 class Unrotated(NamedTuple):
@@ -39,7 +44,8 @@ class PageAttention:
         """Whether a step is one that it computes: it is being recorded, and each sequence has one token."""
         return (
             torch.cuda.is_current_stream_capturing()
-            and getattr(metadata, "max_query_len", 0) == 1
+            and all(hasattr(metadata, name) for name in METADATA)
+            and metadata.max_query_len == 1
             and not metadata.use_cascade
             and metadata.num_actual_tokens == tokens == metadata.seq_lens.shape[0] == metadata.block_table.shape[0]
         )
@@ -74,8 +80,12 @@ def page_attention(attention: Any, dtype: torch.dtype) -> PageAttention | None:
     of vLLM's FlashAttention, with activations and cache in ``dtype``."""
     implementation: Any = attention.impl
     plain = (
-        implementation.alibi_slopes is None
-        and tuple(implementation.sliding_window) == (-1, -1)
+        list(inspect.signature(implementation.forward).parameters)[: len(ARGUMENTS)] == list(ARGUMENTS)
+        and all(
+            hasattr(implementation, name) for name in ("alibi_slopes", "sliding_window", "logits_soft_cap", "scale")
+        )
+        and implementation.alibi_slopes is None
+        and tuple(implementation.sliding_window or ()) == (-1, -1)
         and not implementation.logits_soft_cap
         and getattr(implementation, "sinks", None) is None
         and getattr(implementation, "dcp_world_size", 1) == 1
