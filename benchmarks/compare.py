@@ -30,7 +30,7 @@ from finescale.report.compare import write_comparison
 
 HERE = Path(__file__).parent
 SAMPLES, LENGTH, JUDGING = 64, 512, 8
-GRIDS = "core,more,inputs,learned,published,shared"
+GRIDS = "core,more,inputs,learned,published"
 TARGETS = (3.75, 3.5, 4.0)
 """Stored bits per weight, scales included: groups of 64 make 3.25 of all 3 bits and 4.25 of all 4."""
 GROUPS = ("--set", "weights.symmetric=true", "--set", "weights.group_size=64", "--set", "weights.clip=mse")

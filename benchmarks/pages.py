@@ -18,9 +18,9 @@ BITS = ("W4A4", "W6A6", "W4A8", "W4A16")
 TITLES = {
     "expansion": "Reassembly alone: share of added channels",
     "expansion, corrected": "Reassembly and correction: share of added channels",
-    "blocks together": "Blocks corrected together",
-    "rank": "Rank of the correction",
-    "samples": "Windows of calibration text",
+    "blocks together": "Blocks corrected together (3 % more channels, rank 4, 32 windows)",
+    "rank": "Rank of the correction (4 blocks together; rank 4 is above)",
+    "samples": "Windows of calibration text (4 blocks, rank 4; 32 windows are above)",
     "correction": "The correction",
 }
 Rows = Mapping[str, Mapping[str, Any]]
@@ -57,16 +57,25 @@ def methods(parts: Mapping[str, Rows]) -> str:
 
 
 def scales(rows: Rows) -> str:
-    """Each recipe with float scales, with scales that are integers before the solver runs or are made so after it, and
-    with folded ones: perplexity on the first part of the calibration text, and the
+    """Each recipe with float scales, with those made integers in the finished model, with scales that are integers
+    before the solver runs, and with folded ones: perplexity on the first part of the calibration text, and the
     change over all parts that were tried, with its standard error."""
     found = []
     for name in dict.fromkeys(key.partition(", ")[0] for key in rows):
         line = [f"`{name}`", number(rows.get(f"{name}, float"))]
-        for form in ("integer", "after", "folded"):
+        for form in ("converted", "integer", "folded"):
             line += [number(rows.get(f"{name}, {form}")), shown_change(changes(rows, name, form))]
         found.append(line)
-    header = ["recipe", "float scales", "integer before the solver", "change", "after it", "change", "folded", "change"]
+    header = [
+        "recipe",
+        "float scales",
+        "made integer",
+        "change",
+        "integer before the solver",
+        "change",
+        "folded",
+        "change",
+    ]
     return table(header, found)
 
 

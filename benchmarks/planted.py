@@ -37,7 +37,7 @@ def part(name: str, **options: Any) -> dict[str, Any]:
 
 
 def corrected(**options: Any) -> dict[str, Any]:
-    """QLLM with its correction of four blocks at a time."""
+    """QLLM with its correction of four blocks at a time, for GPTQ unless said otherwise."""
     correction = part("low_rank", iterations=160, batch_size=4, **options)
     return {"transforms": [part("qllm")], "tuning": [correction]}
 
@@ -51,10 +51,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "OmniQuant": {"transforms": [part("omniquant", iterations=80)]},
     "QLLM, a fifth more channels": {"transforms": [part("qllm", max_expansion=0.2)]},
     "QLLM, 0.3 more channels": {"transforms": [part("qllm", max_expansion=0.3)]},
-    "QLLM, 0.5 more channels": {"transforms": [part("qllm", max_expansion=0.5)]},
+    "QLLM": {"transforms": [part("qllm")]},
     "QLLM with correction": corrected(),
     "QLLM with correction, round to nearest": corrected() | {"solver": {"name": "rtn"}},
-    "QLLM with correction of rounded inputs": corrected(forward="unrounded", loss="balanced", unseen=True),
+    "QLLM with correction of nearest rounding": corrected(forward="merged"),
+    "QLLM with correction, balanced loss, unseen windows": corrected(loss="balanced", unseen=True),
 }
 
 
@@ -64,7 +65,14 @@ def kept(file: Path, setting: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {}
     entry = json.loads(file.read_text(encoding="utf-8"))["models"]["zoo-llama"]
     rows: dict[str, dict[str, float]] = entry["rows"]["W4A8"] if entry["setting"] == setting else {}
-    return {name: row for name, row in rows.items() if "recovered" in row}
+    return {name: row for name, row in rows.items() if name in METHODS}
+
+
+def write(file: Path, setting: dict[str, Any], rows: dict[str, Any]) -> None:
+    """The file with what is there so far."""
+    entry = {"setting": setting, "rows": {"W4A8": rows}}
+    result = {"benchmark": "planted", "machine": machine_facts(), "seed": 0, "models": {"zoo-llama": entry}}
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -112,13 +120,12 @@ def main() -> None:
             rows[name] = run(values, work / "planted")
             rows[name]["recovered"] = (plain - math.log(rows[name]["perplexity"])) / (plain - clean)
             console.print(f"{name}: {rows[name]}")
+            write(arguments.json, setting, rows)
     table = Table("method", "perplexity", "recovered", title="zoo llama, W4A8, planted outliers")
     for name, row in rows.items():
         table.add_row(name, f"{row['perplexity']:.2f}", f"{row['recovered']:.1%}" if "recovered" in row else "")
     console.print(table)
-    entry = {"setting": setting, "rows": {"W4A8": rows}}
-    result = {"benchmark": "planted", "machine": machine_facts(), "seed": 0, "models": {"zoo-llama": entry}}
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(arguments.json, setting, rows)
     console.print(f"written to {arguments.json}")
 
 

@@ -34,6 +34,7 @@ from finescale.demo import find_demo_model
 from finescale.evaluate.perplexity import cut_windows, evaluate_windows
 from finescale.evaluate.reference import Reference, capture_reference
 from finescale.formats.gguf import is_gguf, local_folder, unpack_gguf
+from finescale.pipeline.convert import convert
 from finescale.pipeline.quantize import prepare, run
 from finescale.pipeline.verify import verify
 from finescale.pipeline.walk import PHASES
@@ -67,7 +68,8 @@ class Setting:
 @dataclass(frozen=True)
 class Row:
     """A row: where it stands in the table (part, name), what its recipe says, how many windows and which of the
-    calibration text it gets (the first ones, or those after ``draw`` times as many), and the seed of their order."""
+    calibration text it gets (the first ones, or those after ``draw`` times as many), and the seed of their order;
+    ``converted`` gives the finished checkpoint integer scales as ``finescale convert`` does, its codes as they are."""
 
     part: str
     name: str
@@ -75,6 +77,7 @@ class Row:
     samples: int | None = None
     draw: int = 0
     seed: int = 0
+    converted: bool = False
 
 
 def settings(
@@ -185,10 +188,18 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     if proof:
         verify(out)
-    result = quality(setting, load(out, device=setting.evaluation)) | seconds
+    result = quality(setting, load(_finished(row, out), device=setting.evaluation)) | seconds
     result |= _of_the_report(report) | {"phases": _phases(out), "seconds_in_all": time.perf_counter() - clock}
     shutil.rmtree(out)
     return result
+
+
+def _finished(row: Row, out: Path) -> Path:
+    """The checkpoint that is evaluated."""
+    if not row.converted:
+        return out
+    convert(out, out / "converted", fresh=True)
+    return out / "converted"
 
 
 def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_changes_are_of_the_same_part_of_the_text():
     assert changes(rows, "a-b", "integer") == [0.0] and changes(rows, "a-b", "folded") == []
     lines = scales(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| `a`", "| `a-b`"]
-    assert "| 10.00 | 11.00 | -0.50% ± 10.03% (2) |  |  | 10.50 | +4.88% |" in lines[2]
+    assert "| 10.00 |  |  | 11.00 | -0.50% ± 10.03% (2) | 10.50 | +4.88% |" in lines[2]
 
 
 def test_a_change_without_rows_is_left_out():
