@@ -11,9 +11,8 @@
 // Compile-time settings: TOKENS (8 to 256; 8 to 128 unless FOLDED), WARPGROUPS (1 to 3), GROUPS (scale groups in 128
 // inputs: 1, 2 or 4), FOLDED (scales up to 15, multiplied into the weights), FLOAT_SCALE (bfloat16 scales and float32
 // sums, as others do it, to compare with), STAGES, OUT (0 bfloat16, 1 float16, 2 float32, 3 the int32 sums), CLUSTER
-// (blocks that share split tiles), BLOCKS (that fit on a multiprocessor), ARRIVING (lanes of a warp that hand back a stage,
-// 1 or 32), PROFILE (0, or where blocks note the time), GROUPED (many weights, one an expert, and rows sorted by expert;
-// grouped.cuh).
+// (blocks that share split tiles), ARRIVING (lanes of a warp that hand back a stage, 1 or 32), PROFILE (0, or where blocks
+// note the time), GROUPED (many weights, one an expert, and rows sorted by expert; grouped.cuh).
 // Layouts: kernels/layout.py.
 
 #include "ptx.cuh"
@@ -237,7 +236,7 @@ struct Computer {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) w4a8_gemm(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) w4a8_gemm(const __grid_constant__ Arguments a) {
     u32 x_base = shared_address(memory);
     u32 w_base = x_base + STAGES * X_BYTES;
     u8* buffer = memory + STAGES * (X_BYTES + W_BYTES);

@@ -19,8 +19,6 @@ from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of,
 from finescale.kernels.workspace import Workspaces
 
 SHARED_BYTES = 227 * 1024
-HALF_SHARED_BYTES = 113 * 1024
-"""Of each of two blocks on a multiprocessor."""
 CLUSTERS = (1, 2, 4)
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3}
 
@@ -41,8 +39,6 @@ class Variant:
         experts: weights of a grouped product (kernels/hopper/grouped.py), 0 for one weight.
         cluster: blocks that share a split tile and add up its sums through their shared memory; with 1, a tile is
             split as often as it takes, and sums are added up in device memory.
-        blocks: that fit on a multiprocessor, 1 or 2. One computes; where a second one fits, the next product's begins
-            early and fetches its first weights while this one's ends.
         checked: each lane hands back a stage for itself, instead of one for its warp: racecheck does not follow
             __syncwarp. Up to 9 % slower.
         profiled: blocks note when they reach which point (benchmarks/gemm_phases.py).
@@ -58,7 +54,6 @@ class Variant:
     float_scales: bool = False
     experts: int = 0
     cluster: int = 1
-    blocks: int = 1
     checked: bool = False
     profiled: bool = False
 
@@ -79,8 +74,7 @@ class Variant:
 
     @property
     def depth(self) -> int:
-        room = SHARED_BYTES if self.blocks == 1 else HALF_SHARED_BYTES
-        return self.stages or min(10, (room - self.fixed_bytes - 1024) // self.stage_bytes)
+        return self.stages or min(10, (SHARED_BYTES - self.fixed_bytes - 1024) // self.stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -99,7 +93,6 @@ class Variant:
             ("GROUPED", int(self.experts > 0)),
             ("EXPERTS", self.experts),
             ("CLUSTER", self.cluster),
-            ("BLOCKS", self.blocks),
             ("ARRIVING", 32 if self.checked else 1),
             ("PROFILE", PROFILE if self.profiled else 0),
         )

@@ -16,8 +16,9 @@
 // rows are whole pieces and begin at multiples of 16 bytes), THREADS, PIECES (of a thread), WHOLE (of these, how many every
 // thread has), BLOCKS (that are to fit on a multiprocessor), STAGES (slots; 0 if threads load tokens themselves), KEPT
 // (gains and shifts stay in 0 nothing, 1 shared memory, 2 registers), FIRST (tokens leave the cache before all else, so that
-// codes stay there), GATHER, ROUTED (rows sorted by expert, of which `position` says where each choice of a token has its
-// row: 1 reads tokens and writes each to all its rows; 2 reads and writes rows, one a choice).
+// codes stay there), AHEAD (gathers fetch the next token to the cache), GATHER, ROUTED (rows sorted by expert, of which
+// `position` says where each choice of a token has its row: 1 reads tokens and writes each to all its rows; 2 reads and
+// writes rows, one a choice).
 
 #include "ptx.cuh"
 #include "rows.cuh"
@@ -258,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize_tokens(co
         // The same where gathers need the first part a while longer.
         auto fill_but_first = [&] {
             fill_again(1, PARTS);
-            if (STAGES == 1 && threadIdx.x == 0 && filling < a.items) tokens.prefetch(filling, 0);
+            if (AHEAD && STAGES == 1 && threadIdx.x == 0 && filling < a.items) tokens.prefetch(filling, 0);
         };
         if (row < 0) {
             __syncthreads();

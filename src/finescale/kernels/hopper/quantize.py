@@ -31,8 +31,10 @@ GATHERING_THREADS = 768
 """The same for gathers, which need 80."""
 MANY_BLOCKS = 6
 """From so many on a multiprocessor, each fetches one token ahead; fewer fetch further."""
-CACHED_BYTES = 2**25
+CACHED_BYTES = 24 * 2**20
 """Of codes that the level-two cache holds beside other things."""
+FETCHED_BYTES = 2**16
+"""Of a token, up to which the next one stays in the cache until a gather is done with this one."""
 KINDS = {"plain": 0, "rms": 1, "layer": 2, "silu": 3}
 IN_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -230,6 +232,7 @@ def settings_of(facts: Facts, block: Block) -> tuple[tuple[str, int], ...]:
         ("STAGES", block.stages),
         ("KEPT", block.kept),
         ("FIRST", int(block.first)),
+        ("AHEAD", int(facts.slot_bytes <= FETCHED_BYTES)),
         ("ROUTED", facts.routed),
         ("GATHER", int(facts.gathered is not None)),
     )
@@ -287,10 +290,12 @@ def block_shape(facts: Facts, items: int, multiprocessors: int) -> Block:
         kept = 2 if facts.kind != "layer" or pieces * facts.dtype.itemsize <= 8 else 0
         token_bytes = 0 if facts.gathered is None else facts.slot_bytes
         return Block(threads, pieces, 1, 0, kept, token_bytes + fixed)
+    kept = _kept(facts, fixed)
     wanted = 2 if facts.dtype == torch.float32 else 4
+    if facts.gathered is not None and facts.parameter_bytes > 0 and kept == 2:
+        wanted = 7  # gains of a norm and of a gather beside the token: fewer threads have more registers
     threads = max(32, min(1024, -(-facts.pieces // (wanted * 32)) * 32))
     pieces = -(-facts.pieces // threads)
-    kept = _kept(facts, fixed)
     fixed += facts.parameter_bytes if kept == 1 else 0
     fitting = SHARED_BYTES // (facts.slot_bytes + fixed + RESERVED_BYTES)
     at_once = THREADS_AT_ONCE if facts.gathered is None else GATHERING_THREADS

@@ -16,10 +16,10 @@ constexpr int BUFFER_BYTES = WARPGROUPS * (2 * CHUNK_BYTES + TOKENS * 8);
 
 // Registers move from the copying warpgroup to the computing ones, out of what the block was given at its start.
 constexpr int THREADS = WARPGROUPS * 128 + 128;
-constexpr int START_REGISTERS = 65536 / BLOCKS / THREADS / 8 * 8;
+constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;
 constexpr int COPY_REGISTERS = 40;
 constexpr int COMPUTE_REGISTERS =
-    WARPGROUPS == 1 && BLOCKS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
+    WARPGROUPS == 1 ? 240 : (START_REGISTERS * (WARPGROUPS + 1) - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
 
 extern __shared__ __align__(1024) u8 memory[];
 
