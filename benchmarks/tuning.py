@@ -129,6 +129,17 @@ def all_rows(peer: bool) -> list[Row]:
         for bits in (4, 3, 2)
         for seed in SEEDS
     ]
+    damped = method(QUANTEASE | {"damping": 0.1}, [], [ROUNDING])
+    rows += [
+        Row(
+            str(bits),
+            f"{name}, damping 0.1" + (f", seed {seed}" if seed else ""),
+            weights_of(bits, "signed") | damped,
+            seed=seed,
+        )
+        for bits in (4, 3, 2)
+        for seed in (0, *SEEDS)
+    ]
     rows += [Row(str(bits), f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
     some = SOLVERS["rounding from quantease"] | {"blocks": SOME}
     rows += [Row(str(bits), f"rounding from quantease, {FIRST}", weights_of(bits) | some) for bits in (4, 3)]
