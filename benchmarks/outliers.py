@@ -7,7 +7,9 @@ evaluated on all windows of its first half, perplexity and KL divergence from th
 original; QuantEase per channel on the min/max grid as published, and on ours (clipping search), with the options of the
 outlier recipes and with its own; 1 % structured and 1 % unstructured outliers; the published outlier algorithm;
 SpQR in groups of 32 with as many outliers as make its size that of 1 % unstructured (in groups of 16 its scales alone
-take more), with the published damping and with ours, and QuantEase from the latter on its grid; SpQR as published
+take more), with the published damping and with ours, and QuantEase from the latter on its grid; 1 % of the weights with
+values of 8 bits, the recipe, and SpQR with such values, in groups of 64, at that size (in groups of 32 its scales alone
+take more), and QuantEase on its grid; SpQR as published
 (groups of 16) and with our damping; QuantEase from SpQR on SpQR's grid, of SpQR's size; and QuantEase per channel with
 as many outliers as make its size SpQR's.
 
@@ -54,25 +56,41 @@ PLAIN_PUBLISHED, SPQR, SPQR_QUANTEASE = "plain published", "spqr", "spqr-quantea
 SPQR_SMALL, SAME_SIZE = "spqr of unstructured's size", "unstructured of spqr's size"
 SPQR_SMALL_DAMPED, SPQR_QUANTEASE_SMALL = SPQR_SMALL + ", damping 0.1", "spqr-quantease of unstructured's size"
 SPQR_DAMPED = SPQR + ", damping 0.1"
+NARROW = "unstructured 1 %, 8 bits"
+SPQR_NARROW, SPQR_NARROW_DAMPED = "spqr of that size, 8 bits", "spqr of that size, 8 bits, damping 0.1"
+SPQR_QUANTEASE_NARROW = "spqr-quantease of that size, 8 bits"
+WIDE, BYTES, IN_64 = "solver.outlier_bits=16", "solver.outlier_bits=8", "weights.group_size=64"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     PLAIN_PUBLISHED: ("quantease-published", (BITS,)),
     PLAIN: ("quantease", (BITS, *LIKE_THEM)),
     STRUCTURED: ("quantease-structured-outliers", (BITS, *LIKE_THEM)),
-    UNSTRUCTURED: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    UNSTRUCTURED: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
+    NARROW: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    SPQR_NARROW: ("spqr", (BITS, IN_64, BYTES)),
+    SPQR_NARROW_DAMPED: ("spqr", (BITS, IN_64, BYTES, DAMPED)),
+    SPQR_QUANTEASE_NARROW: ("spqr-quantease", (BITS, IN_64, BYTES, DAMPED, "solver.gptq_damping=0.1")),
     SPQR_SMALL: ("spqr", (BITS, "weights.group_size=32")),
     SPQR_SMALL_DAMPED: ("spqr", (BITS, "weights.group_size=32", DAMPED)),
     SPQR_QUANTEASE_SMALL: ("spqr-quantease", (BITS, "weights.group_size=32", DAMPED, "solver.gptq_damping=0.1")),
     SPQR: ("spqr", (BITS,)),
     SPQR_DAMPED: ("spqr", (BITS, DAMPED)),
     SPQR_QUANTEASE: ("spqr-quantease", (BITS, DAMPED, "solver.gptq_damping=0.1")),
-    SAME_SIZE: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    SAME_SIZE: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
     "plain, its own options": ("quantease", (BITS,)),
     "unstructured 1 % published": ("quantease-outliers-published", (BITS,)),
 }
 ALL_SEEDS = (PLAIN_PUBLISHED, PLAIN, STRUCTURED, UNSTRUCTURED)
 """Runs that are made for every seed, the others for the first three."""
 SEEDS_OF_THE_OTHERS = 3
-FIRST_THRESHOLD = 0.9
+FITTED = {
+    SPQR_SMALL: (UNSTRUCTURED, 0.9, 0.2),
+    SPQR_SMALL_DAMPED: (UNSTRUCTURED, 0.9, 0.2),
+    SPQR_NARROW: (NARROW, 0.42, 0.11),
+    SPQR_NARROW_DAMPED: (NARROW, 0.42, 0.11),
+}
+"""SpQR of the size of another run, the threshold to begin with, and how fast the bits fall with its logarithm."""
+STARTS = {SPQR_QUANTEASE_SMALL: SPQR_SMALL_DAMPED, SPQR_QUANTEASE_NARROW: SPQR_NARROW_DAMPED}
+"""QuantEase with as many outliers as another run, and so of its size."""
 ONE_SEED = ("plain, its own options", "unstructured 1 % published")
 """Runs that are made for the first seed only."""
 
@@ -129,7 +147,7 @@ def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed:
 
 
 def fit_threshold(
-    model: Path, settings: tuple[str, ...], target: float, texts: Texts, seed: int, threshold: float
+    model: Path, settings: tuple[str, ...], target: float, texts: Texts, seed: int, threshold: float, slope: float
 ) -> dict[str, Any]:
     """SpQR with the threshold that makes it ``target`` bits per weight, up to 0.3 %."""
     for _ in range(8):
@@ -137,7 +155,7 @@ def fit_threshold(
         over = row["bits_per_weight"] - target
         if abs(over) <= 0.003 * target:
             break
-        threshold *= math.exp(min(max(over / 0.2, -1.0), 1.0))  # about how fast the bits fall with its logarithm
+        threshold *= math.exp(min(max(over / slope, -1.0), 1.0))
     return row | {"threshold": threshold}
 
 
@@ -169,14 +187,14 @@ def compare(
         wanted = seed == 0 if name in ONE_SEED else seed < SEEDS_OF_THE_OTHERS or name in ALL_SEEDS
         if not wanted or is_done(rows.get(name), recipe, settings):
             continue
-        if name == SPQR_QUANTEASE_SMALL:  # as many outliers as its start, and so the same size
-            same = f"solver.spqr_threshold={rows[SPQR_SMALL_DAMPED]['threshold']:.4f}"
+        if name in STARTS:
+            same = f"solver.spqr_threshold={rows[STARTS[name]]['threshold']:.4f}"
             rows[name] = run(model, recipe, (*settings, same), texts, seed)
-        elif name.startswith(SPQR_SMALL):
+        elif name in FITTED:
+            of, first, slope = FITTED[name]
             known = [other[name]["threshold"] for other in seeds.values() if name in other]
-            first = known[0] if known else FIRST_THRESHOLD
-            target = rows[UNSTRUCTURED]["bits_per_weight"]
-            rows[name] = fit_threshold(model, settings, target, texts, seed, first)
+            target = rows[of]["bits_per_weight"]
+            rows[name] = fit_threshold(model, settings, target, texts, seed, known[0] if known else first, slope)
         elif name == SAME_SIZE:
             rows[name] = fit_size(model, rows, texts, seed)
         else:
@@ -208,6 +226,11 @@ QUESTIONS = {
     "columns_beat_plain": (STRUCTURED, PLAIN),
     "columns_beat_plain_published": (STRUCTURED, PLAIN_PUBLISHED),
     "weights_beat_columns": (UNSTRUCTURED, STRUCTURED),
+    "unstructured_8_bits_beats_spqr_of_its_size": (NARROW, SPQR_NARROW),
+    "unstructured_8_bits_beats_damped_spqr_of_its_size": (NARROW, SPQR_NARROW_DAMPED),
+    "unstructured_8_bits_beats_columns": (NARROW, STRUCTURED),
+    "unstructured_8_bits_beats_16": (NARROW, UNSTRUCTURED),
+    "spqr_quantease_beats_spqr_of_8_bits": (SPQR_QUANTEASE_NARROW, SPQR_NARROW),
     "unstructured_beats_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL),
     "unstructured_beats_damped_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL_DAMPED),
     "spqr_quantease_beats_spqr_of_unstructureds_size": (SPQR_QUANTEASE_SMALL, SPQR_SMALL),
@@ -237,19 +260,23 @@ def judge(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else None
                 facts = {"holds": mean < 0, "difference": mean, "error": error, "seeds": len(logs)}
                 found[f"{question}_by_{label}"] = facts
-        for question, base in (("way_of_plain_published", PLAIN_PUBLISHED), ("way_of_plain", PLAIN)):
-            ways = [_losses(rows, label, base) for rows in seeds.values() if {UNSTRUCTURED, base} <= rows.keys()]
+        for question, of, base in (
+            ("way_of_plain_published", UNSTRUCTURED, PLAIN_PUBLISHED),
+            ("way_of_plain_published_with_8_bits", NARROW, PLAIN_PUBLISHED),
+            ("way_of_plain", UNSTRUCTURED, PLAIN),
+        ):
+            ways = [_losses(rows, label, of, base) for rows in seeds.values() if {of, base} <= rows.keys()]
             if ways:
                 found[f"{question}_by_{label}"] = sum(one for one, _ in ways) / sum(other for _, other in ways)
     return found
 
 
-def _losses(rows: dict[str, Any], label: str, base: str) -> tuple[float, float]:
-    """What unstructured outliers and ``base`` lose: log perplexity beyond the original's, or KL."""
+def _losses(rows: dict[str, Any], label: str, of: str, base: str) -> tuple[float, float]:
+    """What two runs lose: log perplexity beyond the original's, or KL."""
     if label == "kl":
-        return rows[UNSTRUCTURED]["kl"], rows[base]["kl"]
+        return rows[of]["kl"], rows[base]["kl"]
     original = math.log(rows[ORIGINAL]["perplexity"])
-    return math.log(rows[UNSTRUCTURED]["perplexity"]) - original, math.log(rows[base]["perplexity"]) - original
+    return math.log(rows[of]["perplexity"]) - original, math.log(rows[base]["perplexity"]) - original
 
 
 def main() -> None:

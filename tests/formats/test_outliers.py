@@ -10,6 +10,10 @@ from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_
 from finescale.grid.outliers import single_outliers
 from tests.grid.test_outliers import example
 
+GRID = fit_grid(
+    torch.randn(7, 12, generator=torch.Generator().manual_seed(2)), WeightScheme(4, 4, False), torch.float16
+)
+
 
 def weight_with(structured):
     weight_OI = torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
@@ -42,7 +46,7 @@ def test_other_formats_refuse(name):
 
 
 def test_none():
-    assert pack(None) == {} and unpack({}, 3, 4) is None
+    assert pack(None, GRID) == {} and unpack({}, 7, 12, GRID) is None
 
 
 @pytest.mark.parametrize(
@@ -84,13 +88,13 @@ def test_damage_of_whole_columns_is_named(key, change):
 
 def test_places_of_both_kinds_are_refused():
     with pytest.raises(CheckpointError, match="exclude each other"):
-        unpack(pack(example(False)[1]) | pack(example(True)[1]), 7, 12)
+        unpack(pack(example(False)[1], GRID) | pack(example(True)[1], GRID), 7, 12, GRID)
 
 
 def expect_refusal(structured, key, change):
-    tensors = pack(example(structured)[1])
+    tensors = pack(example(structured)[1], GRID)
     changed = change(tensors.pop(key))
     if changed is not None:
         tensors[key] = changed
     with pytest.raises(CheckpointError, match="outlier"):
-        unpack(tensors, 7, 12)
+        unpack(tensors, 7, 12, GRID)

@@ -50,6 +50,20 @@ def test_stored_loaded_and_reported(llama, text, tmp_path, structured):
     torch.testing.assert_close(layer(x_TI), x_TI @ weight.dequantize().T)
 
 
+def test_outliers_of_8_bits_from_the_recipe_to_the_loaded_model(llama, text, tmp_path):
+    wide = quantize(llama, tmp_path / "wide", with_outliers(), text)
+    part = recipe("quantease", 3, options={"outliers": 0.02, "outlier_bits": 8})
+    narrow = quantize(llama, tmp_path / "narrow", part, text)
+    assert_same_logits(llama, tmp_path / "narrow")
+    assert verify(tmp_path / "narrow", llama).layers == len(narrow["layers"])
+    found = {record["name"]: record for record in inspect_layers(tmp_path / "narrow")}
+    for one, other in zip(wide["layers"], narrow["layers"], strict=True):
+        assert found[other["name"]]["bits_per_weight"] == pytest.approx(other["bits_per_weight"])
+        assert other["outliers"] == one["outliers"]
+    saved = wide["size"]["bits_per_weight"] - narrow["size"]["bits_per_weight"]
+    assert saved == pytest.approx(0.02 * 24, rel=0.05)  # the test's model is float32
+
+
 def test_they_lower_the_error_of_the_layers(llama, text, tmp_path):
     plain = quantize(llama, tmp_path / "plain", recipe("quantease", 3), text)
     kept = quantize(llama, tmp_path / "kept", with_outliers(), text)

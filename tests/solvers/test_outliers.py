@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from finescale.grid import fit_grid, quantize_to_grid
 from finescale.solvers.outliers import first_support, largest, largest_eigenvalue, outlier_count
@@ -154,3 +155,23 @@ def test_dead_inputs_with_outliers():
     grid = grid_of(weight_OI)
     weight = solve("quantease", weight_OI, hessian_II, grid, outliers=5, start="gptq").weight
     assert torch.equal(weight.codes_OI[:, 0], quantize_to_grid(weight_OI, weight.grid)[:, 0])
+
+
+@pytest.mark.parametrize("options", [{"outliers": 0.02, "start": "gptq"}, {"start": "spqr", "spqr_threshold": 0.3}, {}])
+def test_outliers_of_8_bits_are_as_good(options):
+    weight_OI, hessian_II = layer(32, 64, seed=6)
+    name = "quantease" if options else "spqr"
+    grid = grid_of(weight_OI, 3, 16 if options.get("start") != "gptq" else -1)
+    wide, narrow = (solve(name, weight_OI, hessian_II, grid, outlier_bits=bits, **options).weight for bits in (16, 8))
+    assert narrow.outliers.narrow and narrow.outliers.count == wide.outliers.count > 0
+    errors = [error_of(weight_OI, weight.dequantize(), hessian_II) for weight in (wide, narrow)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_outliers_that_8_bits_do_not_hold_are_kept_in_16():
+    weight_OI, hessian_II = layer(32, 64, seed=6)
+    weight_OI[3, 5] = 1000.0
+    found = solve("quantease", weight_OI, hessian_II, grid_of(weight_OI, 3), outliers=5, outlier_bits=8)
+    assert not found.weight.outliers.narrow and any("16 bits" in note for note in found.notes)
+    with pytest.raises(ValidationError, match="8 bits"):
+        solve("quantease", weight_OI, hessian_II, grid_of(weight_OI, 3), outliers=1, outlier_bits=8, structured=True)

@@ -96,7 +96,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if grid.zero_OG is not None:
         zero_GO = to_unsigned(grid.zero_OG.t(), scheme.bits)
         tensors["weight_zero_point"] = pack_rows(zero_GO, scheme.bits).t().contiguous()
-    return tensors | outliers.pack(weight.outliers)
+    return tensors | outliers.pack(weight.outliers, weight.grid)
 
 
 def pack_int8(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def pack_int8(weight: QuantizedWeight) -> dict[str, Tensor]:
     tensors = {"weight": weight.codes_OI.contiguous(), **_scale_tensors(weight.grid)}
     if weight.grid.zero_OG is not None:
         tensors["weight_zero_point"] = weight.grid.zero_OG.contiguous()
-    return tensors | outliers.pack(weight.outliers)
+    return tensors | outliers.pack(weight.outliers, weight.grid)
 
 
 def _scale_tensors(grid: Grid) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: WeightScheme, amplifier: int |
         group_of_I = read_groups(tensors["weight_g_idx"], columns, groups, "weight_g_idx")
     values_OG = levels.scale_OG() if levels is not None else read_scale(scale_OG, rows, columns, scheme)
     grid = Grid(scheme, values_OG, zero_OG, group_of_I, scale_OG.dtype, amplifier, levels)
-    return QuantizedWeight(codes_OI, grid, outliers.unpack(tensors, rows, columns))
+    return QuantizedWeight(codes_OI, grid, outliers.unpack(tensors, rows, columns, grid))
 
 
 def _unpack_codes(tensors: Mapping[str, Tensor], scheme: WeightScheme) -> tuple[Tensor, Layout]:

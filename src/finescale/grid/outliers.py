@@ -28,12 +28,14 @@ class Outliers:
             column; [O, C] for whole columns.
         column: their columns, int16 (int32 beyond 32768 inputs): [N] or [C], rising.
         row_start_R: int32 [O + 1], where each row's entries begin in ``value``; None for whole columns.
+        narrow: a file has a byte for each value, a float8 number of steps of the grid; ``value`` is float32 then.
     """
 
     columns: int
     value: Tensor
     column: Tensor
     row_start_R: Tensor | None
+    narrow: bool = False
 
     @property
     def structured(self) -> bool:
@@ -53,7 +55,7 @@ class Outliers:
     def stored_bits(self) -> int:
         """Bits of all tensors as a file holds them: places of single entries as gaps."""
         places = self.column if self.row_start_R is None else place_gaps(self)
-        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in (self.value, places))
+        return 8 * ((1 if self.narrow else self.value.element_size()) * self.count + places.nbytes)
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.value
@@ -68,7 +70,7 @@ class Outliers:
         if self.row_start_R is None:
             out_OI[:, column] = self.value.float()
         else:
-            out_OI[self._row_of_N(), column] = self.value.float()
+            out_OI[self.row_of_N(), column] = self.value.float()
         return out_OI
 
     def mask(self) -> Tensor:
@@ -78,7 +80,7 @@ class Outliers:
         if self.row_start_R is None:
             out_OI[:, column] = True
         else:
-            out_OI[self._row_of_N(), column] = True
+            out_OI[self.row_of_N(), column] = True
         return out_OI
 
     def linear(self, x_TI: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Outliers:
         if self.row_start_R is None:
             return x_TI[..., column] @ self.value.to(x_TI.dtype).T
         out_TO = x_TI.new_zeros(*x_TI.shape[:-1], self.rows)
-        return out_TO.index_add_(-1, self._row_of_N(), x_TI[..., column] * self.value.to(x_TI.dtype))
+        return out_TO.index_add_(-1, self.row_of_N(), x_TI[..., column] * self.value.to(x_TI.dtype))
 
     def rows_slice(self, rows: slice) -> Outliers:
         """The addends of some consecutive rows."""
@@ -102,7 +104,8 @@ class Outliers:
         pointers_R = None if self.row_start_R is None else self.row_start_R.to(device)
         return replace(self, value=self.value.to(device), column=self.column.to(device), row_start_R=pointers_R)
 
-    def _row_of_N(self) -> Tensor:
+    def row_of_N(self) -> Tensor:
+        """The row of each single entry, int64 [N]."""
         assert self.row_start_R is not None
         counts_O = self.row_start_R.diff().to(torch.int64)
         return torch.repeat_interleave(torch.arange(self.rows, device=counts_O.device), counts_O)
@@ -153,7 +156,7 @@ def place_gaps(outliers: Outliers) -> Tensor:
     A code from 1 on is a step to an entry; 0 goes on as far as a code reaches, and no entry is there. uint8, or int16
     where that takes less: 1 % of the weights take about 9 bits each.
     """
-    place_N = outliers._row_of_N() * outliers.columns + outliers.column.to(torch.int64)
+    place_N = outliers.row_of_N() * outliers.columns + outliers.column.to(torch.int64)
     step_N = place_N.diff(prepend=place_N.new_full((1,), -1))
     return min(
         (_gap_codes(step_N, dtype) for dtype in GAP_DTYPES), key=lambda codes: codes.numel() * codes.element_size()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finescale.grid import Grid, QuantizedWeight, dequantize, quantize_to_grid
+from finescale.grid.narrow import NOT_NARROW, narrow_outliers
 from finescale.grid.outliers import column_outliers, single_outliers
 from finescale.solvers.columns import ColumnRounder
 
@@ -122,10 +123,17 @@ def largest_eigenvalue(matrix_II: Tensor, steps: int = 100) -> Tensor:
     return torch.where(value > 0, value, torch.ones_like(value))
 
 
-def with_outliers(value_OI: Tensor, support_OI: Tensor, grid: Grid, structured: bool) -> QuantizedWeight:
-    """Split V = Q + H: the nearest grid points, and on the support what is left, in the type of the scales."""
+def with_outliers(
+    value_OI: Tensor, support_OI: Tensor, grid: Grid, structured: bool, bits: int = 16
+) -> tuple[QuantizedWeight, tuple[str, ...]]:
+    """Split V = Q + H: the nearest grid points, and on the support what is left, in 16 bits or in 8;
+    and a note where these do not hold it."""
     codes_OI = quantize_to_grid(value_OI, grid)
     addend_OI = value_OI - dequantize(codes_OI, grid).to(value_OI.dtype)
     if structured:
-        return QuantizedWeight(codes_OI, grid, column_outliers(addend_OI, support_OI[0], grid.scale_dtype))
-    return QuantizedWeight(codes_OI, grid, single_outliers(addend_OI, support_OI, grid.scale_dtype))
+        return QuantizedWeight(codes_OI, grid, column_outliers(addend_OI, support_OI[0], grid.scale_dtype)), ()
+    wide = QuantizedWeight(codes_OI, grid, single_outliers(addend_OI, support_OI, grid.scale_dtype))
+    if bits == 16:
+        return wide, ()
+    narrow = narrow_outliers(wide, value_OI, support_OI)
+    return (wide, (NOT_NARROW,)) if narrow is None else (narrow, ())

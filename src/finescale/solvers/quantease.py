@@ -72,6 +72,8 @@ class QuantEaseOptions(SolverOptions):
         support: how outliers are chosen between sweeps: ``coordinate`` keeps those whose rounding would cost most at
             the current targets; ``gradient`` is the published step, the largest entries after a gradient step of
             length 1 / L on H.
+        outlier_bits: of the value of a single outlier: 16, or 8, a float8 number of steps of the grid (a layer that has
+            one beyond about a hundred steps keeps 16).
     """
 
     sweeps: int = Field(default=30, ge=1)
@@ -88,6 +90,7 @@ class QuantEaseOptions(SolverOptions):
     outliers: float = Field(default=0.0, ge=0.0)
     structured: bool = False
     support: Literal["coordinate", "gradient"] = "coordinate"
+    outlier_bits: Literal[8, 16] = 16
 
     @property
     def keeps_outliers(self) -> bool:
@@ -103,6 +106,8 @@ class QuantEaseOptions(SolverOptions):
             raise ValueError("start spqr keeps its two-level scales; leave refits out")
         if self.support == "gradient" and self.refits:
             raise ValueError("the published support has no refits; leave refits or support out")
+        if self.structured and self.outlier_bits == 8:
+            raise ValueError("outliers of 8 bits are single ones; leave structured or outlier_bits out")
         if self.start == "spqr" and (self.outliers or self.structured or self.act_order or self.support == "gradient"):
             raise ValueError("start spqr brings its own outliers; leave outliers, structured, act_order, support out")
         return self
@@ -198,7 +203,9 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
             slabs.append(QuantizedWeight(quantize_to_grid(solved_OI, part), part))
         else:
             free_OI = _in_place(support.free_IO, order_I)
-            slabs.append(with_outliers(solved_OI, free_OI, part, options.structured))
+            split, more = with_outliers(solved_OI, free_OI, part, options.structured, options.outlier_bits)
+            slabs.append(split)
+            notes += more
     return Solution(assemble(grid, slabs), options.damping or start_damping, notes)
 
 
@@ -229,7 +236,8 @@ def _from_spqr(
     current_IO = first.weight.dequantize().to(dtype).T.contiguous()
     descend(target_IO, current_IO, products, grid, group_of_I, schedule, support)
     free_OI = free_IO.T if support is None else support.free_IO.T
-    return Solution(with_outliers(current_IO.T, free_OI, grid, False), first.damping, first.notes)
+    weight, notes = with_outliers(current_IO.T, free_OI, grid, False, options.outlier_bits)
+    return Solution(weight, first.damping, first.notes + notes)
 
 
 def _start(

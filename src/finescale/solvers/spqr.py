@@ -24,6 +24,7 @@ from finescale.errors import InputError
 from finescale.grid import Grid, QuantizedWeight, WeightScheme
 from finescale.grid.bilevel import Bilevel, join_groups, quantize_scales
 from finescale.grid.fit import smallest_scale
+from finescale.grid.narrow import NOT_NARROW, narrow_outliers
 from finescale.grid.outliers import single_outliers
 from finescale.solvers.columns import check_finite, one_thread
 from finescale.solvers.gptq import inverse_factor
@@ -41,6 +42,7 @@ class SpqrOptions(SolverOptions):
         scale_bits: bits of a quantized scale.
         scale_rows: rows whose scales share a step and a base.
         block_size: columns of one lazy batch, rounded to whole groups.
+        outlier_bits: of an outlier's value, 16 as published, or 8 (see QuantEase's).
     """
 
     threshold: float = Field(default=0.2, gt=0.0)
@@ -48,6 +50,7 @@ class SpqrOptions(SolverOptions):
     scale_bits: Literal[2, 3, 4, 8] = 3
     scale_rows: int = Field(default=16, ge=1)
     block_size: int = Field(default=128, ge=1)
+    outlier_bits: Literal[8, 16] = 16
 
     @property
     def keeps_outliers(self) -> bool:
@@ -118,7 +121,11 @@ def solve_spqr(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: SpqrO
     )
     outliers = single_outliers(addend_OI, kept_OI, grid.scale_dtype)
     notes = (f"damping raised from {options.damping:g} to {damping:g}",) if damping != options.damping else ()
-    return Solution(QuantizedWeight(codes_OI, fitted, outliers), damping, notes)
+    wide = QuantizedWeight(codes_OI, fitted, outliers)
+    if options.outlier_bits == 16:
+        return Solution(wide, damping, notes)
+    narrow = narrow_outliers(wide, wide.dequantize(), kept_OI)
+    return Solution(narrow or wide, damping, notes if narrow else (*notes, NOT_NARROW))
 
 
 def _fit(
