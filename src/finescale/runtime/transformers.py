@@ -22,7 +22,7 @@ from finescale.errors import InputError
 from finescale.formats.source import open_checkpoint
 from finescale.models import Skeleton, find_family
 from finescale.models.experts import unfuse_experts
-from finescale.models.skeleton import find_blocks, possible_names
+from finescale.models.skeleton import find_blocks, possible_names, weight_OI_of
 from finescale.runtime.checkpoint import open_quantized
 from finescale.runtime.fused import fuse_on_kernels
 from finescale.runtime.load import install_quantized, quantized_places, usable_device
@@ -98,7 +98,8 @@ class Place(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.shape = (int(getattr(layer, "in_features", 1)), int(getattr(layer, "out_features", 1)))
+        outputs, inputs = weight_OI_of(layer).shape
+        self.shape = (inputs, outputs)
         self.weight = self.bias = torch.empty(0)
 
 
