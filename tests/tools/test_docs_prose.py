@@ -31,7 +31,29 @@ def memory_on_cpu():
     return tuple(runs[recipe]["peak_rss_bytes"] / 1e9 for recipe in ("rtn", "quantease"))
 
 
+def two_gpus():
+    models = RESULTS["two-gpus"]["models"]
+    return tuple(
+        models[f"{model}, {run}"]
+        for model in ("Llama-2-70B", "Llama-2-7B")
+        for run in ("quantease, 30 sweeps", "quantease from gptq, 30 sweeps")
+    )
+
+
+def ways():
+    found = RESULTS["outliers-zoo"]["judgement"]
+    key = "way_of_plain_published_by_perplexity"
+    return tuple(100 * found[family][key] for family in ("bloom", "falcon", "llama", "opt"))
+
+
 SENTENCES = [
+    (
+        "docs/quantease.md",
+        "solved {:.2f} times as fast as on one from the weight, {:.2f} times from GPTQ, whose factorization both make; "
+        "those of Llama-2-7B {:.2f} and {:.2f} times",
+        two_gpus,
+    ),
+    ("docs/quantease.md", "leave {:.0f}, {:.0f}, {:.0f} and {:.0f} % of the way from the original to published", ways),
     ("docs/tuning.md", "perplexity {:.2f} at 4 bits and {:.2f} at 3", lambda: (rounding("4"), rounding("3"))),
     (
         "docs/quantease.md",
