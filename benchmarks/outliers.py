@@ -85,8 +85,8 @@ SEEDS_OF_THE_OTHERS = 3
 FITTED = {
     SPQR_SMALL: (UNSTRUCTURED, 0.9, 0.2),
     SPQR_SMALL_DAMPED: (UNSTRUCTURED, 0.9, 0.2),
-    SPQR_NARROW: (NARROW, 0.42, 0.11),
-    SPQR_NARROW_DAMPED: (NARROW, 0.42, 0.11),
+    SPQR_NARROW: (NARROW, 0.4, 0.11),
+    SPQR_NARROW_DAMPED: (NARROW, 0.4, 0.11),
 }
 """SpQR of the size of another run, the threshold to begin with, and how fast the bits fall with its logarithm."""
 STARTS = {SPQR_QUANTEASE_SMALL: SPQR_SMALL_DAMPED, SPQR_QUANTEASE_NARROW: SPQR_NARROW_DAMPED}
