@@ -9,7 +9,7 @@ token; W4A8 in symmetric groups of 64 with symmetric int8 per token, the setting
 stand on the same grids and round-to-nearest; rows with a solver or with tuning say so. W4A16 of the same row is the
 reference of W4A8. ``correction`` is QLLM's low-rank correction of four blocks at a time, ``rounding`` our learned
 rounding. Learning takes 64 windows of 512 tokens as all else: OmniQuant 20 passes and the correction 10 (5 over
-32 windows in the ablations, 5 before GPTQ), four windows a step, rounding 4, two windows a step.
+16 windows in the ablations, 5 before GPTQ), four windows a step, rounding 4, two windows a step.
 
 Calibration is the start of WikiText-2 valid for SmolLM2, evaluation the start of its test part (20 windows x 2048); the
 zoo's models calibrate on one half of the books and are evaluated on the other. ``--rows`` takes shell patterns of
@@ -148,7 +148,7 @@ ESSENTIAL = ";".join(
     ]
 )
 EXPANSIONS = (0.01, 0.03, 0.05, 0.1)
-FEW = 32
+FEW = 16
 """Windows of the ablations of the correction."""
 
 
@@ -180,7 +180,7 @@ def ablation_rows() -> list[Row]:
         rows.append(Row("blocks together", str(blocks), corrected(fixed, blocks=blocks, **short), FEW))
     for rank in (1, 16):
         rows.append(Row("rank", str(rank), corrected(fixed, rank=rank, **short), FEW))
-    for samples in (16, 64):  # five passes over each
+    for samples in (8, 32, 64):  # five passes over each
         rows.append(Row("samples", str(samples), corrected(fixed, iterations=samples * 5 // 4), samples))
     sums = corrected(fixed, forward="sum", **short)
     rows.append(Row("correction", "trained beside the rounded weight", sums, FEW))
@@ -220,22 +220,27 @@ def scale_rows() -> list[Row]:
             values = values_of(name)
             values["weights"] |= GROUPS
             values["activations"] |= {"symmetric": True}
-            for key in ("transforms", "tuning"):
-                values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
             modes = {"float": "off", "integer": "before"} | ({"folded": "folded"} if name in FOLDED else {})
             # The scales of the finished model made integers: what they cost without another way of the solver.
             modes |= {"converted": "off"} if draw == 0 else {}
             for title, mode in modes.items():
                 label = f"{name}, {title}{f', part {draw + 1}' if draw else ''}"
-                own = values | {"integer_scale": {"mode": mode}}
-                rows.append(Row("integer scales", label, own, draw=draw, converted=title == "converted"))
+                converted = title == "converted"
+                briefly = converted and name not in SOLVED  # the change is of the same run, however short
+                learned = {
+                    key: [_as_long_as_here(some, briefly) for some in values.get(key, ())]
+                    for key in ("transforms", "tuning")
+                }
+                own = values | learned | {"integer_scale": {"mode": mode}}
+                rows.append(Row("integer scales", label, own, FEW if briefly else None, draw, converted=converted))
     return rows
 
 
-def _as_long_as_here(some: dict[str, Any]) -> dict[str, Any]:
+def _as_long_as_here(some: dict[str, Any], briefly: bool) -> dict[str, Any]:
     """Published numbers of steps are of 128 windows of 2048 tokens."""
     steps = {"omniquant": LEARNED, "low_rank": CORRECTION["options"]}.get(some["name"], {})
-    return {"name": some["name"], "options": some.get("options", {}) | steps}
+    few = {"iterations": FEW * 5 // 4} if steps and briefly else {}
+    return {"name": some["name"], "options": some.get("options", {}) | steps | few}
 
 
 def all_rows() -> list[Row]:

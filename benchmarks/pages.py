@@ -18,9 +18,9 @@ BITS = ("W4A4", "W6A6", "W4A8", "W4A16")
 TITLES = {
     "expansion": "Reassembly alone: share of added channels",
     "expansion, corrected": "Reassembly and correction: share of added channels",
-    "blocks together": "Blocks corrected together (3 % more channels, rank 4, 32 windows)",
+    "blocks together": "Blocks corrected together (3 % more channels, rank 4, 16 windows)",
     "rank": "Rank of the correction (4 blocks together; rank 4 is above)",
-    "samples": "Windows of calibration text (4 blocks, rank 4; 32 windows are above)",
+    "samples": "Windows of calibration text (4 blocks, rank 4; 16 windows are above)",
     "correction": "The correction",
 }
 Rows = Mapping[str, Mapping[str, Any]]
@@ -84,9 +84,10 @@ def changes(rows: Rows, name: str, form: str) -> list[float]:
     found = []
     for key, row in rows.items():
         title, _, rest = key.partition(", ")
-        before = rows.get(f"{name}, {rest.replace(form, 'float')}")
+        before = rows.get(f"{name}, {rest.replace(form, 'float')}", {}).get("perplexity")
+        before = row.get("float_perplexity", before)  # of the same run
         if title == name and rest.partition(", ")[0] == form and before:
-            found.append(math.log(row["perplexity"] / before["perplexity"]))
+            found.append(math.log(row["perplexity"] / before))
     return found
 
 

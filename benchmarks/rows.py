@@ -188,18 +188,14 @@ def measure(row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, An
     seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
     if proof:
         verify(out)
-    result = quality(setting, load(_finished(row, out), device=setting.evaluation)) | seconds
+    result = quality(setting, load(out, device=setting.evaluation)) | seconds
+    if row.converted:
+        convert(out, out / "converted", fresh=True)
+        before = {"float_perplexity": result["perplexity"], "float_kl": result["kl"]}
+        result |= quality(setting, load(out / "converted", device=setting.evaluation)) | before
     result |= _of_the_report(report) | {"phases": _phases(out), "seconds_in_all": time.perf_counter() - clock}
     shutil.rmtree(out)
     return result
-
-
-def _finished(row: Row, out: Path) -> Path:
-    """The checkpoint that is evaluated."""
-    if not row.converted:
-        return out
-    convert(out, out / "converted", fresh=True)
-    return out / "converted"
 
 
 def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:

@@ -30,11 +30,10 @@ ONE_SHOT = (
 )  # fmt: skip
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
-    "activations:integer scales/omni*converted", "activations:integer scales/qllm*converted",
-    "activations:W4A4/QLLM + *correction + GPTQ", "activations:W4A4/recipe*",
-    "activations:integer scales/*converted", "activations:W4A4/QLLM + GPTQ",
-    "activations:blocks together/*", "activations:rank/*", "activations:samples/*",
-    "activations:expansion/*", "activations:expansion, corrected/*", "activations:correction/*",
+    "activations:integer scales/*converted", "activations:blocks together/*", "activations:expansion/*0.0[15]",
+    "activations:expansion/adaptive", "activations:rank/*", "activations:samples/*",
+    "activations:expansion, corrected/*", "activations:expansion/*", "activations:correction/*",
+    "activations:W4A4/QLLM + *correction + GPTQ", "activations:W4A4/QLLM + GPTQ", "activations:W4A4/recipe*",
     "tuning:[34]/rtn", "tuning:[34]/gptq", "tuning:[34]/quantease", "tuning:[342]/recipe*",
     "tuning:[342]/rounding from quantease, signed scales", "tuning:[34]/rounding from rtn",
     *(f"activations:{bits}/{name}" for bits in ("W4A4", "W4A8", "W6A6") for name in ("QLLM", "OmniQuant")),
