@@ -211,10 +211,10 @@ def _of_the_report(report: dict[str, Any]) -> dict[str, Any]:
 def _phases(out: Path) -> dict[str, float]:
     """Seconds by phase, over all blocks."""
     blocks = json.loads((out / "run.json").read_text(encoding="utf-8"))["blocks"]
-    total: dict[str, float] = {}
+    total: dict[str, float] = {}  # untouched blocks have no phases
     for block in blocks:
         for phase in PHASES:
-            total[phase] = round(total.get(phase, 0.0) + block[phase], 2)
+            total[phase] = round(total.get(phase, 0.0) + block.get(phase, 0.0), 2)
     return total
 
 
