@@ -21,6 +21,7 @@ SERVED = {
 ARMS = {
     "w4a8": "any integers",
     "w4a8-folded": "folded",
+    "w4a8-float": "float scales, same kernel",
     "w4a8-folded-kv8": "folded, keys and values in 8 bits",
 }
 MODELS = {"llama-2-7b": "Llama-2-7B", "llama-2-13b": "Llama-2-13B", "llama-3-8b": "Llama-3-8B"}
