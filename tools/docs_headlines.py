@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.docs_peers import best_of, ours_beside, tools_of
+from tools.docs_peers import BEST, ours_beside, tools_of
 from tools.docs_speed import Results, products, served
 from tools.docs_text import number, table
 
@@ -14,7 +14,7 @@ BATCHES = ("1", "16", "64", "128")
 def accuracy_headline(results: Results) -> str:
     """Perplexity of SmolLM2 in symmetric groups of 64: tools and our best recipe down, bits across."""
     facts = results["peers-smollm2"]
-    _, ours = best_of(ours_beside(results, facts))
+    ours = ours_beside(results, facts)[BEST]
     rows = tools_of(facts) | {"**finescale** (`w4-best`, `w3-best`, `w2-best`)": ours}
     lines = [
         (label, *(number(row[b]["perplexity"], 4) if b in row else "–" for b in BITS)) for label, row in rows.items()

@@ -19,9 +19,8 @@ OURS = (
     "rounding from quantease, signed scales, damping 0.1",
 )
 """Rows of ``benchmarks/tuning.py`` that stand beside the tools: the solver alone, and our recipes' learned rounding."""
-BEST = "finescale: rounding from quantease, signed scales"
-RECIPES = "finescale: `w4-best`, `w3-best`, `w2-best`"
-"""The same as recipes, whose groups are 64 or 128, whichever fits: 64 on SmolLM2."""
+BEST = f"finescale: {OURS[-1]}"
+"""What `w4-best`, `w3-best` and `w2-best` do in groups of 64."""
 _SEED = re.compile(r", seed \d+$")
 Row = dict[str, Any]
 Rows = dict[str, dict[int, Row]]
@@ -56,16 +55,10 @@ def ours_beside(results: dict[str, Row], facts: Row) -> Rows:
         if entry and all(entry["setting"].get(key) == value for key, value in wanted.items()):
             for part, rows in entry["rows"].items():
                 for name, row in rows.items() if part.isdigit() else ():
-                    label = RECIPES if name.startswith("recipe w") else f"finescale: {_SEED.sub('', name)}"
+                    label = f"finescale: {_SEED.sub('', name)}"
                     found.setdefault(label, {}).setdefault(int(part), {})[name] = row
-    labels = [label for label in (*(f"finescale: {name}" for name in OURS), RECIPES) if label in found]
+    labels = [label for label in (f"finescale: {name}" for name in OURS) if label in found]
     return _means({label: {bits: list(rows.values()) for bits, rows in found[label].items()} for label in labels})
-
-
-def best_of(ours: Rows) -> tuple[str, dict[int, Row]]:
-    """Our recipes where they were run as a whole, else what they are made of: label and rows."""
-    label = RECIPES if RECIPES in ours else BEST
-    return label, ours.get(label, {})
 
 
 def _means(found: dict[str, dict[int, list[Row]]]) -> Rows:
@@ -99,7 +92,7 @@ def _model(name: str, facts: Row, tools: Rows, ours: Rows) -> str:
         f"{setting['sample_length']} tokens, perplexity on {setting['windows']} windows of {setting['length']}, all "
         f"by the same code; in brackets KL to the original. What has a range was run with several seeds.\n\n"
         + table(("symmetric, groups of 64", *(f"{b} bits" for b in bits)), lines)
-        + _differences(bits, tools, *best_of(ours))
+        + _differences(bits, tools, BEST, ours.get(BEST, {}))
         + f"\nHow the other tools were run (each in an environment of its own):\n\n{notes}\n"
     )
 

@@ -43,7 +43,7 @@ def test_seeds_are_one_row_and_differences_are_paired(results):
         peer("tool, seed 1", 4, 45.0, kl=0.4, window_losses=[3.2, 3.0]),
     ]
     best = {"perplexity": 10.0, "kl": 0.1, "window_losses": [3.0, 2.6]}
-    results["tuning"]["models"]["m"]["rows"] = {"4": {"rounding from quantease, signed scales": best}}
+    results["tuning"]["models"]["m"]["rows"] = {"4": {"rounding from quantease, signed scales, damping 0.1": best}}
     text = peers_tables(results)
     assert "| tool | 30 [20 to 45] (0.3) |" in text
     assert "| tool | -18.1% ± 10.0% |" in text and "seed" not in text.replace("several seeds", "")
