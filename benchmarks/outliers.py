@@ -228,6 +228,7 @@ QUESTIONS = {
     "weights_beat_columns": (UNSTRUCTURED, STRUCTURED),
     "unstructured_8_bits_beats_spqr_of_its_size": (NARROW, SPQR_NARROW),
     "unstructured_8_bits_beats_damped_spqr_of_its_size": (NARROW, SPQR_NARROW_DAMPED),
+    "unstructured_8_bits_beats_larger_spqr": (NARROW, SPQR_SMALL),
     "unstructured_8_bits_beats_columns": (NARROW, STRUCTURED),
     "unstructured_8_bits_beats_16": (NARROW, UNSTRUCTURED),
     "spqr_quantease_beats_spqr_of_8_bits": (SPQR_QUANTEASE_NARROW, SPQR_NARROW),
