@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
+from finescale.bench.random_model import weight_bytes
 from finescale.errors import InputError
 from finescale.grid import (
     ActivationScheme,
@@ -293,4 +294,5 @@ def test_loading_needs_little_more_memory_than_the_model(text, tokenizer, tmp_pa
     elements = sum(
         m.packed.shape[0] * 64 * m.packed.shape[1] * 128 for m in model.modules() if isinstance(m, PackedProduct)
     )
-    assert weights < 1.05 * (elements * (0.5 + 2 / 128) + 2 * 2 * 300 * 1024)
+    # Of the tensors: torch hands out blocks that were free, up to a megabyte larger than a tensor.
+    assert weight_bytes(model) < 1.05 * (elements * (0.5 + 2 / 128) + 2 * 2 * 300 * 1024)
