@@ -133,7 +133,7 @@ def test_every_quotient_is_rounded_as_by_a_division(dtype, bits, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens, inputs, channels", [(3, 72, 90), (9, 264, 200), (9, 1032, 1100)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["plain", "rms"])
 def test_gathers(kind, tokens, inputs, channels, dtype, monkeypatch):
     emulator.emulate(monkeypatch, 2)
