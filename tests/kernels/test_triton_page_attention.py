@@ -119,7 +119,7 @@ def test_parts_find_room():
 def test_refusals():
     qkv_BC, table_PD, pages_BM, cache = (x.to(DEVICE) for x in made(*CASES[0], torch.float16))
     query, key, value = (x.unflatten(-1, (4, 128)) for x in qkv_BC.split(512, -1))
-    lengths, out, positions = torch.tensor([1, 2, 33, 130]).int().to(DEVICE), torch.empty_like(query.flatten(1)), None
+    lengths, out = torch.tensor([1, 2, 33, 130]).int().to(DEVICE), torch.empty_like(query.flatten(1))
     positions = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     for q, some_cache, some_pages, some_lengths, some_out, rotary in (
         (query.flatten(1).float(), cache, pages_BM, lengths, out, None),
