@@ -18,7 +18,7 @@ from finescale.bench.machine import machine_facts
 from finescale.bench.solver import SEED, synthetic_layer
 from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid
 from finescale.solvers import descent, find_solver, squared_error
-from finescale.solvers.gptq import inverse_factor
+from finescale.solvers.gptq import GptqOptions, inverse_factor
 from finescale.solvers.products import has_triton, tf32_products
 from finescale.solvers.quantease import QuantEaseOptions
 
@@ -221,10 +221,14 @@ def _in_other_blocks(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, sweeps: 
     return row_objectives(weight_OI, solution.weight, hessian_II)
 
 
+def operations(sweeps: int, rows: int, columns: int) -> float:
+    """Of the sweeps over a layer."""
+    return 2.0 * rows * columns * columns * sweeps
+
+
 def timed_rows(rows: int, columns: int, sweeps: int, kind: str) -> int:
     """All rows, or the largest part of them that is one of equal slabs and within ``MOST_OPERATIONS``."""
-    operations = 2.0 * rows * columns * columns * (sweeps + 4)
-    return -(-rows // max(math.ceil(operations / MOST_OPERATIONS[kind]), 1))
+    return -(-rows // max(math.ceil(operations(sweeps + 4, rows, columns) / MOST_OPERATIONS[kind]), 1))
 
 
 def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_columns: int) -> dict[str, Any]:
@@ -246,9 +250,10 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     }
     fixed = 0.0
     if start == "gptq":
-        if 2.0 * timed * columns * columns * sweeps < FEW_OPERATIONS:
-            inverse_factor(hessian_II, 0.01)
-        fixed = row["factorization_seconds"] = seconds_of(lambda: inverse_factor(hessian_II, 0.01), device)[0]
+        factorize = partial(inverse_factor, hessian_II, GptqOptions().damping)
+        if operations(sweeps, timed, columns) < FEW_OPERATIONS:
+            factorize()  # to warm up
+        fixed = row["factorization_seconds"] = seconds_of(factorize, device)[0]
         runs["gptq"] = ("gptq", timed, {})
         runs[WEIGHT] = ("quantease", timed, parts | {"start": "weight"})
         for count in FEW_SWEEPS:
@@ -261,7 +266,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         solve = partial(
             entry.solve, weight_OI[:count], hessian_II, grid.rows_slice(slice(count)), entry.options(**options)
         )
-        if 2.0 * count * columns * columns * sweeps < FEW_OPERATIONS:
+        if operations(sweeps, count, columns) < FEW_OPERATIONS:
             solve()  # to warm up
         seconds, solution = seconds_of(solve, device)
         shared = 0.0 if label == WEIGHT else min(fixed, seconds)  # once for the layer, however many rows it has
@@ -276,7 +281,7 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
         for kind in KINDS:
             row[f"speedup_over_algorithm_2{kind}"] = row["algorithm_2_seconds"] / row[f"quantease{kind}_seconds"]
     others = {f"quantease{kind}": objectives[f"quantease{kind}"][:few] for kind in KINDS[1:]}
-    if 2.0 * timed * columns * columns * sweeps < FEW_OPERATIONS:
+    if operations(sweeps, timed, columns) < FEW_OPERATIONS:
         others["other_blocks"] = _in_other_blocks(weight_OI, hessian_II, grid, sweeps)
     row["objectives"] = {
         name.removeprefix("quantease_"): compare_objectives(objectives["quantease"], other_O)
@@ -311,12 +316,11 @@ def model_seconds(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 found[label] = BLOCKS[model] * sum(seconds * count for seconds, count in parts if seconds is not None)
                 terms = " + ".join(f"{count} x {seconds:.3f}" for seconds, count in parts)
                 found["arithmetic"][label] = f"{BLOCKS[model]} blocks x ({terms}) s = {found[label]:.0f} s"
-        operations = BLOCKS[model] * sum(2.0 * o * i * i * count for o, i, count in layers.values())
         sweeps = rows[0]["sweeps"]
-        found["operations"] = operations * sweeps
+        found["operations"] = BLOCKS[model] * sum(operations(sweeps, o, i) * count for o, i, count in layers.values())
         found["arithmetic"]["operations"] = (
             f"{BLOCKS[model]} blocks x 2 x ({' + '.join(f'{count} x {o} x {i}^2' for o, i, count in layers.values())}) "
-            f"x {sweeps} sweeps = {operations * sweeps:.2e}"
+            f"x {sweeps} sweeps = {found['operations']:.2e}"
         )
         result[model] = found
     return result
@@ -327,19 +331,16 @@ def estimates(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     of the timed layer with most of them, whose ``arithmetic`` is written out."""
     if not rows:
         return {}
-
-    def operations(outputs: int, inputs: int) -> float:
-        return 2.0 * outputs * inputs**2 * rows[0]["sweeps"]
-
-    largest = max(rows, key=lambda row: operations(*row["shape"]))
+    sweeps = rows[0]["sweeps"]
+    largest = max(rows, key=lambda row: operations(sweeps, *row["shape"]))
     seconds = largest["quantease_2xfp16_seconds"]
-    speed = operations(*largest["shape"]) / seconds
+    speed = operations(sweeps, *largest["shape"]) / seconds
     shape = "x".join(map(str, largest["shape"]))
     found = {}
     for model, layers in SHAPES.items():
         if model not in model_seconds(rows):
             total = BLOCKS[model] * sum(
-                count * operations(outputs, inputs) for outputs, inputs, count in layers.values()
+                count * operations(sweeps, outputs, inputs) for outputs, inputs, count in layers.values()
             )
             found[model] = {
                 "seconds": total / speed,

@@ -90,14 +90,13 @@ class JoinedProduct(nn.Module):
             "factor_O": None if bool((factor_O == 1).all()) else factor_O,
             "bias_O": None if none else torch.cat(offsets),
         }
-        self._names = tuple(weight._asdict())
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self._last: tuple[Tensor, Sequence[Tensor], set[int]] | None = None
 
     def multiply(self, x_TI: Tensor, rows: slice = slice(None)) -> Tensor:
         """float [..., I] -> [..., O] of all layers, or some of these outputs, in the type of the input."""
-        weight = rows_of(CpuWeight(*(self._buffers[name] for name in self._names)), rows)
+        weight = rows_of(_weight_of(self), rows)
         flat_TI = x_TI.reshape(-1, x_TI.shape[-1])
         bias_O = None if self.bias_O is None else self.bias_O[rows]
         factor_O = None if self.factor_O is None else self.factor_O[rows]
@@ -118,6 +117,11 @@ class JoinedProduct(nn.Module):
         if len(taken) == len(self.sizes):
             self._last = None
         return outputs[index]
+
+
+def _weight_of(product: nn.Module) -> CpuWeight:
+    """The packed weight among the buffers of a product on the CPU's int8 instructions."""
+    return CpuWeight(*(product._buffers[name] for name in CpuWeight._fields))
 
 
 def _same(kept: Tensor, given: Tensor) -> bool:
@@ -165,7 +169,7 @@ def _joinable(layers: Sequence[PortableLinear], products: Sequence[PortableProdu
 
 
 def _join(layers: Sequence[PortableLinear], products: Sequence[PortableProduct]) -> None:
-    weight = joined([CpuWeight(*(product._buffers[name] for name in CpuWeight._fields)) for product in products])
+    weight = joined([_weight_of(product) for product in products])
     if weight is None:
         return
     whole = JoinedProduct(weight, products, [layer.bias_O for layer in layers])
