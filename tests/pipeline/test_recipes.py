@@ -6,7 +6,8 @@ import pytest
 
 from finescale.errors import InputError
 from finescale.pipeline.verify import verify
-from finescale.recipe import Recipe, recipe_names
+from finescale.recipe import Recipe
+from finescale.recipes import recipe_names
 from finescale.runtime.load import load
 from tests.helpers import KINDS, assert_same_logits, assert_sentence, logits_of, quantize, some_tokens
 

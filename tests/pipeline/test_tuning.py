@@ -11,6 +11,7 @@ from finescale.grid.integer_scale import INT32_LIMIT
 from finescale.pipeline import layers as module
 from finescale.pipeline.layers import LayerResult, Solved, with_tuned_weight
 from finescale.pipeline.plan import LayerPlan
+from finescale.pipeline.tune import learning_options, tuner_options
 from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
 from finescale.runtime.checkpoint import open_quantized
@@ -216,6 +217,14 @@ def test_low_rank_correction_before_the_solver_and_rounding_after_it(tiny, text,
 def corrected(blocks, iterations=40, **parts):
     options = {"iterations": iterations, "rate": 5e-3, "batch_size": 2, "blocks": blocks}
     return recipe("rtn", 4, 32, activations={"bits": 4}, tuning=[{"name": "low_rank", "options": options}], **parts)
+
+
+@pytest.mark.parametrize(("solver", "forward"), [("rtn", "merged"), ("gptq", "unrounded"), ("quantease", "unrounded")])
+def test_the_solver_says_what_a_correction_learns_beside(solver, forward):
+    for given, wanted in (({}, forward), ({"forward": "sum"}, "sum")):
+        chosen = recipe(solver, 4, 32, tuning=[{"name": "low_rank", "options": given}])
+        assert [options.forward for options in tuner_options(chosen)] == [wanted]
+        assert [options.forward for options in learning_options(chosen)] == [wanted]
 
 
 def test_blocks_corrected_together_come_closer_at_their_end(tokenizer, text, tmp_path):

@@ -268,14 +268,13 @@ def release_module(root: nn.Module) -> None:
 
 def _checked(skeleton: Skeleton, name: str, expected: Tensor) -> _Place:
     place = _find(skeleton, name)
-    if (
-        place is None and name in skeleton.source
-    ):  # where the family's checkpoints have another name, so has every engine
-        raise CheckpointError(
-            f"{skeleton.source.name} calls {name} as transformers does inside, not as {skeleton.family.model_type} is "
-            "published; save it again by save_pretrained with save_original_format=True."
-        )
     if place is None:
+        if name in skeleton.source:  # where the family's checkpoints have another name, so has every engine
+            raise CheckpointError(
+                f"{skeleton.source.name} calls {name} as transformers does inside, not as "
+                f"{skeleton.family.model_type} is published; save it again by save_pretrained with "
+                "save_original_format=True."
+            )
         raise CheckpointError(
             f"{skeleton.source.name} has no tensor for {name}; the checkpoint does not fit its config."
         )
