@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tools.docs_text import number, table
@@ -95,17 +96,18 @@ def outliers(facts: dict[str, Any]) -> str:
         "Perplexity, 1000 times the KL divergence from the original, and stored bits per weight in parentheses; means "
         "over the choices of calibration windows (seeds).\n\n"
         + table(("run", *facts["means"]), rows)
-        + "\nWhat is asked, by the mean over the seeds of the logarithm of the first run's perplexity or KL over the "
-        "other's, with its standard error; way: share of the way from the original to plain (the smaller the "
-        "better).\n\n"
+        + "\nWhat is asked, by how much lower or higher the first run's perplexity or KL is than the other's, the "
+        "geometric mean over the seeds with its standard error; way: share of the way from the original to plain (the "
+        "smaller the better).\n\n"
         + table(("", *facts["judgement"]), asked)
     )  # fmt: skip
 
 
 def _judged(value: Any) -> str:
     if isinstance(value, dict):
-        error = "" if value["error"] is None else f" ± {value['error']:.1%}"
-        return f"{'yes' if value['holds'] else 'no'}, {value['difference']:+.1%}{error}"
+        ratio = math.exp(value["difference"])  # differences are of logarithms
+        error = "" if value["error"] is None else f" ± {ratio * value['error']:.1%}"
+        return f"{'yes' if value['holds'] else 'no'}, {ratio - 1:+.1%}{error}"
     return "–" if value is None else f"{value:.0%}"
 
 

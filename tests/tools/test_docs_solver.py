@@ -12,11 +12,11 @@ MEANS = {
 
 
 def test_outliers():
-    yes, no = ({"holds": -by < 0, "difference": -by, "error": error} for by, error in ((0.031, 0.004), (-0.02, None)))
+    yes, no = ({"holds": -by < 0, "difference": -by, "error": error} for by, error in ((0.585, 0.03), (-0.02, None)))
     judgement = {"llama": {"order_by_kl": yes, "way_of_plain": 0.354}, "opt": {"order_by_kl": no}}
     text = docs_solver.outliers({"means": MEANS, "judgement": judgement})
     assert "| plain | 44.00, 50.0 (3.06) | – |" in text
-    assert "| order by kl | yes, -3.1% ± 0.4% | no, +2.0% |" in text and "| way of plain | 35% | – |" in text
+    assert "| order by kl | yes, -44.3% ± 1.7% | no, +2.0% |" in text and "| way of plain | 35% | – |" in text
 
 
 def test_whole_runs():
