@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from finescale.bench.gemm import AMPLIFIER, GROUP, Layer, median_microseconds
 from finescale.bench.machine import machine_facts
 from finescale.kernels import layout
 from finescale.kernels.hopper import gemm
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 
 CASES = (
     *((4096, 4096, tokens) for tokens in (1, 64, 128, 512)),
@@ -44,16 +43,6 @@ ON_AN_H100 = ((1, 132), (2, 132), (4, 120))
 def chosen(inputs: int, outputs: int, tokens: int, fitting: gemm.Capacity) -> gemm.Variant:
     """The variant that runs a size with folded scales, profiled."""
     return replace(gemm.choose(tokens, outputs, inputs // GROUP, 1, True, 0, fitting), profiled=True)
-
-
-def compile_all() -> None:
-    """Side by side."""
-    texts = [
-        source_text("gemm.cu", dict(v.settings()), dict(v.headers()))
-        for v in {chosen(*case, ON_AN_H100) for case in CASES}
-    ]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
 
 
 def time_case(inputs: int, outputs: int, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -106,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    compile_all()
+    compile_all(variant.text() for variant in {chosen(*case, ON_AN_H100) for case in CASES})
     device, rows = torch.device("cuda", torch.cuda.current_device()), []
     torch.manual_seed(0)
     for case in CASES:

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from finescale.bench.gemm import AMPLIFIER, GROUP, SHAPES, TOKENS, Layer, median
 from finescale.bench.machine import machine_facts
 from finescale.kernels import layout
 from finescale.kernels.hopper.gemm import Variant, capacity, run, variants
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 from finescale.kernels.reference import grouped_int32_product
 
 COLUMNS = "ours: [us, [tokens, warpgroups, groups, folded, out, split, cluster], exact, stages]"
 
 
-def compile_all(
+def compile_variants(
     tokens: tuple[int, ...],
     outs: tuple[int, ...] = (0,),
     groups: tuple[int, ...] = (1,),
@@ -37,15 +36,14 @@ def compile_all(
 ) -> None:
     """Compile every variant for these numbers of tokens, side by side."""
     found = {
-        (v.settings(), v.headers())
+        v.text()
         for count in tokens
         for folded in forms
         for out in outs
         for group in groups
         for v in variants(count, group, folded, out)
     }
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda v: compile_source(source_text("gemm.cu", dict(v[0]), dict(v[1])), "sm_90a"), found))
+    compile_all(found)
 
 
 def time_size(layer: Layer, count: int, forms: tuple[bool, ...] = (False, True)) -> dict[str, Any]:
@@ -115,7 +113,7 @@ def main() -> None:
     shapes = tuple((int(a), int(b)) for a, _, b in (s.partition("x") for s in options.shape or ())) or SHAPES
     tokens = tuple(map(int, options.tokens.split(","))) if options.tokens else TOKENS
     start = time.monotonic()
-    compile_all(tokens, forms=forms)
+    compile_variants(tokens, forms=forms)
     print(f"compiled in {time.monotonic() - start:.0f} s; blocks at once by cluster: {capacity(0)}", flush=True)
     rows: list[dict[str, Any]] = []
     result = {

@@ -256,7 +256,7 @@ def compile_ahead(shape: str) -> int:
     import torch
 
     from finescale.kernels.hopper import gemm, quantize
-    from finescale.kernels.jit import compile_source, source_text
+    from finescale.kernels.jit import compile_all, source_text
     from finescale.kernels.launch import multiprocessors_of
 
     sizes = SHAPES[shape]
@@ -270,14 +270,13 @@ def compile_ahead(shape: str) -> int:
         for outputs, inputs in layers
         for folded in (True, False)
     }
-    texts = {source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen}
+    texts = {variant.text() for variant in chosen}
     before = (("plain", False, hidden), ("rms", False, hidden), ("rms", True, hidden), ("silu", False, wide))
     for tokens in counts:
         for kind, add, inputs in before:
             form = quantize.form(kind, add, torch.bfloat16, tokens, inputs, multiprocessors_of(0))
             texts.add(source_text("quantize.cu", dict(form.settings), {}))
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
+    compile_all(texts)
     return len(texts)
 
 

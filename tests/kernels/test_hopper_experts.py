@@ -1,7 +1,6 @@
 """Kernels of mixtures of experts against exact ones, bit for bit. Run on a GPU machine with `pytest -m gpu`."""
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from finescale.errors import InputError
 from finescale.kernels import experts as moe
 from finescale.kernels import layout, linear  # noqa: F401  (registers the ops)
 from finescale.kernels.hopper import grouped
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 from finescale.kernels.reference import grouped_int32_product
 
 pytestmark = [
@@ -134,9 +133,7 @@ def compiled(case):
     """Every variant for a case, compiled side by side."""
     tokens, _, experts, _, _, group_size, folded = case
     found = grouped.variants(tokens, layout.groups_in_block(group_size), folded, 3, experts)
-    with ThreadPoolExecutor() as pool:
-        texts = (source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in found)
-        list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
+    compile_all(variant.text() for variant in found)
     return found
 
 

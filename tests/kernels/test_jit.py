@@ -6,15 +6,12 @@ import subprocess
 
 import pytest
 
+from finescale.kernels import jit
 from finescale.kernels.hopper import grouped, quantize
 from finescale.kernels.hopper.gemm import Variant, variants
 from finescale.kernels.jit import source_text
 
 NVCC = shutil.which("nvcc")
-
-
-def text_of(variant):
-    return source_text("gemm.cu", dict(variant.settings()), dict(variant.headers()))
 
 
 def quantizer(kind, add, dtype, routed=0, gather=0):
@@ -24,11 +21,26 @@ def quantizer(kind, add, dtype, routed=0, gather=0):
     return source_text("quantize.cu", dict(quantize.settings_of(facts, quantize.block_shape(facts, 4096, 132))), {})
 
 
+def test_all_are_compiled_and_an_error_of_one_is_told(monkeypatch):
+    seen = []
+
+    def compile_source(text, architecture):
+        if text == "wrong":
+            raise jit.CompileError("refused")
+        seen.append((text, architecture))
+
+    monkeypatch.setattr(jit, "compile_source", compile_source)
+    jit.compile_all(text for text in "abc")
+    assert sorted(seen) == [("a", "sm_90a"), ("b", "sm_90a"), ("c", "sm_90a")]
+    with pytest.raises(jit.CompileError, match="refused"):
+        jit.compile_all(["a", "wrong"])
+
+
 def test_the_text_includes_nothing():
-    for text in (text_of(Variant(8, 3, 1, False, 0)), quantizer(1, 1, 0)):
+    for text in (Variant(8, 3, 1, False, 0).text(), quantizer(1, 1, 0)):
         assert "#include" not in text and "mbarrier.init" in text
-    assert "m64n8k32.s32.s8.s8" in text_of(Variant(8, 3, 1, False, 0))
-    assert "m64n256k32.s32.u8.s8" in text_of(Variant(256, 2, 1, True, 0))
+    assert "m64n8k32.s32.s8.s8" in Variant(8, 3, 1, False, 0).text()
+    assert "m64n256k32.s32.u8.s8" in Variant(256, 2, 1, True, 0).text()
 
 
 def compiler_report(text, tmp_path):
@@ -61,7 +73,7 @@ def assert_clean(report):
     ids=str,
 )
 def test_no_spills(variant, tmp_path):
-    assert_clean(compiler_report(text_of(variant), tmp_path))
+    assert_clean(compiler_report(variant.text(), tmp_path))
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -79,7 +91,7 @@ def test_the_sweep_kernel_has_no_spills(setting, tmp_path):
 def test_no_variant_spills(groups, folded, tmp_path):
     chosen = {v for tokens in (8, 16, 32, 64, 128, 256) for v in variants(tokens, groups, folded, 0) if v.split}
     for variant in sorted(chosen, key=str):
-        assert_clean(compiler_report(text_of(variant), tmp_path))
+        assert_clean(compiler_report(variant.text(), tmp_path))
 
 
 @pytest.mark.slow
@@ -88,7 +100,7 @@ def test_no_variant_spills(groups, folded, tmp_path):
 @pytest.mark.parametrize("folded", [False, True])
 def test_no_variant_of_grouped_products_spills(groups, folded, tmp_path):
     for variant in grouped.variants(5000, groups, folded, 0, 128):
-        assert_clean(compiler_report(text_of(variant), tmp_path))
+        assert_clean(compiler_report(variant.text(), tmp_path))
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from finescale.bench.random_model import ARMS, ROUNDED_CACHE, USUAL_ARMS, kernel
 from finescale.bench.shapes import SHAPES
 from finescale.bench.timeline import shares
 from finescale.errors import InputError
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 from finescale.report.speed import speed_figure
 from finescale.runtime.cache import rounded_cache, scales_of
 from finescale.runtime.products import PackedProduct
@@ -240,9 +239,7 @@ def compile_ahead(model: PreTrainedModel, counts: Iterable[int]) -> None:
     products = [module for module in model.modules() if isinstance(module, PackedProduct)]
     kinds = {(type(p), p.packed.shape, p.folded, p.outputs): p for p in products}.values()
     chosen = {kernel_of(product, count, model.dtype) for product, count in itertools.product(kinds, counts)}
-    texts = [source_text("gemm.cu", dict(v.settings()), dict(v.headers())) for v in chosen]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda text: compile_source(text, "sm_90a"), texts))
+    compile_all(variant.text() for variant in chosen)
 
 
 def bench_decode(

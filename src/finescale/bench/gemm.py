@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from finescale.bench.machine import machine_facts
 from finescale.bench.plot import speedup_figure
 from finescale.errors import InputError
 from finescale.kernels.dispatch import has_hopper_kernels
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 
 __all__ = [
     "AMPLIFIER",
@@ -168,13 +167,7 @@ def _compile_all(shapes: tuple[tuple[int, int], ...], tokens: tuple[int, ...], d
         for count in tokens
         for folded, floats in ((False, False), (True, False), (False, True))
     }
-    with ThreadPoolExecutor() as pool:
-        list(
-            pool.map(
-                lambda v: compile_source(source_text("gemm.cu", dict(v.settings()), dict(v.headers())), "sm_90a"),
-                chosen,
-            )
-        )
+    compile_all(variant.text() for variant in chosen)
 
 
 def text_row(row: dict[str, Any]) -> str:

@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from finescale.kernels import layout
 from finescale.kernels.experts import PackedExperts, pack_experts
 from finescale.kernels.hopper import grouped
 from finescale.kernels.hopper.gemm import Variant
-from finescale.kernels.jit import compile_source, source_text
+from finescale.kernels.jit import compile_all
 from finescale.kernels.launch import multiprocessors_of
 from finescale.kernels.reference import grouped_int32_product
 
@@ -332,13 +331,7 @@ def _compile_all(layers: Sequence[Layer] | Any, tokens: Sequence[int], choices: 
         for folded in (False, True)
         for variant in _ranked(layer, count, choices, folded)[:variants]
     }
-    with ThreadPoolExecutor() as pool:
-        list(
-            pool.map(
-                lambda v: compile_source(source_text("gemm.cu", dict(v.settings()), dict(v.headers())), "sm_90a"),
-                needed,
-            )
-        )
+    compile_all(variant.text() for variant in needed)
 
 
 def text_row(row: dict[str, Any]) -> str:

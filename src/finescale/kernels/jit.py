@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def compile_source(text: str, architecture: str) -> bytes:
     nvrtc.nvrtcDestroyProgram(program)
     _write(path, bytes(cubin))
     return bytes(cubin)
+
+
+def compile_all(texts: Iterable[str], architecture: str = "sm_90a") -> None:
+    """Compile texts ahead, side by side.
+
+    Raises:
+        CompileError: see ``compile_source``.
+    """
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda text: compile_source(text, architecture), texts))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finescale.kernels.hopper.wgmma import wgmma_header
-from finescale.kernels.jit import load_kernel
+from finescale.kernels.jit import load_kernel, source_text
 from finescale.kernels.launch import blocks_at_once, launch, multiprocessors_of, stream_of
 from finescale.kernels.workspace import Workspaces
 
@@ -100,6 +100,10 @@ class Variant:
     def headers(self) -> tuple[tuple[str, str], ...]:
         """The generated header of this variant."""
         return (("wgmma.cuh", wgmma_header(self.tokens, "u8" if self.folded else "s8")),)
+
+    def text(self) -> str:
+        """What is compiled."""
+        return source_text("gemm.cu", dict(self.settings()), dict(self.headers()))
 
 
 @dataclass(frozen=True)
