@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from finescale.errors import CheckpointError
 from finescale.formats import registry
 from finescale.formats.outliers import VALUES
 from finescale.grid import QuantizedWeight, WeightScheme, fit_grid, quantize_to_grid
@@ -64,6 +65,26 @@ def test_the_same_bytes_again(name):
     again = registry.get(name).unpack(tensors, weight.grid.scheme)
     assert again.sha256() == weight.sha256() and again.stored_bits() == weight.stored_bits()
     assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_a_byte_that_is_no_number_is_named():
+    weight = narrow_outliers(*layer_with(8.3))
+    tensors = registry.get("compressed-tensors").pack(weight)
+    tensors[VALUES][3] = 0x7F  # NaN of e4m3
+    with pytest.raises(CheckpointError, match=f"{VALUES}.*not finite"):
+        registry.get("compressed-tensors").unpack(tensors, weight.grid.scheme)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_none_and_all_of_the_weights(share):
+    weight, value_OI, _ = layer_with(8.3)
+    chosen_OI = torch.full_like(value_OI, share, dtype=torch.bool)
+    found = narrow_outliers(weight, value_OI, chosen_OI)
+    again = registry.get("compressed-tensors").unpack(
+        registry.get("compressed-tensors").pack(found), weight.grid.scheme
+    )
+    assert again.outliers.count == found.outliers.count == share * value_OI.numel()
+    assert torch.equal(again.dequantize(), found.dequantize())
 
 
 def test_they_take_half_of_the_bits():
