@@ -171,7 +171,7 @@ def ablation_rows() -> list[Row]:
     adaptive |= {f"adaptive, at most {share:g} more": {"max_expansion": share} for share in (0.3, 0.5)}
     for name, options in adaptive.items():
         rows.append(Row("expansion", name, BITS["W4A4"] | method(transforms=[part("qllm", **options)])))
-    for expansion in (0.05,):
+    for expansion in (0.01, 0.05, 0.1):
         for mode in ("disassembly", "assembly", "pruning"):
             options = {"mode": mode, "expansion": expansion}
             rows.append(Row("expansion, corrected", f"{mode} {expansion:g}", corrected(options, **short), FEW))
@@ -208,39 +208,35 @@ def values_of(name: str) -> dict[str, Any]:
 
 FOLDED = ("w4a8-integer-scale", "w4a8-best")
 """Recipes that are also made with folded scales."""
-SOLVED = tuple(name for name in W4A8_RECIPES if name not in ("qllm-w4a8", "omniquant-w4a8"))
-"""Recipes whose solver goes another way after the smallest change of a scale: on three parts of the text."""
+PARTS = dict.fromkeys(W4A8_RECIPES, 6) | {"w4a8-best": 3, "qllm-w4a8": 2, "omniquant-w4a8": 2}
+"""On how many parts of the text: solver and tuning go another way after the smallest change of a scale, and rows that
+learn take minutes."""
 
 
 def scale_rows() -> list[Row]:
     """Each W4A8 recipe with float and with integer scales; what integer scales need (symmetric groups) in both."""
     rows = []
-    for draw in range(3):
-        for name in W4A8_RECIPES if draw == 0 else SOLVED:
+    for draw in range(max(PARTS.values())):
+        for name in (name for name in W4A8_RECIPES if draw < PARTS[name]):
             values = values_of(name)
             values["weights"] |= GROUPS
             values["activations"] |= {"symmetric": True}
+            for key in ("transforms", "tuning"):
+                values[key] = [_as_long_as_here(some) for some in values.get(key, ())]
             modes = {"float": "off", "integer": "before"} | ({"folded": "folded"} if name in FOLDED else {})
             # The scales of the finished model made integers: what they cost without another way of the solver.
             modes |= {"converted": "off"} if draw == 0 else {}
             for title, mode in modes.items():
                 label = f"{name}, {title}{f', part {draw + 1}' if draw else ''}"
-                converted = title == "converted"
-                briefly = converted and name not in SOLVED  # the change is of the same run, however short
-                learned = {
-                    key: [_as_long_as_here(some, briefly) for some in values.get(key, ())]
-                    for key in ("transforms", "tuning")
-                }
-                own = values | learned | {"integer_scale": {"mode": mode}}
-                rows.append(Row("integer scales", label, own, FEW if briefly else None, draw, converted=converted))
+                own = values | {"integer_scale": {"mode": mode}}
+                rows.append(Row("integer scales", label, own, draw=draw, converted=title == "converted"))
     return rows
 
 
-def _as_long_as_here(some: dict[str, Any], briefly: bool) -> dict[str, Any]:
+def _as_long_as_here(some: dict[str, Any]) -> dict[str, Any]:
     """Published numbers of steps are of 128 windows of 2048 tokens."""
     steps = {"omniquant": LEARNED, "low_rank": CORRECTION["options"]}.get(some["name"], {})
-    few = {"iterations": FEW * 5 // 4} if steps and briefly else {}
-    return {"name": some["name"], "options": some.get("options", {}) | steps | few}
+    return {"name": some["name"], "options": some.get("options", {}) | steps}
 
 
 def all_rows() -> list[Row]:
