@@ -115,7 +115,7 @@ def activations(results: Results) -> list[str]:
                 original = number(entry.get("original_perplexity"), 4)
                 lines.append(f"{model}, W4A4, original {original}: {values} (`{name}.json`)")
     for label, row in _cells(results, "compare-smollm2"):
-        if label.startswith(("qllm", "omniquant-", "quarot", "w4a4")):
+        if row["recipe"].get("activations") and label.startswith(("qllm", "omniquant", "quarot", "w4a4")):
             bits = row["recipe"]["activations"]["bits"]
             lines.append(f"SmolLM2, {label}, W4A{bits}: {number(row['perplexity'], 4)} (`compare-smollm2.json`)")
     return lines
