@@ -3,21 +3,23 @@
     python benchmarks/outliers.py --data ../shared --json benchmarks/results/outliers-zoo.json
 
 The small trained models of ``--data`` (models/zoo), calibrated on the second half of data/books/books_valid.txt and
-evaluated on all windows of its first half, perplexity and KL divergence from the original's next tokens. Columns: the
-original; QuantEase per channel on the min/max grid as published, and on ours (clipping search), with the options of the
-outlier recipes and with its own; 1 % structured and 1 % unstructured outliers; the published outlier algorithm;
-SpQR in groups of 32 with as many outliers as make its size that of 1 % unstructured (in groups of 16 its scales alone
-take more), with the published damping and with ours, and QuantEase from the latter on its grid; 1 % of the weights with
-values of 8 bits, the recipe, and SpQR with such values, in groups of 64, at that size (in groups of 32 its scales alone
-take more), and QuantEase on its grid; SpQR as published
-(groups of 16) and with our damping; QuantEase from SpQR on SpQR's grid, of SpQR's size; and QuantEase per channel with
-as many outliers as make its size SpQR's.
+evaluated on all windows of its first half and of as much of WikiText-2's test text: perplexity and KL divergence from
+the original's next tokens. Options were chosen by the books; the other text confirms them. Runs: the original;
+QuantEase per channel on the min/max grid as published, and on ours (clipping search) with the options of the outlier
+recipes; 1 % structured and 1 % unstructured outliers, of 8 bits (the recipe) and of 16. SpQR at two sizes: that of the
+recipe, in groups of 64 with outliers of 8 bits (in groups of 32 its scales alone take more), and that of 16-bit
+outliers, in groups of 32 with outliers of 16 bits and of 8; with the published damping and, "as ours", with what our
+recipe makes of the moments. Its threshold is fitted to the size, and for the second one so is the number of the
+recipe's outliers. QuantEase from SpQR on SpQR's grid, of SpQR's size. On the books alone, and for three seeds, SpQR as
+published in groups of 16, QuantEase from there, and QuantEase per channel with as many outliers as make its size
+SpQR's.
 
-Every run is made for several seeds of the choice of calibration windows, the three in question for more of them; the
-table has means (of log perplexities), since the difference of two runs is about as large as that of two seeds where a
-model of 7 million parameters loses 3 %. ``way`` is the share of the way from the original to a plain 3-bit model in log
-perplexity. Rows that the JSON file has, made by the same recipe, are not computed again; --merge takes them from other
-files too.
+Every run is made for several seeds of the choice of calibration windows; the table has means (of log perplexities),
+since the difference of two runs is about as large as that of two seeds where a model of 7 million parameters loses 3 %.
+``error`` is the standard error over the seeds, ``text_error`` over parts of the text; ``all`` is the mean of the four
+models with the error of theirs. ``way`` is the share of the way from the original to a plain 3-bit model in log
+perplexity. Rows that the JSON file has, made by the same settings, are not computed again; --merge takes them from
+other files too.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,63 +38,75 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from finescale.api import evaluate, load, quantize
+from finescale.api import quantize
 from finescale.bench.machine import machine_facts
+from finescale.calibration.data import encode, open_tokenizer, read_text
 from finescale.cli.common import quiet_libraries
-from finescale.evaluate import Evaluation
+from finescale.evaluate.perplexity import cut_windows, evaluate_windows
+from finescale.evaluate.reference import Reference, capture_reference
+from finescale.runtime.load import load
 
 FAMILIES = ("llama", "opt", "bloom", "falcon")
 BITS = "weights.bits=3"
 LENGTH = 512
 """Tokens of a window, calibrated or evaluated."""
-DAMPED = "solver.damping=0.1"
-"""The damping of the outlier recipes."""
-LIKE_THEM = (DAMPED, "solver.gptq_damping=0.1", "solver.refits=2")
+PARTS = 8
+"""Of an evaluated text, for the error that is due to it."""
+SECOND = "wikitext"
+MOMENTS = ("calibration.power=0.5", "solver.damping=0.01")
+"""What the outlier recipes make of the second moments."""
+LIKE_THEM = (*MOMENTS, "solver.gptq_damping=0.01", "solver.refits=2")
 """All that the outlier recipes have beside the outliers."""
-ORIGINAL, PLAIN, STRUCTURED, UNSTRUCTURED = "original", "plain", "structured 1 %", "unstructured 1 %"
-PLAIN_PUBLISHED, SPQR, SPQR_QUANTEASE = "plain published", "spqr", "spqr-quantease"
-SPQR_SMALL, SAME_SIZE = "spqr of unstructured's size", "unstructured of spqr's size"
-SPQR_SMALL_DAMPED, SPQR_QUANTEASE_SMALL = SPQR_SMALL + ", damping 0.1", "spqr-quantease of unstructured's size"
-SPQR_DAMPED = SPQR + ", damping 0.1"
-NARROW = "unstructured 1 %, 8 bits"
-SPQR_NARROW, SPQR_NARROW_DAMPED = "spqr of that size, 8 bits", "spqr of that size, 8 bits, damping 0.1"
-SPQR_QUANTEASE_NARROW = "spqr-quantease of that size, 8 bits"
-WIDE, BYTES, IN_64 = "solver.outlier_bits=16", "solver.outlier_bits=8", "weights.group_size=64"
+WIDE, BYTES, IN_64, IN_32 = (
+    "solver.outlier_bits=16",
+    "solver.outlier_bits=8",
+    "weights.group_size=64",
+    "weights.group_size=32",
+)
+ORIGINAL, PLAIN_PUBLISHED, PLAIN, STRUCTURED = "original", "plain published", "plain", "structured 1 %"
+UNSTRUCTURED, UNSTRUCTURED_WIDE = "unstructured 1 %", "unstructured 1 %, 16 bits"
+SPQR_64, SPQR_64_OURS = "spqr of unstructured's size", "spqr of unstructured's size, as ours"
+SPQR_32, SPQR_32_BYTES = "spqr of 16 bits' size", "spqr of 16 bits' size, outliers of 8"
+SPQR_32_OURS = "spqr of 16 bits' size, outliers of 8, as ours"
+UNSTRUCTURED_LIKE_32, FROM_SPQR = "unstructured of 16 bits' size", "spqr-quantease of unstructured's size"
+SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16 = "spqr published", "spqr-quantease", "unstructured of published spqr's size"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     PLAIN_PUBLISHED: ("quantease-published", (BITS,)),
     PLAIN: ("quantease", (BITS, *LIKE_THEM)),
     STRUCTURED: ("quantease-structured-outliers", (BITS, *LIKE_THEM)),
-    UNSTRUCTURED: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
-    NARROW: ("quantease-outliers", (BITS, *LIKE_THEM)),
-    SPQR_NARROW: ("spqr", (BITS, IN_64, BYTES)),
-    SPQR_NARROW_DAMPED: ("spqr", (BITS, IN_64, BYTES, DAMPED)),
-    SPQR_QUANTEASE_NARROW: ("spqr-quantease", (BITS, IN_64, BYTES, DAMPED, "solver.gptq_damping=0.1")),
-    SPQR_SMALL: ("spqr", (BITS, "weights.group_size=32")),
-    SPQR_SMALL_DAMPED: ("spqr", (BITS, "weights.group_size=32", DAMPED)),
-    SPQR_QUANTEASE_SMALL: ("spqr-quantease", (BITS, "weights.group_size=32", DAMPED, "solver.gptq_damping=0.1")),
+    UNSTRUCTURED: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    SPQR_64: ("spqr", (BITS, IN_64, BYTES)),
+    UNSTRUCTURED_WIDE: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
+    SPQR_32: ("spqr", (BITS, IN_32)),
+    UNSTRUCTURED_LIKE_32: ("quantease-outliers", (BITS, *LIKE_THEM)),
+    SPQR_64_OURS: ("spqr", (BITS, IN_64, BYTES, *MOMENTS)),
+    SPQR_32_BYTES: ("spqr", (BITS, IN_32, BYTES)),
+    SPQR_32_OURS: ("spqr", (BITS, IN_32, BYTES, *MOMENTS)),
+    FROM_SPQR: ("spqr-quantease", (BITS, IN_64, BYTES, *MOMENTS, "solver.gptq_damping=0.01")),
     SPQR: ("spqr", (BITS,)),
-    SPQR_DAMPED: ("spqr", (BITS, DAMPED)),
-    SPQR_QUANTEASE: ("spqr-quantease", (BITS, DAMPED, "solver.gptq_damping=0.1")),
-    SAME_SIZE: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
-    "plain, its own options": ("quantease", (BITS,)),
-    "unstructured 1 % published": ("quantease-outliers-published", (BITS,)),
+    FROM_SPQR_16: ("spqr-quantease", (BITS, *MOMENTS, "solver.gptq_damping=0.01")),
+    UNSTRUCTURED_LIKE_16: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
 }
-ALL_SEEDS = (PLAIN_PUBLISHED, PLAIN, STRUCTURED, UNSTRUCTURED)
-"""Runs that are made for every seed, the others for the first three."""
-SEEDS_OF_THE_OTHERS = 3
 FITTED = {
-    SPQR_SMALL: (UNSTRUCTURED, 0.9, 0.2),
-    SPQR_SMALL_DAMPED: (UNSTRUCTURED, 0.9, 0.2),
-    SPQR_NARROW: (NARROW, 0.4, 0.11),
-    SPQR_NARROW_DAMPED: (NARROW, 0.4, 0.11),
+    SPQR_64: (UNSTRUCTURED, 0.4),
+    SPQR_64_OURS: (UNSTRUCTURED, 0.4),
+    SPQR_32: (UNSTRUCTURED_WIDE, 0.9),
+    SPQR_32_BYTES: (UNSTRUCTURED_WIDE, 0.6),
+    SPQR_32_OURS: (UNSTRUCTURED_WIDE, 0.6),
 }
-"""SpQR of the size of another run, the threshold to begin with, and how fast the bits fall with its logarithm."""
-STARTS = {SPQR_QUANTEASE_SMALL: SPQR_SMALL_DAMPED, SPQR_QUANTEASE_NARROW: SPQR_NARROW_DAMPED}
+"""SpQR of the size of another run, and the threshold to begin with."""
+STARTS = {FROM_SPQR: SPQR_64_OURS}
 """QuantEase with as many outliers as another run, and so of its size."""
-ONE_SEED = ("plain, its own options", "unstructured 1 % published")
-"""Runs that are made for the first seed only."""
+COUNTED = {UNSTRUCTURED_LIKE_32: (UNSTRUCTURED_WIDE, UNSTRUCTURED), UNSTRUCTURED_LIKE_16: (SPQR, UNSTRUCTURED_WIDE)}
+"""As many outliers as make the size of one run, by those of another."""
+OF_ITS_OWN_SIZE = (SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16)
+"""Runs of 4 bits and more: the first three seeds, the books alone."""
+SEEDS_OF_ITS_OWN_SIZE = 3
+TOLERANCE = 0.0015
+"""Bits a weight, relative, by which a fitted size may differ."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +114,36 @@ class Texts:
     """What models are calibrated and evaluated on, and where."""
 
     calibration: str
-    evaluation: str
+    evaluation: dict[str, str]
     windows: int | None
     device: str
 
 
-def evaluate_on(texts: Texts, folder: Path, original: PreTrainedModel | None) -> Evaluation:
-    """Of a model, original or quantized, in float32."""
-    model = load(folder, device=texts.device, dtype=torch.float32)
-    return evaluate(
-        model, texts.evaluation, windows=texts.windows, length=LENGTH, tokenizer_from=folder, against=original
-    )
+@lru_cache(maxsize=2)
+def windows_of(model: Path, text: str, most: int | None) -> Tensor:
+    tokens_T = encode(open_tokenizer(model), read_text(text))
+    return cut_windows(tokens_T, most, LENGTH, None)
 
 
-@lru_cache(maxsize=1)
-def original(model: Path, device: str) -> PreTrainedModel:
-    return load(model, device=device, dtype=torch.float32)
+@lru_cache(maxsize=2)
+def reference(model: Path, text: str, most: int | None, device: str) -> PreTrainedModel | Reference:
+    original = load(model, device=device, dtype=torch.float32)
+    return capture_reference(original, windows_of(model, text, most)) or original
+
+
+def evaluate_on(texts: Texts, folder: Path, model: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Of a checkpoint of ``model``, in float32: by text, the books' beside the rest."""
+    loaded = load(folder, device=texts.device, dtype=torch.float32)
+    row: dict[str, Any] = {}
+    for name in names:
+        text = texts.evaluation[name]
+        original = reference(model, text, texts.windows, texts.device)
+        found = evaluate_windows(loaded, windows_of(model, text, texts.windows), original)
+        losses = torch.tensor(found.window_losses, dtype=torch.float64)
+        parts = [round(float(part.mean()), 6) for part in losses.tensor_split(min(PARTS, len(losses)))]
+        facts = {"perplexity": found.perplexity, "kl": found.kl, "tokens": found.tokens, "parts": parts}
+        row |= {SECOND: facts} if name == SECOND else facts
+    return row
 
 
 def all_settings(settings: tuple[str, ...]) -> tuple[str, ...]:
@@ -123,22 +151,19 @@ def all_settings(settings: tuple[str, ...]) -> tuple[str, ...]:
     return ("calibration.samples=128", f"calibration.length={LENGTH}", *settings)
 
 
-def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed: int = 0) -> dict[str, Any]:
-    """Quantize and evaluate; perplexity, KL, stored bits per weight and the layers' mean relative error."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = all_settings(settings)
-        out = Path(folder) / "q"
-        report = quantize(
-            model, recipe, out=out, calibration=texts.calibration, settings=settings, seed=seed, device=texts.device
-        )
-        found = evaluate_on(texts, out, original(model, texts.device))
+def quantized(
+    model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed: int, out: Path
+) -> dict[str, Any]:
+    """Quantize; stored bits per weight, share of outliers and the layers' mean relative error."""
+    settings = all_settings(settings)
+    report = quantize(
+        model, recipe, out=out, calibration=texts.calibration, settings=settings, seed=seed, device=texts.device,
+        fresh=True,
+    )  # fmt: skip
     layers = report["layers"]
     return {
         "recipe": recipe,
         "settings": settings,
-        "perplexity": found.perplexity,
-        "kl": found.kl,
-        "tokens": found.tokens,
         "bits_per_weight": report["size"]["bits_per_weight"],
         "outlier_share": sum(layer["outliers"] or 0 for layer in layers)
         / sum(math.prod(layer["shape"]) for layer in layers),
@@ -146,31 +171,34 @@ def run(model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed:
     }
 
 
-def fit_threshold(
-    model: Path, settings: tuple[str, ...], target: float, texts: Texts, seed: int, threshold: float, slope: float
-) -> dict[str, Any]:
-    """SpQR with the threshold that makes it ``target`` bits per weight, up to 0.3 %."""
+def fit(
+    model: Path, recipe: str, settings: tuple[str, ...], texts: Texts, seed: int, out: Path, target: float,
+    key: str, value: float,
+) -> dict[str, Any]:  # fmt: skip
+    """With the threshold or share of outliers (``key``) that makes it ``target`` bits a weight."""
+    bits = 9 + (8 if BYTES in settings or (key == "outliers" and WIDE not in settings) else 16)
+    slope, last = 1.0, (0.0, 0.0)  # of the logarithm of the share, which falls as that of the threshold grows
     for _ in range(8):
-        row = run(model, "spqr", (*settings, f"solver.threshold={threshold:.4f}"), texts, seed)
-        over = row["bits_per_weight"] - target
-        if abs(over) <= 0.003 * target:
+        row = quantized(model, recipe, (*settings, f"solver.{key}={value:.6f}"), texts, seed, out) | {key: value}
+        share, over = row["outlier_share"], row["bits_per_weight"] - target
+        if abs(over) <= TOLERANCE * target:
             break
-        threshold *= math.exp(min(max(over / slope, -1.0), 1.0))
-    return row | {"threshold": threshold}
+        if key == "outliers":
+            value -= over / bits
+            continue
+        here = (math.log(value), math.log(max(share, 1e-6)))
+        if last[0] and here[0] != last[0]:
+            slope = min(max((last[1] - here[1]) / (here[0] - last[0]), 0.3), 4.0)
+        last = here
+        value *= math.exp(min(max((here[1] - math.log(max(share - over / bits, share / 4, 1e-6))) / slope, -1.5), 1.5))
+    return row
 
 
-def fit_size(model: Path, rows: dict[str, Any], texts: Texts, seed: int) -> dict[str, Any]:
-    """QuantEase with as many unstructured outliers as make it as large as SpQR: one more takes 24 bits."""
-    known, target = rows[UNSTRUCTURED], rows[SPQR]["bits_per_weight"]
-    share = known["outlier_share"] + (target - known["bits_per_weight"]) / 24
-    recipe, settings = RUNS[SAME_SIZE]
-    return run(model, recipe, (*settings, f"solver.outliers={share:.6f}"), texts, seed)
-
-
-def is_done(row: dict[str, Any] | None, recipe: str, settings: tuple[str, ...]) -> bool:
-    """Whether a row was made by this recipe; of fitted ones the last setting is left out."""
+def is_of(name: str, row: dict[str, Any]) -> bool:
+    """Whether a row was made by the recipe and settings of a run; of fitted ones the last setting is left out."""
+    recipe, settings = RUNS.get(name, ("", ()))
     wanted = [*all_settings(settings)]
-    return row is not None and row["recipe"] == recipe and list(row["settings"])[: len(wanted)] == wanted
+    return bool(row["recipe"] == recipe and list(row["settings"])[: len(wanted)] == wanted)
 
 
 def compare(
@@ -178,68 +206,100 @@ def compare(
 ) -> None:
     """Those of the runs called ``names`` that a seed should have and has not yet."""
     rows = seeds.setdefault(str(seed), {})
-    if ORIGINAL not in rows:
-        found = evaluate_on(texts, model, None)
-        rows[ORIGINAL] = {"perplexity": found.perplexity, "kl": 0.0, "tokens": found.tokens, "bits_per_weight": 16.0}
+    if SECOND not in rows.get(ORIGINAL, {}):
+        rows[ORIGINAL] = evaluate_on(texts, model, model, texts.evaluation) | {"kl": 0.0, "bits_per_weight": 16.0}
         save()
     for name in names:
-        recipe, settings = RUNS[name]
-        wanted = seed == 0 if name in ONE_SEED else seed < SEEDS_OF_THE_OTHERS or name in ALL_SEEDS
-        if not wanted or is_done(rows.get(name), recipe, settings):
+        large = name in OF_ITS_OWN_SIZE
+        done = name in rows and is_of(name, rows[name]) and (large or SECOND in rows[name])
+        if done or (large and seed >= SEEDS_OF_ITS_OWN_SIZE):
             continue
-        if name in STARTS:
-            same = f"solver.spqr_threshold={rows[STARTS[name]]['threshold']:.4f}"
-            rows[name] = run(model, recipe, (*settings, same), texts, seed)
-        elif name in FITTED:
-            of, first, slope = FITTED[name]
-            known = [other[name]["threshold"] for other in seeds.values() if name in other]
-            target = rows[of]["bits_per_weight"]
-            rows[name] = fit_threshold(model, settings, target, texts, seed, known[0] if known else first, slope)
-        elif name == SAME_SIZE:
-            rows[name] = fit_size(model, rows, texts, seed)
-        else:
-            rows[name] = run(model, recipe, settings, texts, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "q"
+            facts = _of_its_size(name, model, seeds, rows, seed, texts, out)
+            rows[name] = facts | evaluate_on(texts, out, model, list(texts.evaluation)[: 1 if large else None])
         save()
 
 
-def means(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _of_its_size(
+    name: str, model: Path, seeds: dict[str, dict[str, Any]], rows: dict[str, Any], seed: int, texts: Texts, out: Path
+) -> dict[str, Any]:
+    recipe, settings = RUNS[name]
+    if name in STARTS:
+        same = f"solver.spqr_threshold={rows[STARTS[name]]['threshold']:.6f}"
+        return quantized(model, recipe, (*settings, same), texts, seed, out)
+    if name in FITTED:
+        of, first = FITTED[name]
+        known = [other[name]["threshold"] for other in seeds.values() if "threshold" in other.get(name, {})]
+        target = rows[of]["bits_per_weight"]
+        return fit(model, recipe, settings, texts, seed, out, target, "threshold", known[-1] if known else first)
+    if name in COUNTED:
+        of, by = COUNTED[name]
+        target, known_row = rows[of]["bits_per_weight"], rows[by]
+        share = known_row["outlier_share"] + (target - known_row["bits_per_weight"]) / (24 if WIDE in settings else 16)
+        return fit(model, recipe, settings, texts, seed, out, target, "outliers", share)
+    return quantized(model, recipe, settings, texts, seed, out)
+
+
+def means(seeds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each run over its seeds: perplexity (its logarithm's mean), KL, bits; and the deviation of both means."""
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name in (ORIGINAL, *RUNS):
         rows = [rows[name] for rows in seeds.values() if name in rows]
         if not rows:
             continue
-        logs, kls = [math.log(row["perplexity"]) for row in rows], [row["kl"] for row in rows]
-        result[name] = {
-            "seeds": len(rows),
-            "perplexity": math.exp(statistics.fmean(logs)),
-            "kl": statistics.fmean(kls),
-            "bits_per_weight": statistics.fmean(row["bits_per_weight"] for row in rows),
-        }
-        if len(rows) > 1 and name != ORIGINAL:
-            result[name]["log_deviation"] = statistics.stdev(logs) / len(rows) ** 0.5
-            result[name]["kl_deviation"] = statistics.stdev(kls) / len(rows) ** 0.5
+        facts: dict[str, Any] = {"seeds": len(rows), "bits_per_weight": _mean(row["bits_per_weight"] for row in rows)}
+        facts |= _mean_quality(rows)
+        if all(SECOND in row for row in rows):
+            facts[SECOND] = _mean_quality([{"kl": 0.0} | row[SECOND] for row in rows])
+        result[name] = facts
     return result
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _mean_quality(rows: list[dict[str, Any]]) -> dict[str, float]:
+    logs, kls = [math.log(row["perplexity"]) for row in rows], [row["kl"] or 0.0 for row in rows]
+    found = {"perplexity": math.exp(statistics.fmean(logs)), "kl": statistics.fmean(kls)}
+    if len(rows) > 1 and any(kls):
+        found["log_deviation"] = statistics.stdev(logs) / len(rows) ** 0.5
+        found["kl_deviation"] = statistics.stdev(kls) / len(rows) ** 0.5
+    return found
 
 
 QUESTIONS = {
     "columns_beat_plain": (STRUCTURED, PLAIN),
     "columns_beat_plain_published": (STRUCTURED, PLAIN_PUBLISHED),
     "weights_beat_columns": (UNSTRUCTURED, STRUCTURED),
-    "unstructured_8_bits_beats_spqr_of_its_size": (NARROW, SPQR_NARROW),
-    "unstructured_8_bits_beats_damped_spqr_of_its_size": (NARROW, SPQR_NARROW_DAMPED),
-    "unstructured_8_bits_beats_larger_spqr": (NARROW, SPQR_SMALL),
-    "unstructured_8_bits_beats_columns": (NARROW, STRUCTURED),
-    "unstructured_8_bits_beats_16": (NARROW, UNSTRUCTURED),
-    "spqr_quantease_beats_spqr_of_8_bits": (SPQR_QUANTEASE_NARROW, SPQR_NARROW),
-    "unstructured_beats_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL),
-    "unstructured_beats_damped_spqr_of_its_size": (UNSTRUCTURED, SPQR_SMALL_DAMPED),
-    "spqr_quantease_beats_spqr_of_unstructureds_size": (SPQR_QUANTEASE_SMALL, SPQR_SMALL),
-    "spqr_quantease_beats_damped_spqr_of_unstructureds_size": (SPQR_QUANTEASE_SMALL, SPQR_SMALL_DAMPED),
-    "unstructured_of_its_size_beats_spqr": (SAME_SIZE, SPQR),
-    "spqr_quantease_beats_spqr": (SPQR_QUANTEASE, SPQR),
-    "spqr_quantease_beats_damped_spqr": (SPQR_QUANTEASE, SPQR_DAMPED),
+    "weights_beat_spqr_of_their_size": (UNSTRUCTURED, SPQR_64),
+    "weights_beat_spqr_of_their_size_as_ours": (UNSTRUCTURED, SPQR_64_OURS),
+    "weights_of_16_bits_beat_spqr_of_their_size": (UNSTRUCTURED_WIDE, SPQR_32),
+    "weights_beat_spqr_of_16_bits_size": (UNSTRUCTURED_LIKE_32, SPQR_32),
+    "weights_beat_spqr_of_16_bits_size_outliers_of_8": (UNSTRUCTURED_LIKE_32, SPQR_32_BYTES),
+    "weights_beat_spqr_of_16_bits_size_as_ours": (UNSTRUCTURED_LIKE_32, SPQR_32_OURS),
+    "weights_of_8_bits_beat_16": (UNSTRUCTURED, UNSTRUCTURED_WIDE),
+    "spqr_quantease_beats_spqr_of_weights_size": (FROM_SPQR, SPQR_64),
+    "spqr_quantease_beats_weights": (FROM_SPQR, UNSTRUCTURED),
+    "weights_beat_published_spqr_of_their_size": (UNSTRUCTURED_LIKE_16, SPQR),
+    "spqr_quantease_beats_published_spqr": (FROM_SPQR_16, SPQR),
 }
+WAYS = {
+    "way_of_plain_published": (UNSTRUCTURED, PLAIN_PUBLISHED),
+    "way_of_plain_published_with_16_bits": (UNSTRUCTURED_WIDE, PLAIN_PUBLISHED),
+    "way_of_plain": (UNSTRUCTURED, PLAIN),
+}
+LABELS = ("perplexity", "kl", f"{SECOND}_perplexity", f"{SECOND}_kl")
+ALL = "all"
+
+
+def _loss(rows: dict[str, Any], name: str, label: str) -> float | None:
+    """Log perplexity or KL of a run, None where it was not measured."""
+    row = rows.get(name, {})
+    row = row.get(SECOND, {}) if label.startswith(SECOND) else row
+    value = row.get("kl" if label.endswith("kl") else "perplexity")
+    return None if value is None else value if label.endswith("kl") else math.log(value)
 
 
 def judge(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -249,35 +309,55 @@ def judge(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     with its standard ``error``; ``holds`` when it is below zero.
     """
     found: dict[str, Any] = {}
-    for label in ("perplexity", "kl"):
+    for label in LABELS:
         for question, (better, worse) in QUESTIONS.items():
-            logs = [
-                math.log(rows[better][label] / rows[worse][label])
-                for rows in seeds.values()
-                if {better, worse} <= rows.keys()
-            ]
-            if logs:
-                mean = statistics.fmean(logs)
-                error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else None
-                facts = {"holds": mean < 0, "difference": mean, "error": error, "seeds": len(logs)}
-                found[f"{question}_by_{label}"] = facts
-        for question, of, base in (
-            ("way_of_plain_published", UNSTRUCTURED, PLAIN_PUBLISHED),
-            ("way_of_plain_published_with_8_bits", NARROW, PLAIN_PUBLISHED),
-            ("way_of_plain", UNSTRUCTURED, PLAIN),
-        ):
-            ways = [_losses(rows, label, of, base) for rows in seeds.values() if {of, base} <= rows.keys()]
-            if ways:
-                found[f"{question}_by_{label}"] = sum(one for one, _ in ways) / sum(other for _, other in ways)
+            pairs = [(_loss(rows, better, label), _loss(rows, worse, label), rows) for rows in seeds.values()]
+            known = [(one, other, rows) for one, other, rows in pairs if one is not None and other is not None]
+            if known:
+                kl = label.endswith("kl")
+                logs = [math.log(one / other) if kl else one - other for one, other, _ in known]
+                found[f"{question}_by_{label}"] = _difference(logs) | (
+                    {} if kl else {"text_error": _text_error([rows for *_, rows in known], better, worse, label)}
+                )
+        for question, (of, base) in WAYS.items():
+            ways = [[_loss(rows, name, label) for name in (of, base, ORIGINAL)] for rows in seeds.values()]
+            complete = [[value for value in way if value is not None] for way in ways]
+            complete = [way for way in complete if len(way) == 3]
+            if complete:
+                lost, base_lost = (sum(way[at] - way[2] for way in complete) for at in (0, 1))
+                found[f"{question}_by_{label}"] = lost / base_lost
     return found
 
 
-def _losses(rows: dict[str, Any], label: str, of: str, base: str) -> tuple[float, float]:
-    """What two runs lose: log perplexity beyond the original's, or KL."""
-    if label == "kl":
-        return rows[of]["kl"], rows[base]["kl"]
-    original = math.log(rows[ORIGINAL]["perplexity"])
-    return math.log(rows[of]["perplexity"]) - original, math.log(rows[base]["perplexity"]) - original
+def _difference(logs: list[float]) -> dict[str, Any]:
+    mean = statistics.fmean(logs)
+    error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else None
+    return {"holds": mean < 0, "difference": mean, "error": error, "seeds": len(logs)}
+
+
+def _text_error(seeds: list[dict[str, Any]], better: str, worse: str, label: str) -> float | None:
+    """Standard error over the parts of the text, of the means over the seeds."""
+    of = [[rows[name] for name in (better, worse)] for rows in seeds]
+    if label.startswith(SECOND):
+        of = [[row[SECOND] for row in pair] for pair in of]
+    if not all("parts" in row for pair in of for row in pair):
+        return None
+    changes = torch.tensor([[pair[0]["parts"], pair[1]["parts"]] for pair in of], dtype=torch.float64)
+    by_part = (changes[:, 0] - changes[:, 1]).mean(0)
+    return float(by_part.std() / len(by_part) ** 0.5) if len(by_part) > 1 else None
+
+
+def pooled(judgements: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The mean of the models, with the standard error of theirs, for what was asked of all of them."""
+    found: dict[str, Any] = {}
+    for question, value in next(iter(judgements.values()), {}).items():
+        values = [facts[question] for facts in judgements.values() if question in facts]
+        if len(values) == len(FAMILIES):
+            if isinstance(value, dict):
+                found[question] = _difference([one["difference"] for one in values])
+            else:
+                found[question] = statistics.fmean(values)
+    return found
 
 
 def main() -> None:
@@ -295,7 +375,8 @@ def main() -> None:
     for path in [arguments.json, *arguments.merge]:
         for family, seeds in (json.loads(path.read_text())["models"] if path.is_file() else {}).items():
             for seed, rows in seeds.items():
-                result["models"].setdefault(family, {}).setdefault(seed, {}).update(rows)
+                known = {name: row for name, row in rows.items() if name == ORIGINAL or is_of(name, row)}
+                result["models"].setdefault(family, {}).setdefault(seed, {}).update(known)
     result |= {"benchmark": "outliers", "machine": machine_facts(), "device": arguments.device}
     if not arguments.data and arguments.merge:  # nothing is computed here
         first = json.loads(arguments.merge[0].read_text())
@@ -304,7 +385,8 @@ def main() -> None:
 
     def save() -> None:
         result["means"] = {family: means(seeds) for family, seeds in result["models"].items()}
-        result["judgement"] = {family: judge(seeds) for family, seeds in result["models"].items()}
+        judgement = {family: judge(seeds) for family, seeds in result["models"].items()}
+        result["judgement"] = judgement | {ALL: pooled(judgement)}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -314,14 +396,16 @@ def main() -> None:
             evaluation, calibration = Path(folder) / "evaluation.txt", Path(folder) / "calibration.txt"
             evaluation.write_text(text[: len(text) // 2], encoding="utf-8")
             calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
-            texts = Texts(str(calibration), str(evaluation), arguments.windows, arguments.device)
-            others = [name for name in RUNS if name not in ALL_SEEDS]
-            for names in (list(ALL_SEEDS), others):  # the essential ones of all seeds first
-                for seed in arguments.seeds.split(","):
-                    for family in arguments.families.split(","):
-                        seeds = result["models"].setdefault(family, {})
-                        model = arguments.data / "models" / "zoo" / family
-                        compare(model, seeds, int(seed), texts, names, save)
+            wiki = (arguments.data / "data" / "wikitext2" / "wiki.test.joined.txt").read_text(encoding="utf-8")
+            second = Path(folder) / "wikitext.txt"
+            second.write_text(wiki[: len(text) // 2], encoding="utf-8")
+            evaluated = {"books": str(evaluation), SECOND: str(second)}
+            texts = Texts(str(calibration), evaluated, arguments.windows, arguments.device)
+            for seed in arguments.seeds.split(","):
+                for family in arguments.families.split(","):
+                    seeds = result["models"].setdefault(family, {})
+                    model = arguments.data / "models" / "zoo" / family
+                    compare(model, seeds, int(seed), texts, list(RUNS), save)
     save()
     show(result)
 

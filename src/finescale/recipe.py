@@ -172,7 +172,8 @@ class CalibrationPart(_Part):
     of execution, each seeing the ones before it already quantized; ``quantized_activations`` lets later blocks see
     inputs that were rounded as at run time. ``sequential: false`` solves every block on the original's activations
     instead of those of the quantized blocks before it: many runs can then share their statistics, and errors of
-    earlier blocks are not made up for."""
+    earlier blocks are not made up for. ``power`` below 1 gives solvers H^power, in which directions of large inputs
+    count less."""
 
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=2048, ge=8)
@@ -180,6 +181,7 @@ class CalibrationPart(_Part):
     true_sequential: bool = False
     quantized_activations: bool = True
     sequential: bool = True
+    power: float = Field(default=1.0, gt=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _check(self) -> CalibrationPart:
@@ -334,6 +336,8 @@ class Recipe(_Part):
         dump = self.model_dump(mode="json")
         if dump["blocks"] is None:
             del dump["blocks"]
+        if dump["calibration"]["power"] == 1:
+            del dump["calibration"]["power"]
         dump["solver"] = {"name": self.solver.name, **self.solver.options().model_dump(mode="json")}
         dump["transforms"] = [
             {"name": part.name, "options": part.options_model().model_dump(mode="json")} for part in self.transforms

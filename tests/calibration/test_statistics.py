@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from finescale.calibration.statistics import Moments, collect_moments
+from finescale.calibration.statistics import Moments, collect_moments, matrix_power
 from finescale.errors import NumericsError
 from tests.helpers import assert_sentence
 
@@ -23,6 +23,27 @@ def test_moments_are_the_mean_of_x_x_transposed(shapes, seed):
     x_TI = torch.cat([x_BTI.reshape(-1, 7) for x_BTI in batches]).double()
     assert moments.tokens == x_TI.shape[0]
     assert torch.allclose(moments.hessian().double(), x_TI.T @ x_TI / x_TI.shape[0], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 30), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_a_power_has_the_eigenvectors_of_the_moments(width, tokens, size, seed):
+    """Fewer tokens than inputs too: some eigenvalues are zero. Square of the root and cube of the third root."""
+    x_TI = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).double() * size
+    hessian_II = (x_TI.T @ x_TI / tokens).float()
+    for power, times in ((0.5, 2), (1 / 3, 3)):
+        powered_II = matrix_power(hessian_II, power)
+        assert powered_II.dtype == torch.float32 and torch.allclose(powered_II, powered_II.T, rtol=1e-5, atol=0)
+        assert powered_II.diagonal().mean() == pytest.approx(float(hessian_II.diagonal().mean()), rel=1e-4)
+        again_II = torch.linalg.matrix_power(powered_II.double(), times)
+        again_II *= hessian_II.diagonal().double().mean() / again_II.diagonal().mean()
+        assert torch.allclose(again_II.float(), hessian_II, rtol=1e-3, atol=1e-4 * float(hessian_II.diagonal().max()))
+
+
+def test_the_first_power_is_the_matrix_itself_and_zeros_stay_zeros():
+    hessian_II = torch.randn(3, 3)
+    assert matrix_power(hessian_II, 1.0) is hessian_II
+    assert torch.equal(matrix_power(torch.zeros(3, 3), 0.5), torch.zeros(3, 3))
 
 
 def test_no_token_gives_zeros():

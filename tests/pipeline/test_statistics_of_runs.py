@@ -5,9 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finescale.calibration.data import calibration_windows, encode, open_tokenizer, read_text
+from finescale.calibration.statistics import matrix_power
+from finescale.grid import fit_grid
 from finescale.models.skeleton import weight_OI_of
 from finescale.runtime.checkpoint import open_quantized
 from finescale.runtime.load import load
+from finescale.solvers import find_solver
 from tests.helpers import W4A8, quantize, recipe, reference_model
 
 SAMPLES, LENGTH = 6, 48
@@ -129,3 +132,24 @@ def test_batch_size_does_not_change_the_codes_much(tiny, text, tmp_path):
         for left, right in zip(report["layers"], reports[0]["layers"], strict=True):
             assert left["sha256"] == right["sha256"]  # rounding does not look at the text
             assert left["relative_error"] == pytest.approx(right["relative_error"], rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_solvers_get_the_power_of_the_moments_and_errors_are_of_the_moments(tiny, text, tmp_path, solver):
+    path, out = tiny("llama"), tmp_path / "out"
+    report = quantize(path, out, recipe(solver, 3, 32, calibration={"power": 0.5}), text)
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = expected_errors(path, original, out, windows(path, text))
+    name = "model.layers.0.self_attn.o_proj"
+    x_TI = inputs_of(original, [name], windows(path, text))[name]
+    weight_OI = weight_OI_of(original.get_submodule(name)).float()
+    hessian_II = matrix_power((x_TI.T @ x_TI / x_TI.shape[0]).float(), 0.5)
+    stored = open_quantized(out).read(name)
+    entry = find_solver(solver)
+    solved = entry.solve(weight_OI, hessian_II, fit_grid(weight_OI, stored.grid.scheme), entry.options())
+    assert (solved.weight.codes_OI != stored.codes_OI).float().mean() < 0.01
+    record = next(record for record in report["layers"] if record["name"] == name)
+    assert record["relative_error"] == pytest.approx(expected[name], rel=2e-3)
+    plain = quantize(path, tmp_path / "plain", recipe(solver, 3, 32), text)
+    shas = [[record["sha256"] for record in one["layers"]] for one in (report, plain)]
+    assert (shas[0] == shas[1]) == (solver == "rtn")

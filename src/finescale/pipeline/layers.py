@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finescale.calibration.statistics import matrix_power
 from finescale.errors import NumericsError
 from finescale.finite import all_finite
 from finescale.grid import (
@@ -82,7 +83,7 @@ def solve_together(
 
     Args:
         layers: plans with their weights, float [O, I].
-        hessian_II: float32 [I, I], mean of x x^T.
+        hessian_II: float32 [I, I], mean of x x^T; the solver gets its ``calibration.power``.
         tokens: how many tokens the Hessian was made of.
         recipe: solver and integer scales.
         scale_dtype: type in which scales are stored.
@@ -98,13 +99,16 @@ def solve_together(
         hessian_II = hessian_II.clone()
         hessian_II.diagonal().add_(FEW_TOKENS_DAMPING * mean)
         notes = (f"short of tokens: {tokens} for {hessian_II.shape[0]} inputs, damped by {FEW_TOKENS_DAMPING:g}",)
+    solved_II = hessian_II
+    if recipe.solver.entry().needs_hessian:
+        solved_II = matrix_power(hessian_II, recipe.calibration.power)
     results = []
     for members in _by_scheme(layers, recipe):
         for plan, _ in members:
             _check_weight(plan, members)
-        solutions = _solve_stacked(members, hessian_II, recipe, scale_dtype, ranks)
+        solutions = _solve_stacked(members, solved_II, recipe, scale_dtype, ranks)
         for (plan, weight_OI), solution in zip(members, solutions, strict=True):
-            final = _finish(plan, weight_OI, hessian_II, solution, recipe, scale_dtype)
+            final = _finish(plan, weight_OI, solved_II, solution, recipe, scale_dtype)
             all_notes = notes + solution.notes
             record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
             solved = None

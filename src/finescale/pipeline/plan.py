@@ -229,17 +229,18 @@ def hidden_bytes(skeleton: Skeleton, tokens: int, dtype: torch.dtype) -> int:
     return int(skeleton.model.config.hidden_size) * tokens * dtype.itemsize
 
 
-def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype) -> int:
+def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype, power: float = 1.0) -> int:
     """Estimated peak memory: one block in the working type, its Hessians, the activations of all samples, the
-    embeddings while the first activations are made, and the solver's work matrices."""
+    embeddings while the first activations are made, and the solver's work matrices; ``power`` of the Hessians."""
     block = skeleton.blocks[0]
     weights = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
     inputs = [layer.shape_OI[1] for layer in plan.blocks[0].values()]
     experts = sum(isinstance(module, Expert) for module in block.modules())
     widest, narrowest = max(inputs, default=0), min(inputs, default=0)
     # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes one in float64
-    # and its copy in float32 (on a GPU two in float64, in memory of its own).
-    hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + 12 * widest**2
+    # and its copy in float32 (on a GPU two in float64, in memory of its own), a power's decomposition five in float64.
+    working = 12 if power == 1 else 40
+    hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + working * widest**2
     hidden = hidden_bytes(skeleton, tokens, dtype)
     largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
     rest = sum(p.numel() for p in skeleton.model.parameters()) - skeleton.block_count * sum(

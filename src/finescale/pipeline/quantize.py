@@ -131,7 +131,8 @@ def prepare(
     size = output_bytes(plan, scale_dtype, source.total_bytes(), source.float_dtype())
     spilled = hidden_bytes(skeleton, data.tokens_BT.numel(), compute_dtype) if spill else 0
     check_disk(out, size + spilled, Output(skeleton, fmt, out).shards())
-    memory = memory_bytes(skeleton, plan, 0 if spill else data.tokens_BT.numel() // ranks.count, compute_dtype)
+    tokens = 0 if spill else data.tokens_BT.numel() // ranks.count
+    memory = memory_bytes(skeleton, plan, tokens, compute_dtype, recipe.calibration.power)
     check_memory(memory * launch().local_count)
     facts = {
         "finescale": __version__,
