@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finescale.calibration.spill import Batches, SpilledTensors
 from finescale.errors import InputError
 from finescale.pipeline.quantize import prepare
 from finescale.pipeline.verify import verify
-from finescale.ranks import ALONE, Ranks
+from finescale.ranks import ALONE, Load, Ranks, shares
 from finescale.recipe import Recipe
 from tests.helpers import (
     assert_same_logits,
@@ -70,19 +72,52 @@ def test_two_processes_without_the_promise_are_as_good(wide, text, tmp_path):
     assert_same_logits(wide, tmp_path / "two")
 
 
-@pytest.mark.parametrize("rows", [1, 7, 512, 1300])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_pieces_cover_all_rows_once(rows, deterministic):
-    for count in (1, 2, 5):
-        ranks = [Ranks(rank, count, deterministic) for rank in range(count)]
-        cuts = [[piece for piece, _ in each.pieces(rows)] for each in ranks]
-        assert all(cut == cuts[0] for cut in cuts)
-        assert [index for piece in cuts[0] for index in range(piece.start, piece.stop)] == list(range(rows))
-        owners = [[mine for _, mine in each.pieces(rows)] for each in ranks]
-        assert all(sum(column) == 1 for column in zip(*owners, strict=True))
-        assert sorted(item for each in ranks for item in each.share(range(rows))) == list(range(rows))
-    if deterministic:
-        assert [piece for piece, _ in Ranks(0, 1, True).pieces(rows)] == cuts[0], "pieces do not depend on the count"
+LOADS = st.builds(
+    lambda rows, piece, once, row: Load(rows, rows if piece is None else piece, once, row),
+    st.integers(1, 3000), st.one_of(st.none(), st.sampled_from([1, 64, 512])), st.floats(0, 1e6), st.floats(0.1, 1e3),
+)  # fmt: skip
+
+
+@given(st.lists(LOADS, max_size=9), st.integers(1, 6))
+def test_shares_are_even_with_few_cuts(loads, count):
+    found = shares(loads, count)
+    laden = [0.0] * count
+    for load, parts in zip(loads, found, strict=True):
+        kept = sorted((part for part in parts if part.stop > part.start), key=lambda part: part.start)
+        assert [row for part in kept for row in range(part.start, part.stop)] == list(range(load.rows))
+        assert all(part.start % load.piece == 0 for part in kept)
+        for process, part in enumerate(parts):
+            laden[process] += load.cost(part.stop - part.start)
+    assert sum(sum(part.stop > part.start for part in parts) - 1 for parts in found) <= count - 1
+    whole = [0.0] * count
+    for cost in sorted((load.cost(load.rows) for load in loads), reverse=True):
+        whole[whole.index(min(whole))] += cost
+    assert max(laden) <= max(whole) * (1 + 1e-9)
+    bound = sum(load.cost(load.rows) for load in loads) / count
+    bound += 2 * max((load.once + min(load.piece, load.rows) * load.row for load in loads), default=0.0)
+    assert max(laden) <= bound * (1 + 1e-9)
+    assert count > 1 or found == [[slice(0, load.rows)] for load in loads]
+
+
+def test_a_narrow_layer_is_cut_and_no_hessian_is_factorized_twice_that_is_large():
+    shapes = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
+    loads = [Load(rows, 64, 1.0 * columns**3, 30.0 * columns**2) for rows, columns in shapes]
+    found = shares(loads, 2)
+    cut = [all(part.stop > part.start for part in parts) for parts in found]
+    assert sum(cut) == 1 and not cut[3]
+    laden = [
+        sum(load.cost(parts[process].stop - parts[process].start) for load, parts in zip(loads, found, strict=True))
+        for process in (0, 1)
+    ]
+    assert max(laden) / min(laden) < 1.02
+
+
+@pytest.mark.parametrize("rows", [slice(0, 0), slice(0, 7), slice(512, 1300)])
+def test_pieces_have_one_size_when_bytes_are_promised(rows):
+    assert Ranks(1, 3).pieces(rows) == ([rows] if rows.stop else [])
+    pieces = Ranks(1, 3, deterministic=True).pieces(rows)
+    assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(rows.start, rows.stop))
+    assert all(piece.stop - piece.start == 512 for piece in pieces[:-1])
 
 
 def test_one_process_exchanges_with_nobody():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from finescale.errors import CheckpointError, InputError, NumericsError
-from finescale.pipeline.layers import FEW_TOKENS_DAMPING, solve_together
+from finescale.pipeline.layers import FEW_TOKENS_DAMPING
 from finescale.pipeline.quantize import prepare
+from finescale.pipeline.rounds import solve_together
 from finescale.pipeline.verify import verify
 from finescale.recipe import Recipe
 from finescale.runtime.checkpoint import open_quantized

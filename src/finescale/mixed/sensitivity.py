@@ -30,9 +30,9 @@ from finescale.models import Skeleton, open_skeleton, trace_steps
 from finescale.models.skeleton import set_weight_OI, weight_OI_of
 from finescale.pipeline.block import propagate
 from finescale.pipeline.journal import signature
-from finescale.pipeline.layers import solve_together
 from finescale.pipeline.plan import LayerPlan, Plan, make_plan, stored_bits
 from finescale.pipeline.quantize import resolve_model
+from finescale.pipeline.rounds import solve_together
 from finescale.recipe import Recipe
 from finescale.runtime.load import load, usable_device
 

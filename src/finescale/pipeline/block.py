@@ -21,9 +21,10 @@ from finescale.formats.registry import Format
 from finescale.grid import InputRule
 from finescale.models import Step
 from finescale.models.skeleton import set_weight_OI, weight_OI_of
-from finescale.pipeline.layers import LayerResult, solve_together
+from finescale.pipeline.layers import LayerResult
 from finescale.pipeline.output import stored_weight
 from finescale.pipeline.plan import LayerPlan
+from finescale.pipeline.rounds import solve_round
 from finescale.ranks import ALONE, Ranks
 from finescale.recipe import Recipe
 
@@ -89,20 +90,16 @@ def quantize_block(
     for members in rounds:
         leaders = {step.linears[0]: plans[step.linears[0]].name for step in members}
         if statistics is None:
-            moments = timer.measure("forward", collect_moments, block, leaders, batches, device, ranks)
+            found = timer.measure("forward", collect_moments, block, leaders, batches, device, ranks)
         else:
-            moments = timer.measure("load", statistics.moments, index, device)
-        for step in members:
-            moment = moments.pop(step.linears[0])
-            hessian_II, tokens = moment.hessian_(), moment.tokens
-            layers = [(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears]
-            solved = timer.measure(
-                "solve", solve_together, layers, hessian_II, tokens, recipe, scale_dtype, index, ranks
-            )
-            del hessian_II
-            for result in solved:
-                set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
-            results += solved
+            found = timer.measure("load", statistics.moments, index, device)
+        moments = [(found[path].hessian_(), found[path].tokens) for path in leaders]
+        del found  # or it would keep what is used up
+        layers = [[(plans[path], weight_OI_of(block.get_submodule(path))) for path in step.linears] for step in members]
+        solved = timer.measure("solve", solve_round, layers, moments, recipe, scale_dtype, index, ranks)
+        for result in solved:
+            set_weight_OI(block.get_submodule(result.plan.path), stored_weight(fmt, result.plan, result.weight))
+        results += solved
     return results
 
 

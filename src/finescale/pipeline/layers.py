@@ -1,18 +1,17 @@
-"""Solving the layers of one input together, and what the report says of each.
+"""What a layer is solved from, what becomes of its solution, and what the report says of it.
 
 Shape legend: O outputs, I inputs, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finescale.calibration.statistics import matrix_power
 from finescale.errors import NumericsError
 from finescale.finite import all_finite
 from finescale.grid import (
@@ -35,7 +34,6 @@ from finescale.grid.integer_scale import (
     overflow_bound,
 )
 from finescale.pipeline.plan import LayerPlan
-from finescale.ranks import ALONE, Ranks
 from finescale.recipe import Recipe
 from finescale.solvers import Solution, relative_error
 
@@ -45,6 +43,10 @@ FEW_TOKENS_DAMPING = 0.01
 HISTOGRAM_BINS = 40
 NO_LOWEST_ZERO = "gptq"
 """The format that cannot store a zero point on the lowest code: it stores zero points less one, unsigned."""
+
+
+PlannedWeight = tuple[LayerPlan, Tensor]
+"""A layer's plan with its weight, float [O, I]."""
 
 
 @dataclass(frozen=True)
@@ -68,56 +70,6 @@ class LayerResult:
     solved: Solved | None = None
 
 
-def solve_together(
-    layers: Sequence[tuple[LayerPlan, Tensor]],
-    hessian_II: Tensor,
-    tokens: int,
-    recipe: Recipe,
-    scale_dtype: torch.dtype,
-    block: int,
-    ranks: Ranks = ALONE,
-) -> list[LayerResult]:
-    """Solve layers that share one input.
-
-    Rows are independent, so layers of one scheme are stacked and solved as one.
-
-    Args:
-        layers: plans with their weights, float [O, I].
-        hessian_II: float32 [I, I], mean of x x^T; the solver gets its ``calibration.power``.
-        tokens: how many tokens the Hessian was made of.
-        recipe: solver and integer scales.
-        scale_dtype: type in which scales are stored.
-        block: number of the block, for the record.
-        ranks: processes that share the rows.
-
-    Raises:
-        NumericsError: NaN in a weight, or a fixed amplifier that could overflow int32; names the layer.
-    """
-    notes: tuple[str, ...] = ()
-    if recipe.solver.entry().needs_hessian and tokens < hessian_II.shape[0]:
-        mean = float(hessian_II.diagonal().mean())
-        hessian_II = hessian_II.clone()
-        hessian_II.diagonal().add_(FEW_TOKENS_DAMPING * mean)
-        notes = (f"short of tokens: {tokens} for {hessian_II.shape[0]} inputs, damped by {FEW_TOKENS_DAMPING:g}",)
-    solved_II = hessian_II
-    if recipe.solver.entry().needs_hessian:
-        solved_II = matrix_power(hessian_II, recipe.calibration.power)
-    results = []
-    for members in _by_scheme(layers, recipe):
-        for plan, _ in members:
-            _check_weight(plan, members)
-        solutions = _solve_stacked(members, solved_II, recipe, scale_dtype, ranks)
-        for (plan, weight_OI), solution in zip(members, solutions, strict=True):
-            final = _finish(plan, weight_OI, solved_II, solution, recipe, scale_dtype)
-            all_notes = notes + solution.notes
-            record = _record(plan, weight_OI, hessian_II, final, solution, recipe, block, tokens, all_notes)
-            solved = None
-            if recipe.tuning:
-                solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, all_notes)
-            results.append(LayerResult(plan, final, record, solved))
-    return results
-
-
 def with_tuned_weight(result: LayerResult, tuned: QuantizedWeight, recipe: Recipe) -> LayerResult:
     """The result with a tuned weight, its record anew, and the proof that int32 holds.
 
@@ -133,27 +85,26 @@ def with_tuned_weight(result: LayerResult, tuned: QuantizedWeight, recipe: Recip
         else:
             tuned, notes = result.weight, (*notes, "the tuned codes could overflow int32: the solver's were kept")
     block = result.record["block"]
-    record = _record(
-        plan, solved.weight_OI, solved.hessian_II, tuned, solved.solution, recipe, block, solved.tokens, notes
-    )
+    error = relative_error(solved.weight_OI, tuned.dequantize(), solved.hessian_II)
+    record = record_of(plan, solved.weight_OI, tuned, error, solved.solution, recipe, block, solved.tokens, notes)
     record["relative_error_before_tuning"] = result.record["relative_error"]
     return LayerResult(plan, tuned, record)
 
 
-def _check_weight(plan: LayerPlan, members: Sequence[tuple[LayerPlan, Tensor]]) -> None:
-    for member, weight_OI in members:
-        if member is plan and not all_finite(weight_OI):
-            raise NumericsError(f"{plan.name} holds NaN or Inf in its weight; repair or re-download the checkpoint.")
+def check_weight(plan: LayerPlan, weight_OI: Tensor) -> None:
+    """Raises NumericsError, with the name of the layer, when the weight holds NaN or Inf."""
+    if not all_finite(weight_OI):
+        raise NumericsError(f"{plan.name} holds NaN or Inf in its weight; repair or re-download the checkpoint.")
 
 
-def _by_scheme(layers: Sequence[tuple[LayerPlan, Tensor]], recipe: Recipe) -> list[list[tuple[LayerPlan, Tensor]]]:
+def by_scheme(layers: Sequence[PlannedWeight], recipe: Recipe) -> list[list[PlannedWeight]]:
     """Layers that may be stacked. A solver that moves scales needs each layer's own amplifier, and outliers are
     counted by layer, so these stay alone."""
     options = recipe.solver.options()
     refits_alone = recipe.integer_scale.mode == "before" and options.moves_scales
     if refits_alone or options.keeps_outliers:
         return [[layer] for layer in layers]
-    groups: dict[Any, list[tuple[LayerPlan, Tensor]]] = {}
+    groups: dict[Any, list[PlannedWeight]] = {}
     for layer in layers:
         groups.setdefault(layer[0].scheme, []).append(layer)
     return list(groups.values())
@@ -182,6 +133,14 @@ def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype
     return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
 
 
+def grid_of_rows(plan: LayerPlan, weight_OI: Tensor, rows: slice, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
+    """``initial_grid`` of some rows of a layer, as cheap as they are few: but for an amplifier of the whole layer, and
+    limits, which are the whole layer's, rows are fitted apart."""
+    if recipe.integer_scale.mode == "before" or plan.limits is not None:
+        return initial_grid(plan, weight_OI, recipe, scale_dtype).rows_slice(rows)
+    return initial_grid(plan, weight_OI[rows], recipe, scale_dtype)
+
+
 def _without_lowest_zero(grid: Grid) -> Grid:
     """Zero points one above the lowest code where they are the lowest (groups without negative weights, dead rows), the
     step a little longer, so that the range of the group stays covered."""
@@ -197,70 +156,32 @@ def _without_lowest_zero(grid: Grid) -> Grid:
     )
 
 
-def _solve_stacked(
-    members: Sequence[tuple[LayerPlan, Tensor]],
-    hessian_II: Tensor,
-    recipe: Recipe,
-    scale_dtype: torch.dtype,
-    ranks: Ranks,
-) -> list[Solution]:
-    grids = [initial_grid(plan, weight_OI, recipe, scale_dtype) for plan, weight_OI in members]
-    if len(members) == 1:
-        return [solve_rows(members[0][1], hessian_II, grids[0], recipe, ranks)]
-    zeros = [grid.zero_OG for grid in grids if grid.zero_OG is not None]
-    stacked = replace(
-        grids[0],
-        scale_OG=torch.cat([grid.scale_OG for grid in grids]),
-        zero_OG=torch.cat(zeros) if zeros else None,
-        amplifier=None,
-    )
-    solution = solve_rows(torch.cat([weight_OI for _, weight_OI in members]), hessian_II, stacked, recipe, ranks)
-    parts, start = [], 0
-    for grid in grids:
-        rows = slice(start, start + grid.rows)
-        part = replace(solution.weight.grid.rows_slice(rows), amplifier=grid.amplifier)
-        parts.append(replace(solution, weight=QuantizedWeight(solution.weight.codes_OI[rows].contiguous(), part)))
-        start += grid.rows
-    return parts
-
-
-def solve_rows(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, recipe: Recipe, ranks: Ranks) -> Solution:
-    """Solve the rows that are this process's, and get the others'. Where outliers are counted over the whole layer, or
-    scales move, rows are not apart: then every process solves all of them."""
-    entry, options = recipe.solver.entry(), recipe.solver.options()
-    pieces = ranks.pieces(weight_OI.shape[0])
-    if len(pieces) == 1 or options.keeps_outliers or options.moves_scales:
-        return entry.solve(weight_OI, hessian_II, grid, options)
-    codes_OI = torch.zeros_like(weight_OI, dtype=torch.int8)
-    damping = torch.zeros(1, dtype=torch.float64)
-    notes: dict[str, None] = {}
-    for rows, mine in pieces:
-        if mine:
-            part = entry.solve(weight_OI[rows], hessian_II, grid.rows_slice(rows), options)
-            codes_OI[rows] = part.weight.codes_OI
-            damping[0] = part.damping
-            notes |= dict.fromkeys(part.notes)
-    ranks.sum_(codes_OI)
-    # Every process factorizes the same Hessian; one without a row of this layer learns the damping here.
-    used = ranks.largest(float(damping))
-    return Solution(QuantizedWeight(codes_OI, grid), used, tuple(ranks.tell(list(notes))))
-
-
-def _finish(
+def finished(
     plan: LayerPlan,
     weight_OI: Tensor,
-    hessian_II: Tensor,
-    solution: Solution,
+    weight: QuantizedWeight,
     recipe: Recipe,
     scale_dtype: torch.dtype,
+    again: Callable[[Grid], QuantizedWeight],
 ) -> QuantizedWeight:
     """Integer scales after the solver if asked, and the proof that int32 holds.
 
     Before the solver, ``auto`` can only guess by the rounded weight; where the solved codes sum to more than those, it
     steps down until the bound holds. That is what ``auto`` means, and so no fallback worth a note: the record
     has the amplifier and how much of int32 it uses.
+
+    Args:
+        plan: of the layer.
+        weight_OI: the original.
+        weight: the solved one.
+        recipe: integer scales.
+        scale_dtype: type in which scales are stored.
+        again: solves the layer on another grid.
+
+    Raises:
+        NumericsError: a fixed amplifier, or folded scales, could overflow int32; names the layer.
     """
-    weight, mode = solution.weight, recipe.integer_scale.mode
+    mode = recipe.integer_scale.mode
     if mode == "off":
         return weight
     if mode == "after":
@@ -277,8 +198,7 @@ def _finish(
                 f"{_bound(plan, weight) / INT32_LIMIT:.2f} times 2^31); set integer_scale.amplifier auto or a "
                 "smaller one."
             )
-        grid = integerized(fit_layer_grid(plan, weight_OI, scale_dtype), amplifier // 2)
-        weight = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options()).weight
+        weight = again(integerized(fit_layer_grid(plan, weight_OI, scale_dtype), amplifier // 2))
     return weight
 
 
@@ -302,17 +222,30 @@ def _bound(plan: LayerPlan, weight: QuantizedWeight) -> int:
     return int(overflow_bound(weight.codes_OI, grid.integer_scale_OG(), grid.group_of_I, activation_max(plan)).max())
 
 
-def _record(
+def record_of(
     plan: LayerPlan,
     weight_OI: Tensor,
-    hessian_II: Tensor,
     weight: QuantizedWeight,
+    error: float,
     solution: Solution,
     recipe: Recipe,
     block: int,
     tokens: int,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
+    """A layer's line in the report.
+
+    Args:
+        plan: of the layer.
+        weight_OI: the original.
+        weight: what is written.
+        error: ``relative_error`` of that.
+        solution: what it came from.
+        recipe: its solver.
+        block: number of the block.
+        tokens: how many the Hessian was made of.
+        notes: all there are.
+    """
     value_OI = weight.dequantize()
     grid = weight.grid
     scale_OG = grid.scale_OG.abs() if grid.amplifier is None else grid.integer_scale_OG().float()
@@ -325,7 +258,7 @@ def _record(
         "group_size": plan.scheme.group_size,
         "symmetric": plan.scheme.symmetric,
         "solver": recipe.solver.name,
-        "relative_error": relative_error(weight_OI, value_OI, hessian_II),
+        "relative_error": error,
         "weight_mse": _mean_square(weight_OI, value_OI),
         "amplifier": grid.amplifier,
         "folded": grid.folded,

@@ -1,7 +1,7 @@
 """Which grid point each weight takes: one file per algorithm, each a function of tensors."""
 
 from finescale.solvers.registry import SOLVERS, SolverEntry, code_of, find_solver
-from finescale.solvers.solution import Solution, SolverOptions, relative_error, squared_error
+from finescale.solvers.solution import Solution, SolverOptions, ratio, relative_error, row_energies, squared_error
 
 __all__ = [
     "SOLVERS",
@@ -10,6 +10,8 @@ __all__ = [
     "SolverOptions",
     "code_of",
     "find_solver",
+    "ratio",
     "relative_error",
+    "row_energies",
     "squared_error",
 ]

@@ -50,6 +50,10 @@ class GptqOptions(SolverOptions):
     def moves_scales(self) -> bool:
         return not self.static_groups
 
+    @property
+    def factorizes(self) -> bool:
+        return True
+
 
 LARGEST_DAMPING = 1e4
 

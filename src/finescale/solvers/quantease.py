@@ -100,6 +100,14 @@ class QuantEaseOptions(SolverOptions):
     def moves_scales(self) -> bool:
         return self.refits > 0 or not self.static_groups
 
+    @property
+    def factorizes(self) -> bool:
+        return self.start != "weight"
+
+    @property
+    def passes(self) -> int:
+        return self.sweeps + self.refits * REFIT_SWEEPS + self.factorizes
+
     @model_validator(mode="after")
     def _check(self) -> QuantEaseOptions:
         if self.start == "spqr" and self.refits:

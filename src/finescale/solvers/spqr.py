@@ -56,6 +56,10 @@ class SpqrOptions(SolverOptions):
     def keeps_outliers(self) -> bool:
         return True
 
+    @property
+    def factorizes(self) -> bool:
+        return True
+
     def check_scheme(self, scheme: WeightScheme) -> None:
         """Raises InputError unless the weights are asymmetric with groups."""
         if scheme.group_size == -1 or scheme.symmetric:

@@ -1,0 +1,253 @@
+"""Solving the layers of a round: those whose inputs are known at the same time, in one process or several.
+
+Rows are independent, so that layers of one input and scheme are stacked and solved as one. Several processes get whole
+stacks as far as that is even; where a stack is cut, by rows. Every process ends up with every weight, and computes the
+records of the layers whose first row it solved, which the others are told.
+
+Shape legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from finescale.errors import NumericsError
+from finescale.grid import Grid, QuantizedWeight
+from finescale.pipeline.exchange import Found, from_owners, joined, stacked
+from finescale.pipeline.layers import (
+    FEW_TOKENS_DAMPING,
+    LayerResult,
+    PlannedWeight,
+    Solved,
+    by_scheme,
+    check_weight,
+    finished,
+    grid_of_rows,
+    record_of,
+)
+from finescale.ranks import ALONE, DETERMINISTIC_ROWS, Load, Ranks, shares
+from finescale.recipe import Recipe
+from finescale.solvers import Solution, ratio, row_energies
+
+ALIGNED_ROWS = 64
+"""Rows at which a stack may be cut: tensor cores want few odd sizes."""
+COLUMN_COST = 4096
+"""What a column costs beside its products, as if the layer had so many inputs more."""
+LEAST_ROWS = 1024
+"""Rows that a process pays for anyhow, however few it has: it goes column by column."""
+FACTOR_COST = 6.0
+"""Of the factorization of H, in I^3; a sweep over O rows costs O I (I + ``COLUMN_COST``). Between what an H100 shows in
+float32 (3) and with products of parts (6 to 9)."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one scheme and one input, whose rows lie one below the other.
+
+    Attributes:
+        step: number of the input.
+        members: plans with weights, float [O, I].
+        shares: the rows that are each process's.
+    """
+
+    step: int
+    members: tuple[PlannedWeight, ...]
+    shares: tuple[slice, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return sum(weight_OI.shape[0] for _, weight_OI in self.members)
+
+    def parts(self, rows: slice) -> Iterator[tuple[int, slice]]:
+        """Which members have some of these rows of the stack, and which of their own these are."""
+        start = 0
+        for number, (_, weight_OI) in enumerate(self.members):
+            stop = start + weight_OI.shape[0]
+            first, last = max(rows.start, start), min(rows.stop, stop)
+            if first < last:
+                yield number, slice(first - start, last - start)
+            start = stop
+
+    def owners(self, member: int) -> list[int]:
+        """The processes that have rows of a member, in the order of these."""
+        found = [rank for rank, rows in enumerate(self.shares) if member in dict(self.parts(rows))]
+        return sorted(found, key=lambda rank: self.shares[rank].start)
+
+
+def solve_together(
+    layers: Sequence[PlannedWeight],
+    hessian_II: Tensor,
+    tokens: int,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    block: int,
+) -> list[LayerResult]:
+    """``solve_round`` for layers of one input, in one process."""
+    return solve_round([layers], [(hessian_II, tokens)], recipe, scale_dtype, block)
+
+
+def solve_round(
+    steps: Sequence[Sequence[PlannedWeight]],
+    moments: list[tuple[Tensor, int]],
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    block: int,
+    ranks: Ranks = ALONE,
+) -> list[LayerResult]:
+    """Solve layers, and get those that others solved.
+
+    Args:
+        steps: layers by input, plans with their weights, float [O, I].
+        moments: of each of these inputs, the Hessian, float32 [I, I], mean of x x^T, and of how many tokens it was
+            made. Used up: a process keeps the Hessians of its own layers, one process one after the other.
+        recipe: solver and integer scales.
+        scale_dtype: type in which scales are stored.
+        block: number of the block, for the record.
+        ranks: processes that share the layers.
+
+    Raises:
+        NumericsError: NaN in a weight, a Hessian that cannot be factorized, or a fixed amplifier that could overflow
+            int32; names the layer.
+    """
+    for layers in steps:
+        for plan, weight_OI in layers:
+            check_weight(plan, weight_OI)
+    stacks = dealt([Stack(n, tuple(m)) for n, layers in enumerate(steps) for m in by_scheme(layers, recipe)],
+                   recipe, ranks)  # fmt: skip
+    if ranks.count > 1:
+        return _solve(stacks, moments, recipe, scale_dtype, block, ranks)
+    results = []
+    for step in range(len(steps)):
+        of_step = [replace(stack, step=0) for stack in stacks if stack.step == step]
+        results += _solve(of_step, [moments.pop(0)], recipe, scale_dtype, block, ranks)
+    return results
+
+
+def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
+    """The stacks with their rows shared over the processes: whole ones where outliers are counted over the layer, or
+    scales move."""
+    options = recipe.solver.options()
+    apart = not (options.keeps_outliers or options.moves_scales)
+    loads = []
+    for stack in stacks:
+        columns = stack.members[0][1].shape[1]
+        row = float(columns * (columns + COLUMN_COST) * options.passes)
+        once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
+        if apart and ranks.deterministic:  # every piece is solved for itself
+            loads.append(Load(stack.rows, DETERMINISTIC_ROWS, 0.0, row + once / DETERMINISTIC_ROWS))
+        else:
+            loads.append(Load(stack.rows, ALIGNED_ROWS if apart else stack.rows, once, row))
+    found = shares(loads, ranks.count)
+    return [replace(stack, shares=tuple(rows)) for stack, rows in zip(stacks, found, strict=True)]
+
+
+def _solve(
+    stacks: Sequence[Stack],
+    moments: list[tuple[Tensor, int]],
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    block: int,
+    ranks: Ranks,
+) -> list[LayerResult]:
+    mine = [stack.shares[ranks.rank] for stack in stacks]
+    own = {stack.step for stack, rows in zip(stacks, mine, strict=True) if rows.stop > rows.start}
+    inputs: list[tuple[Tensor | None, int, tuple[str, ...]]] = []
+    while moments:
+        inputs.append(_damped(*moments.pop(0), recipe, kept=len(inputs) in own))
+    found = [_solve_rows(stack, inputs[stack.step][0], recipe, scale_dtype, ranks) for stack in stacks]
+    results = []
+    for stack, parts in zip(stacks, found, strict=True):
+        hessian_II, tokens, notes = inputs[stack.step]
+        solutions, finals = [], []
+        for number, (plan, weight_OI) in enumerate(stack.members):
+            owners = stack.owners(number)
+            solutions.append(joined(from_owners(parts.pop(number, None), owners, plan.scheme, ranks)))
+            again = partial(_solve_again, weight_OI, hessian_II, owners[0], recipe, ranks)
+            finals.append(finished(plan, weight_OI, solutions[-1].weight, recipe, scale_dtype, again))
+        errors = _relative_errors(stack, finals, hessian_II, ranks)
+        members = zip(stack.members, solutions, finals, errors, strict=True)
+        for number, ((plan, weight_OI), solution, final, error) in enumerate(members):
+            all_notes, owner, record = notes + solution.notes, stack.owners(number)[0], {}
+            if ranks.rank == owner:
+                record = record_of(plan, weight_OI, final, error, solution, recipe, block, tokens, all_notes)
+            solved = None
+            if recipe.tuning:
+                assert hessian_II is not None  # recipes that tune run in one process
+                solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, all_notes)
+            results.append(LayerResult(plan, final, ranks.tell(record, owner), solved))
+    return results
+
+
+def _damped(hessian_II: Tensor, tokens: int, recipe: Recipe, kept: bool) -> tuple[Tensor | None, int, tuple[str, ...]]:
+    """The Hessian if it is kept, damped when it was made of few tokens, and a note of that."""
+    columns = hessian_II.shape[0]
+    notes: tuple[str, ...] = ()
+    if recipe.solver.entry().needs_hessian and tokens < columns:
+        notes = (f"short of tokens: {tokens} for {columns} inputs, damped by {FEW_TOKENS_DAMPING:g}",)
+        if kept:
+            mean = float(hessian_II.diagonal().mean())
+            hessian_II = hessian_II.clone()
+            hessian_II.diagonal().add_(FEW_TOKENS_DAMPING * mean)
+    return hessian_II if kept else None, tokens, notes
+
+
+def _solve_rows(
+    stack: Stack, hessian_II: Tensor | None, recipe: Recipe, scale_dtype: torch.dtype, ranks: Ranks
+) -> dict[int, Found]:
+    """This process's rows of a stack, by number of the member."""
+    entry, options = recipe.solver.entry(), recipe.solver.options()
+    apart = not (options.keeps_outliers or options.moves_scales)
+    rows = stack.shares[ranks.rank]
+    pieces: dict[int, list[Solution]] = {}
+    try:
+        for piece in ranks.pieces(rows) if apart else [rows] if rows.stop else []:
+            assert hessian_II is not None
+            parts = list(stack.parts(piece))
+            weights = [stack.members[number][1][of_member] for number, of_member in parts]
+            grids = [grid_of_rows(*stack.members[n], of_member, recipe, scale_dtype) for n, of_member in parts]
+            weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+            solution = entry.solve(weight_OI, hessian_II, stacked(grids), options)
+            start = 0
+            for (number, _), grid in zip(parts, grids, strict=True):
+                part = solution
+                if len(parts) > 1:
+                    weight = solution.weight.rows_slice(slice(start, start + grid.rows))
+                    weight = replace(weight, grid=replace(weight.grid, amplifier=grid.amplifier))
+                    part = replace(solution, weight=weight)
+                pieces.setdefault(number, []).append(part)
+                start += grid.rows
+    except NumericsError as error:
+        return {number: error for number, _ in stack.parts(rows)}
+    return {number: joined(of_member) for number, of_member in pieces.items()}
+
+
+def _solve_again(
+    weight_OI: Tensor, hessian_II: Tensor | None, owner: int, recipe: Recipe, ranks: Ranks, grid: Grid
+) -> QuantizedWeight:
+    """A whole layer by one process, on another grid."""
+    found = None
+    if ranks.rank == owner:
+        assert hessian_II is not None
+        found = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options())
+    return from_owners(found, [owner], grid.scheme, ranks)[0].weight
+
+
+def _relative_errors(
+    stack: Stack, finals: Sequence[QuantizedWeight], hessian_II: Tensor | None, ranks: Ranks
+) -> list[float]:
+    """``relative_error`` of each member, from the energies of the rows that each process has the Hessian of."""
+    energies = [torch.zeros(weight_OI.shape[0], 2, dtype=torch.float64) for _, weight_OI in stack.members]
+    values: dict[int, Tensor] = {}
+    for piece in ranks.pieces(stack.shares[ranks.rank]):
+        assert hessian_II is not None
+        for number, rows in stack.parts(piece):
+            if number not in values:
+                values = {number: finals[number].dequantize()}  # the last one goes
+            weight_OI = stack.members[number][1][rows]
+            energies[number][rows] = row_energies(weight_OI, values[number][rows], hessian_II)
+    return [ratio(*map(float, ranks.sum_(of_member).sum(0))) for of_member in energies]
