@@ -159,28 +159,36 @@ def _solve(
     inputs: list[tuple[Tensor | None, int, tuple[str, ...]]] = []
     while moments:
         inputs.append(_damped(*moments.pop(0), recipe, kept=len(inputs) in own))
-    found = [_solve_rows(stack, inputs[stack.step][0], recipe, scale_dtype, ranks) for stack in stacks]
-    results = []
-    for stack, parts in zip(stacks, found, strict=True):
-        hessian_II, tokens, notes = inputs[stack.step]
-        solutions, finals = [], []
+    hessians = [inputs[stack.step][0] for stack in stacks]
+    # What takes time is done for all layers before anything is exchanged: then nobody waits in between.
+    found = [_solve_rows(*of_stack, recipe, scale_dtype, ranks) for of_stack in zip(stacks, hessians, strict=True)]
+    solutions, finals = [], []
+    for stack, hessian_II, parts in zip(stacks, hessians, found, strict=True):
         for number, (plan, weight_OI) in enumerate(stack.members):
             owners = stack.owners(number)
             solutions.append(joined(from_owners(parts.pop(number, None), owners, plan.scheme, ranks)))
             again = partial(_solve_again, weight_OI, hessian_II, owners[0], recipe, ranks)
             finals.append(finished(plan, weight_OI, solutions[-1].weight, recipe, scale_dtype, again))
-        errors = _relative_errors(stack, finals, hessian_II, ranks)
-        members = zip(stack.members, solutions, finals, errors, strict=True)
-        for number, ((plan, weight_OI), solution, final, error) in enumerate(members):
-            all_notes, owner, record = notes + solution.notes, stack.owners(number)[0], {}
-            if ranks.rank == owner:
-                record = record_of(plan, weight_OI, final, error, solution, recipe, block, tokens, all_notes)
-            solved = None
-            if recipe.tuning:
-                assert hessian_II is not None  # recipes that tune run in one process
-                solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, all_notes)
-            results.append(LayerResult(plan, final, ranks.tell(record, owner), solved))
-    return results
+    energies: list[Tensor] = []
+    for stack, hessian_II in zip(stacks, hessians, strict=True):
+        energies += _energies(stack, finals[len(energies) :], hessian_II, ranks)
+    errors = [ratio(*map(float, ranks.sum_(energies_O2).sum(0))) for energies_O2 in energies]
+    layers = [(stack, number) for stack in stacks for number in range(len(stack.members))]
+    results = []
+    for (stack, number), solution, final, error in zip(layers, solutions, finals, errors, strict=True):
+        plan, weight_OI = stack.members[number]
+        hessian_II, tokens, notes = inputs[stack.step]
+        notes, record, solved = notes + solution.notes, {}, None
+        if ranks.rank == stack.owners(number)[0]:
+            record = record_of(plan, weight_OI, final, error, solution, recipe, block, tokens, notes)
+        if recipe.tuning:
+            assert hessian_II is not None  # recipes that tune run in one process
+            solved = Solved(weight_OI.clone(), hessian_II, solution, tokens, notes)
+        results.append(LayerResult(plan, final, record, solved))
+    return [
+        replace(result, record=ranks.tell(result.record, stack.owners(number)[0]))
+        for result, (stack, number) in zip(results, layers, strict=True)
+    ]
 
 
 def _damped(hessian_II: Tensor, tokens: int, recipe: Recipe, kept: bool) -> tuple[Tensor | None, int, tuple[str, ...]]:
@@ -237,10 +245,9 @@ def _solve_again(
     return from_owners(found, [owner], grid.scheme, ranks)[0].weight
 
 
-def _relative_errors(
-    stack: Stack, finals: Sequence[QuantizedWeight], hessian_II: Tensor | None, ranks: Ranks
-) -> list[float]:
-    """``relative_error`` of each member, from the energies of the rows that each process has the Hessian of."""
+def _energies(stack: Stack, finals: Sequence[QuantizedWeight], hessian_II: Tensor | None, ranks: Ranks) -> list[Tensor]:
+    """``row_energies`` of each member in the rows that are this process's, zero in the others; ``finals`` begins with
+    the stack's."""
     energies = [torch.zeros(weight_OI.shape[0], 2, dtype=torch.float64) for _, weight_OI in stack.members]
     values: dict[int, Tensor] = {}
     for piece in ranks.pieces(stack.shares[ranks.rank]):
@@ -250,4 +257,4 @@ def _relative_errors(
                 values = {number: finals[number].dequantize()}  # the last one goes
             weight_OI = stack.members[number][1][rows]
             energies[number][rows] = row_energies(weight_OI, values[number][rows], hessian_II)
-    return [ratio(*map(float, ranks.sum_(of_member).sum(0))) for of_member in energies]
+    return energies
