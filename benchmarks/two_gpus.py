@@ -1,12 +1,12 @@
-"""Two processes with a GPU each: the same bytes as one process, and how much faster layers are solved.
+"""Two processes with a GPU each: the same bytes as one process, and how much faster the layers of a block are solved.
 
     python benchmarks/two_gpus.py --json benchmarks/results/two-gpus.json
 
-Layers of large models are solved by one process and by two that share the rows (the Hessian's factorization, where GPTQ
-is the start, is made by both), after two sweeps of the same layer to warm up. Then a small Llama with random weights is
-quantized by one process and by two, both with --deterministic, and the files are compared byte by byte. --only makes
-one of the two parts and keeps the other as the JSON file has it. With --device cpu everything runs on two CPU
-processes.
+All layers of a block of a large model are solved as the pipeline solves a round, from the fit of the grids to the
+records of the report: by one process, and by two that share the layers; each after two sweeps to warm up. Then a small
+Llama with random weights is quantized by one process and by two, both with --deterministic, with and without outliers,
+and the files are compared byte by byte. --only makes one of the two parts and keeps the other as the JSON file has it.
+With --device cpu everything runs on two CPU processes, with --models small.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,36 +29,41 @@ import torch.distributed as dist
 from finescale.bench.gpu_solver import large_layer
 from finescale.bench.machine import machine_facts
 from finescale.bench.random_checkpoint import LlamaShape, write_random_llama
-from finescale.grid import WeightScheme, fit_grid
-from finescale.pipeline.layers import solve_rows
+from finescale.grid import WeightScheme
+from finescale.pipeline.layers import PlannedWeight
+from finescale.pipeline.plan import LayerPlan
+from finescale.pipeline.rounds import Stack, dealt, solve_round
 from finescale.ranks import ALONE, join, leave
 from finescale.recipe import Recipe
 
 PROCESSES = 2
 SMALL = LlamaShape(512, 1376, 3, 8, 2000)
-LAYERS = {  # outputs (layers of one input are solved together), inputs
-    "Llama-2-7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),
-    "Llama-2-70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
+LAYERS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {  # outputs of the layers of one input, inputs
+    "Llama-2-7B": (((4096, 4096, 4096), 4096), ((4096,), 4096), ((11008, 11008), 4096), ((4096,), 11008)),
+    "Llama-2-70B": (((8192, 1024, 1024), 8192), ((8192,), 8192), ((28672, 28672), 8192), ((8192,), 28672)),
+    "small": (((256, 256, 256), 256), ((256,), 256), ((704, 704), 256), ((256,), 704)),
 }
 SETTINGS = {
-    "quantease, 30 sweeps": ("solver.start=weight", "solver.products=3xfp16"),
-    "quantease from gptq, 30 sweeps": ("solver.start=gptq", "solver.products=3xfp16"),
+    f"{products}, {label}": (f"solver.products={products}", f"solver.start={start}")
+    for products in ("2xfp16", "3xfp16")
+    for label, start in (("30 sweeps from the weight", "weight"), ("30 sweeps from gptq", "gptq"))
 }
+RECIPES = ("quantease", "quantease-outliers")
 
 
 def torchrun(*words: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), *words]
 
 
-def compare_bytes(device: str) -> dict[str, Any]:
+def compare_bytes(device: str, recipe: str) -> dict[str, Any]:
     """One process against two, file by file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random_llama(folder / "model", SMALL, torch.float16)
-        words = ["quantize", str(folder / "model"), "--recipe", "quantease", "--deterministic", "--device", device]
+        words = ["quantize", str(folder / "model"), "--recipe", recipe, "--deterministic", "--device", device]
         words += ["--samples", "32", "--length", "256"]
         if device == "cuda":
-            words += ["--set", "solver.products=3xfp16"]
+            words += ["--set", "solver.products=2xfp16"]
         starts = {"one": [sys.executable, "-m"], "two": torchrun("-m")}
         digests: dict[str, dict[str, str]] = {}
         for label, start in starts.items():
@@ -75,54 +81,84 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def block_of(model: str, device: str) -> tuple[list[list[PlannedWeight]], list[torch.Tensor]]:
+    """Layers by input, and the Hessians."""
+    steps, hessians = [], []
+    for number, (outputs, inputs) in enumerate(LAYERS[model]):
+        weight_OI, hessian_II = large_layer(sum(outputs), inputs, device)
+        plans = [
+            LayerPlan(f"{number}.{n}", f"{number}.{n}", (o, inputs), WeightScheme(4, -1, False, "mse"))
+            for n, o in enumerate(outputs)
+        ]
+        steps.append(list(zip(plans, weight_OI.split(outputs), strict=True)))
+        hessians.append(hessian_II)
+    return steps, hessians
+
+
 def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> None:
     """What each process of torchrun does."""
     ranks, target = join(torch.device(device), False)
     started, rows = time.perf_counter(), []
     for model in models:
-        for outputs, inputs in LAYERS[model]:
+        steps, hessians = block_of(model, str(target))
+        for label, settings in SETTINGS.items():
             if ranks.largest(time.perf_counter() - started) > budget:
                 break
-            weight_OI, hessian_II = large_layer(outputs, inputs, str(target))
-            grid = fit_grid(weight_OI, WeightScheme(3, -1, False))
-            for label, settings in SETTINGS.items():
-                recipe = Recipe.named("quantease").with_settings(settings)
-                row: dict[str, Any] = {"model": model, "shape": [outputs, inputs], "solver": label}
-                warm_up = recipe.with_settings(("solver.sweeps=2",))
-                for name, used in (("one", ALONE), ("two", ranks)):
-                    for run in (warm_up, recipe):
-                        dist.barrier()
-                        start = time.perf_counter()
-                        if used is ranks or ranks.leads:
-                            solve_rows(weight_OI, hessian_II, grid, run, used)
-                        if target.type == "cuda":
-                            torch.cuda.synchronize()
-                        dist.barrier()
-                        row[f"seconds_{name}"] = time.perf_counter() - start
-                row["speedup"] = row["seconds_one"] / row["seconds_two"]
-                rows.append(row)
-                if ranks.leads:
-                    print(row, flush=True)
-                    json_.write_text(json.dumps(rows))  # after every row: a limit may end this process
-            del weight_OI, hessian_II
+            recipe = Recipe.named("quantease").with_settings(settings)
+            shared = dealt([Stack(n, tuple(layers)) for n, layers in enumerate(steps)], recipe, ranks)
+            row: dict[str, Any] = {
+                "model": model,
+                "solver": label,
+                "shares": [
+                    {"shape": [s.rows, s.members[0][1].shape[1]], "rows": [r.stop - r.start for r in s.shares]}
+                    for s in shared
+                ],
+            }
+            for name, used in (("one", ALONE), ("two", ranks)):
+                for run in (recipe.with_settings(("solver.sweeps=2",)), recipe):
+                    moments = [(hessian_II.clone(), hessian_II.shape[0]) for hessian_II in hessians]
+                    dist.barrier()
+                    start = time.perf_counter()
+                    results = []
+                    if used is ranks or ranks.leads:
+                        results = solve_round(steps, moments, run, torch.float16, 0, used)
+                    if target.type == "cuda":
+                        torch.cuda.synchronize()
+                    dist.barrier()
+                    row[f"seconds_{name}"] = time.perf_counter() - start
+                row[f"errors_{name}"] = [result.record["relative_error"] for result in results]
+                del moments, results
+            row["speedup"] = row["seconds_one"] / row["seconds_two"]
+            rows.append(row)
+            if ranks.leads:
+                print({key: value for key, value in row.items() if "errors" not in key}, flush=True)
+                json_.write_text(json.dumps(rows))  # after every row: a limit may end this process
+        del steps, hessians
     leave()
 
 
-def sums(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """By how much two processes are faster at all layers of a block that were timed."""
-    return {
-        f"{model}, {label}": sum(r["seconds_one"] for r in found) / sum(r["seconds_two"] for r in found)
-        for model in LAYERS
-        for label in SETTINGS
-        if (found := [r for r in rows if r["model"] == model and r["solver"] == label])
-    }
+def timed(device: str, models: str, budget: float, limit: float | None) -> list[dict[str, Any]]:
+    """Rows of two processes; those that are there when the limit ends these."""
+    with tempfile.TemporaryDirectory() as name:
+        part = Path(name) / "rows.json"
+        words = ["--device", device, "--models", models, "--budget", str(budget), "--json", str(part)]
+        process = subprocess.Popen(torchrun(__file__, *words), start_new_session=True)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            print(f"ended after {limit:g} s", flush=True)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        return json.loads(part.read_text()) if part.is_file() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--models", default=",".join(LAYERS))
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds after which no layer is begun")
+    parser.add_argument("--models", default="Llama-2-7B,Llama-2-70B")
+    parser.add_argument("--budget", type=float, default=80.0, help="seconds after which no block is begun")
     parser.add_argument("--limit", type=float, help="seconds after which the layers are left as they are")
     parser.add_argument("--only", choices=("speed", "bytes"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/two-gpus.json"))
@@ -136,20 +172,16 @@ def main() -> None:
     result |= {"benchmark": "two_gpus", "seed": 0, "machine": machine_facts(), "device": arguments.device}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.only != "bytes":
-        with tempfile.TemporaryDirectory() as name:
-            part = Path(name) / "rows.json"
-            words = ["--device", arguments.device, "--models", arguments.models, "--budget", str(arguments.budget)]
-            try:
-                subprocess.run(torchrun(__file__, *words, "--json", str(part)), check=False, timeout=arguments.limit)
-            finally:
-                result["rows"] = json.loads(part.read_text()) if part.is_file() else []
-                result["models"] = sums(result["rows"])
-                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        result["rows"] = timed(arguments.device, arguments.models, arguments.budget, arguments.limit)
+        result["models"] = {f"{row['model']}, {row['solver']}": row["speedup"] for row in result["rows"]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.only != "speed":
-        result["deterministic"] = compare_bytes(arguments.device)
-        print(f"deterministic: { ({**result['deterministic'], 'sha256': '...'}) }", flush=True)
+        result["deterministic"] = {}
+        for recipe in RECIPES:
+            result["deterministic"][recipe] = found = compare_bytes(arguments.device, recipe)
+            print(f"deterministic, {recipe}: { ({**found, 'sha256': '...'}) }", flush=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(result.get("models"))
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
