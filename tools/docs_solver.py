@@ -144,15 +144,21 @@ def large_on_cpu(facts: dict[str, Any]) -> str:
 
 def two_gpus(facts: dict[str, Any]) -> str:
     """Two processes beside one."""
-    same = "the same bytes" if facts["deterministic"].get("same_bytes") else "other bytes"
+    runs = facts["deterministic"]
+    runs = {"quantease": runs} if "same_bytes" in runs else runs
+    same = ", ".join(f"{'the same' if run.get('same_bytes') else 'other'} bytes ({name})" for name, run in runs.items())
     opening = f"With --deterministic one and two processes wrote {same}."
     if not facts.get("rows"):
         return f"{opening} The speed was not measured.\n"
     rows = [
-        (row["model"], "x".join(map(str, row["shape"])), row["solver"], number(row["seconds_one"]),
-         number(row["seconds_two"]), f"{row['speedup']:.2f} x")
+        (row["model"], row["solver"], number(row["seconds_one"]), number(row["seconds_two"]), f"{row['speedup']:.2f} x",
+         ", ".join(_shared(of_stack) for of_stack in row.get("shares", [])) or "x".join(map(str, row["shape"])))
         for row in facts["rows"]
     ]  # fmt: skip
-    sums = [(name, "a block", "", "–", "–", f"{ratio:.2f} x") for name, ratio in facts["models"].items()]
-    header = ("model", "outputs x inputs", "solver", "one, seconds", "two, seconds", "faster")
-    return f"{opening}\n\n" + table(header, rows + sums)
+    header = ("model", "solver", "one, seconds", "two, seconds", "faster", "layers of the first + of the second, rows")
+    return f"{opening} Layers of one input are one matrix.\n\n" + table(header, rows)
+
+
+def _shared(stack: dict[str, Any]) -> str:
+    """Outputs x inputs, and the rows of each process."""
+    return f"{'x'.join(map(str, stack['shape']))}: {' + '.join(map(str, stack['rows']))}"

@@ -35,9 +35,12 @@ def test_whole_runs():
 
 
 def test_two_gpus():
-    row = {"model": "m", "shape": [8, 4], "solver": "s", "seconds_one": 2.0, "seconds_two": 1.0, "speedup": 2.0}
-    text = docs_solver.two_gpus({"deterministic": {"same_bytes": True}, "rows": [row], "models": {"m, s": 1.9}})
-    assert "wrote the same bytes" in text and "| m | 8x4 | s | 2 | 1 | 2.00 x |" in text and "1.90 x" in text
+    row = {"model": "m", "solver": "s", "seconds_one": 2.0, "seconds_two": 1.0, "speedup": 2.0}
+    row["shares"] = [{"shape": [8, 4], "rows": [8, 0]}, {"shape": [6, 4], "rows": [2, 4]}]
+    runs = {"plain": {"same_bytes": True}, "outliers": {"failed": "no"}}
+    text = docs_solver.two_gpus({"deterministic": runs, "rows": [row]})
+    assert "wrote the same bytes (plain), other bytes (outliers)" in text
+    assert "| m | s | 2 | 1 | 2.00 x | 8x4: 8 + 0, 6x4: 2 + 4 |" in text
 
 
 def test_options():
