@@ -3,7 +3,7 @@
     python3 benchmarks/solver_gpu.py --out benchmarks/results
 
 Needs torch, triton and pydantic; finescale itself need not be installed. Writes solver-gpu.json into --out (--name
-gives another name). Layers of more than 1.2e14 operations (1.2e15 with products of parts) are timed on a part of their
+gives another name). Layers of more than 1.2e14 operations (4e15 with products of parts) are timed on a part of their
 rows and scaled up (``rows_timed``), since rows are independent, the factorization of H apart; Algorithm 2 is timed on
 evenly spread columns of one sweep. QuantEase starts from GPTQ's solution, as its recipe does, and its time holds
 GPTQ's. Objectives are means over the rows. With ``--tune`` the sweep kernel and the widths of a block are timed too.
@@ -27,9 +27,11 @@ import torch
 from finescale.bench import gpu_solver
 from finescale.solvers import descent
 
-COLUMNS = ("algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16")
+COLUMNS = (
+    "algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16", "quantease_weight_2xfp16"
+)  # fmt: skip
 
-RATIOS = ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq")
+RATIOS = ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq", "quantease_weight_2xfp16_over_gptq")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -102,12 +104,27 @@ def tune(device: str) -> dict[str, Any]:
 
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs on different GPUs of one kind as one; a shape's last row counts."""
-    by_shape = {tuple(row["shape"]): row for result in results for row in result["rows"]}
+    """Runs on different GPUs of one kind as one; a shape's last row counts, with an older row's Algorithm 2 where it
+    was not timed again (and the number of rows that it was timed with)."""
+    by_shape: dict[tuple[int, ...], dict[str, Any]] = {}
+    for row in (row for result in results for row in result["rows"]):
+        by_shape[tuple(row["shape"])] = with_algorithm_2(row, by_shape.get(tuple(row["shape"]), {}))
     rows = sorted(by_shape.values(), key=lambda row: row["shape"][0] * row["shape"][1] ** 2)
     missing = [shape for result in results for shape in result["skipped"] if tuple(shape) not in by_shape]
     sums = {"rows": rows, "skipped": missing, "seconds": sum(result["seconds"] for result in results)}
     return results[0] | sums | {"models": gpu_solver.model_seconds(rows), "estimates": gpu_solver.estimates(rows)}
+
+
+def with_algorithm_2(row: dict[str, Any], older: dict[str, Any]) -> dict[str, Any]:
+    if "algorithm_2_seconds" in row or "algorithm_2_seconds" not in older:
+        return row
+    seconds = older["algorithm_2_seconds"]
+    return row | {
+        "algorithm_2_seconds": seconds,
+        "algorithm_2_columns_timed": older["algorithm_2_columns_timed"],
+        "algorithm_2_rows_timed": older.get("algorithm_2_rows_timed", older["rows_timed"]),
+        **{f"speedup_over_algorithm_2{k}": seconds / row[f"quantease{k}_seconds"] for k in gpu_solver.KINDS},
+    }
 
 
 def main() -> None:
@@ -118,6 +135,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=30)
     parser.add_argument("--budget", type=float, default=100.0, help="seconds after which no new shape is begun")
     parser.add_argument("--shape", action="append", help="OUTPUTSxINPUTS, may be repeated")
+    parser.add_argument("--algorithm-2-columns", type=int, default=512, help="timed of Algorithm 2; 0 leaves it out")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--merge", type=Path, nargs="+", help="only puts the rows of these files together")
     arguments = parser.parse_args()
@@ -128,14 +146,16 @@ def main() -> None:
         return
     shapes = [(int(o), int(i)) for o, i in (shape.split("x") for shape in arguments.shape)] if arguments.shape else None
     print(f"{'shape':>12} {'rows':>6} " + " ".join(f"{key[-12:]:>12}" for key in
-          ["algorithm_2", "gptq", "quantease", "q_2xfp16", "q_gptq10", "over alg 2", "over gptq",
-           "obj 2xfp16", "obj gptq10"]))  # fmt: skip
+          ["algorithm_2", "gptq", "quantease", "q_2xfp16", "q_gptq10", "q_weight", "over alg 2", "over gptq",
+           "weight/gptq", "obj 2xfp16", "obj gptq10", "obj weight"]))  # fmt: skip
 
     def on_row(result: dict[str, Any]) -> None:
         show(result["rows"][-1])
         (arguments.out / arguments.name).write_text(json.dumps(result, indent=1) + "\n")
 
-    result = gpu_solver.bench_gpu_solver(arguments.device, arguments.sweeps, arguments.budget, shapes, 512, on_row)
+    result = gpu_solver.bench_gpu_solver(
+        arguments.device, arguments.sweeps, arguments.budget, shapes, arguments.algorithm_2_columns, on_row
+    )
     for check in result["checks"]:
         print(f"check {check['solver']} {check['options']} {check['sweeps']} sweeps: {check['different']} of "
               f"{check['codes']} codes differ, objective ratio {check['objective_ratio']:.7f}")  # fmt: skip

@@ -22,11 +22,12 @@ def solver_gpu(facts: dict[str, Any]) -> str:
             ("x".join(map(str, row["shape"])), *(number(row.get(key)) for key in keys),
              number(row.get("algorithm_2_seconds")),
              f"{number(row.get(f'speedup_over_algorithm_2_{kind}'))} x",
-             number(row[f"quantease_{kind}_seconds"] / gptq if gptq else None), _objective(row, kind),
+             *(number(row[key] / gptq if gptq and key in row else None)
+               for key in (f"quantease_{kind}_seconds", f"quantease_weight_{kind}_seconds")), _objective(row, kind),
              number(row.get("objective_over_gptq")))
         )  # fmt: skip
     header = ("outputs x inputs", *names, "the paper's Algorithm 2", f"{kind} faster by", f"{kind} over gptq",
-              f"objective of {kind} over float32's, less 1", "over gptq's")  # fmt: skip
+              "from the weight over gptq", f"objective of {kind} over float32's, less 1", "over gptq's")  # fmt: skip
     models: list[tuple[Any, ...]] = [
         (name, *(number(times.get(key)) for key in keys)) for name, times in facts["models"].items()
     ]
@@ -35,7 +36,7 @@ def solver_gpu(facts: dict[str, Any]) -> str:
         f"* {name}: {terms}\n"
         for name, times in facts["models"].items()
         for key, terms in times.get("arithmetic", {}).items()
-        if key in ("operations", f"quantease_{kind}_seconds")
+        if key == "operations" or (key in keys and kind in key)
     )
     return (
         f"Seconds per layer. {facts.get('note', '')} Algorithm 2 is timed on a part of the columns, large layers on a "
@@ -43,7 +44,11 @@ def solver_gpu(facts: dict[str, Any]) -> str:
         + table(header, rows)
         + "\nSeconds of the solver for all layers of a model, put together from the layers above:\n\n"
         + table(("model", *names), models)
-        + (f"\nThe sums, 30 sweeps with {kind}:\n\n{sums}" if sums else "")
+        + (
+            f"\nThe sums, with {kind} from GPTQ, from the weight, and with 10 sweeps from GPTQ:\n\n{sums}"
+            if sums
+            else ""
+        )
         + estimated
     )
 

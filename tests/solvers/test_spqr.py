@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from finescale.errors import InputError, NumericsError
 from finescale.grid.bilevel import quantize_scales
-from finescale.solvers.gptq import inverse_factor
+from finescale.solvers.factor import inverse_factor
 from tests.solvers.examples import error_of, grid_of, layer, solve
 
 

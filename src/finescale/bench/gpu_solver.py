@@ -18,7 +18,8 @@ from finescale.bench.machine import machine_facts
 from finescale.bench.solver import SEED, synthetic_layer
 from finescale.grid import Grid, QuantizedWeight, WeightScheme, fit_grid
 from finescale.solvers import descent, find_solver, squared_error
-from finescale.solvers.gptq import GptqOptions, inverse_factor
+from finescale.solvers.factor import inverse_factor
+from finescale.solvers.gptq import GptqOptions
 from finescale.solvers.products import has_triton, tf32_products
 from finescale.solvers.quantease import QuantEaseOptions
 
@@ -33,7 +34,7 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 }  # fmt: skip
 """Outputs, inputs and how many of each a block has."""
 BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-70B": 80, "Falcon-180B": 80}
-MOST_OPERATIONS = {"float32": 1.2e14, "2xfp16": 1.2e15}
+MOST_OPERATIONS = {"float32": 1.2e14, "2xfp16": 4e15}
 """A timed run of 30 sweeps has at most so many operations; of larger layers some rows are timed (rows are independent,
 and large layers are solved in slabs of rows anyway)."""
 KINDS = ("", "_2xfp16")
@@ -48,8 +49,9 @@ ENOUGH_ROWS, MORE_ROWS = 4096, 32768
 """Layers of fewer rows than the first are solved with so many once more, to compare objectives: where rounding leads
 one code of a row another way at a tie, the row ends in another local minimum, a percent better or worse, so that two
 solvers of any precision differ by that over the root of the number of such rows."""
-LARGEST_FACTOR = 32768
-"""Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB."""
+LARGEST_FACTOR = 65536
+"""Inputs up to which the float64 factorization of GPTQ fits beside everything else into 80 GB: with 59392 H takes
+14 GB, the factorization 28 and its copy in float32 14, with a weight of 14848 rows 7."""
 CASES: tuple[tuple[str, int, int, bool, dict[str, Any]], ...] = (
     ("quantease", 3, -1, False, {}),
     ("quantease", 4, 64, True, {"start": "gptq", "relax_every": 0}),

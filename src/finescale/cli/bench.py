@@ -216,19 +216,16 @@ def _explain(device: Any, json_: Path | None) -> None:
 
 
 def _large_models(device: str, sweeps: int, budget: float, shapes: list[tuple[int, int]] | None) -> dict[str, Any]:
-    from finescale.bench.gpu_solver import bench_gpu_solver
+    from finescale.bench.gpu_solver import WEIGHT, bench_gpu_solver
 
     result = bench_gpu_solver(device, sweeps, budget, shapes)
-    keys = ("algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16")
-    table = Table(
-        "shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), "over algorithm 2", "over gptq"
-    )
+    keys = ("algorithm_2", "gptq", "quantease", "quantease_2xfp16", "quantease_gptq10_2xfp16", WEIGHT)
+    ratio_keys = ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq", f"{WEIGHT}_over_gptq")
+    ratio_names = ("over algorithm 2", "over gptq", "from the weight over gptq")
+    table = Table("shape", "rows timed", *(f"{key.replace('_', ' ')} s" for key in keys), *ratio_names)
     for row in result["rows"]:
         seconds = (f"{row[f'{key}_seconds']:.3g}" if f"{key}_seconds" in row else "" for key in keys)
-        ratios = (
-            f"{row[key]:.1f}" if key in row else ""
-            for key in ("speedup_over_algorithm_2_2xfp16", "quantease_2xfp16_over_gptq")
-        )
+        ratios = (f"{row[key]:.1f}" if key in row else "" for key in ratio_keys)
         table.add_row("x".join(map(str, row["shape"])), str(row["rows_timed"]), *seconds, *ratios)
     console.print(table)
     different = sum(check["different"] for check in result["checks"])

@@ -11,8 +11,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finescale.errors import NumericsError
-from finescale.finite import all_finite
 from finescale.grid import Grid, QuantizedWeight
 from finescale.grid.fit import refit_group
 from finescale.grid.outliers import single_outliers
@@ -26,6 +24,7 @@ from finescale.solvers.columns import (
     row_slabs,
     rows_together,
 )
+from finescale.solvers.factor import inverse_factor
 from finescale.solvers.products import LARGEST_BATCH, has_triton, tf32_products
 from finescale.solvers.solution import Solution, SolverOptions
 
@@ -53,43 +52,6 @@ class GptqOptions(SolverOptions):
     @property
     def factorizes(self) -> bool:
         return True
-
-
-LARGEST_DAMPING = 1e4
-
-
-def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor U of H^-1 (H^-1 = U^T U), float64 [I, I], and the damping that was needed.
-
-    Inputs that were never active (H_jj = 0) count as independent with unit variance.
-
-    Raises:
-        NumericsError: even a damping of 10^4 times the mean diagonal does not make H positive definite.
-    """
-    diagonal_I = hessian_II.diagonal().double()
-    dead_I = diagonal_I == 0
-    mean = float(diagonal_I.mean()) or 1.0
-    used = damping
-    while used <= LARGEST_DAMPING:
-        # One after the other in the same place: in host memory these are the largest matrices of all. Columns are
-        # contiguous as LAPACK wants them (the matrix is symmetric).
-        matrix_II = hessian_II.to(torch.float64, copy=True).T
-        matrix_II.diagonal().add_(used * mean + dead_I.double())
-        matrix_II, failed = _cholesky_(matrix_II)
-        if not int(failed):
-            matrix_II = torch.cholesky_inverse(matrix_II, out=None if matrix_II.is_cuda else matrix_II)
-            matrix_II, failed = _cholesky_(matrix_II, upper=True)
-            if not int(failed) and all_finite(matrix_II):
-                return matrix_II, used
-        used = max(used * 10, 1e-6)
-    raise NumericsError("the Hessian cannot be factorized at any damping; calibrate with more or other text.")
-
-
-def _cholesky_(matrix_II: Tensor, upper: bool = False) -> tuple[Tensor, Tensor]:
-    """The factor, on the CPU in the place of the matrix, and a number that is not 0 when there is none."""
-    out = None if matrix_II.is_cuda else (matrix_II, torch.empty((), dtype=torch.int32))
-    factor_II, failed = torch.linalg.cholesky_ex(matrix_II, upper=upper, out=out)
-    return factor_II, failed
 
 
 def solve_gptq(

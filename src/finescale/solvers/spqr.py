@@ -27,7 +27,7 @@ from finescale.grid.fit import smallest_scale
 from finescale.grid.narrow import NOT_NARROW, narrow_outliers
 from finescale.grid.outliers import single_outliers
 from finescale.solvers.columns import check_finite, one_thread
-from finescale.solvers.gptq import inverse_factor
+from finescale.solvers.factor import inverse_factor
 from finescale.solvers.products import tf32_products
 from finescale.solvers.solution import Solution, SolverOptions
 
