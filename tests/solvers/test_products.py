@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from finescale.grid import WeightScheme, fit_grid
+from finescale.solvers import find_solver, relative_error
 from finescale.solvers.descent import descend
 from finescale.solvers.products import Products, fp16_parts, tf32_parts, tf32_products
 from finescale.solvers.quantease import normalize_columns_
@@ -134,3 +136,26 @@ def test_values_follow_changes_that_are_float16_numbers():
         descend(weight_OI.T.contiguous(), current_IO, products, grid, group_of_I, [relaxed])
         change_IO = (before_IO - current_IO) * products.unit_O(weight_OI.T, grid.scale_OG.T)
         assert float((change_IO - change_IO.half().float()).abs().max()) < 1e-2 * 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"outliers": 0.1}], ids=["relaxed", "outliers"])
+@pytest.mark.parametrize("kind", ["3xfp16", "2xfp16"])
+def test_values_that_float16_parts_do_not_hold_are_noticed(kind, options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(400, 64, generator=generator)
+    x_TI[:, 5] = 1e-5 / 40**0.5 * x_TI[:, 8:48].sum(1)  # nearly dead: it should make up for 10^5 times as much
+    weight_OI = torch.randn(16, 64, generator=generator).to(dtype)
+    hessian_II = (x_TI.T @ x_TI / 400).to(dtype)
+    grid, entry = fit_grid(weight_OI, WeightScheme(2, -1, False)), find_solver("quantease")
+    assert Products(normalize_columns_(hessian_II.to(torch.float32, copy=True)), kind).kind == kind
+    exact = entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=6, **options))
+    found = entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=6, products=kind, **options))
+    if kind == "3xfp16" and dtype == torch.float64:  # which is made in full
+        assert found.notes == ()
+    else:
+        assert found.notes == (f"values beyond what {kind} holds: solved with 3xtf32",)
+    errors = [relative_error(weight_OI, s.weight.dequantize().to(dtype), hessian_II) for s in (exact, found)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+    hessian_II.diagonal().add_(0.01 * float(hessian_II.diagonal().mean()))
+    assert entry.solve(weight_OI, hessian_II, grid, entry.options(sweeps=6, products=kind, **options)).notes == ()

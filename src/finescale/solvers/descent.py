@@ -21,7 +21,7 @@ from finescale.grid import Grid
 from finescale.solvers import cuda_sweep
 from finescale.solvers.columns import ColumnRounder, one_thread
 from finescale.solvers.outliers import CoordinateSupport, Support
-from finescale.solvers.products import LARGEST_BATCH, Products, has_triton
+from finescale.solvers.products import LARGEST_BATCH, LARGEST_FP16, HalfRangeError, Products, has_triton
 
 REFRESH_EVERY = 15
 """Sweeps between exact recomputations of the running targets, against drift of float32."""
@@ -60,6 +60,9 @@ def descend(
         support: which entries are outliers, None for none.
         kernel: what sweeps a batch; None: the fastest there is.
         block: columns of one block, whole batches; None: one batch, on a GPU several.
+
+    Raises:
+        HalfRangeError: with float16 parts, a value went beyond what these hold; ``current_IO`` is void then.
     """
     columns, batch = target_IO.shape[0], products.batch
     rounder = ColumnRounder(grid, target_IO.dtype)
@@ -73,6 +76,7 @@ def descend(
         block = max(batch, GPU_BLOCK // batch * batch) if target_IO.is_cuda else batch
     changes = products.new_changes(min(block, columns), target_IO.shape[1])
     beta_IO = target_IO.clone()
+    fits = torch.ones((), dtype=torch.bool, device=target_IO.device)
     make = {"loop": _loop_sweeper, "triton": _triton_sweeper, "cuda": _cuda_sweeper}[kernel]
     with torch.cuda.device(target_IO.device) if target_IO.is_cuda else nullcontext():
         sweep_columns = make(beta_IO, current_IO, products, rounder, group_of_I, support)
@@ -84,8 +88,13 @@ def descend(
             for step in steps:
                 step(relaxed)
             moved = False
+            if unit_O is not None and (relaxed or support is not None):  # else all values are grid points
+                low, high = current_IO.aminmax()
+                fits &= (low > -LARGEST_FP16 / 2) & (high < LARGEST_FP16 / 2)  # so that no change is beyond it
             if support is not None and not relaxed and sweep < len(schedule) - 1:
                 moved = support.update(current_IO, beta_IO if unit_O is None else beta_IO / unit_O)
+    if not bool(fits):
+        raise HalfRangeError
     if unit_O is not None:
         current_IO.div_(unit_O)
 

@@ -22,8 +22,13 @@ DEPTH: dict[Kind, int] = {"float32": 1, "3xtf32": 1, "3xfp16": 3, "2xfp16": 2}
 LARGEST_BATCH = 128
 """Columns that one kernel launch sweeps at most."""
 LARGEST_FP16 = 2.0**15
+"""Of a normalized H, and of a change in units of a row, that float16 parts hold."""
 TF32_MASK = -(1 << 13)
 """Bits of a float32 that TF32 keeps: sign, exponent and 10 bits of the fraction."""
+
+
+class HalfRangeError(ArithmeticError):
+    """Values that left the grid went so far that float16 parts do not hold their changes."""
 
 
 @cache

@@ -13,6 +13,7 @@ Shape legend: O outputs, I inputs, B columns of one lazy batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ from finescale.solvers.outliers import (
     outlier_count,
     with_outliers,
 )
-from finescale.solvers.products import Kind, Products
+from finescale.solvers.products import HalfRangeError, Kind, Products
 from finescale.solvers.refit import refit_scales
 from finescale.solvers.solution import Solution, SolverOptions
 from finescale.solvers.spqr import SpqrOptions, solve_spqr
@@ -145,6 +146,9 @@ def normalize_columns_(hessian_II: Tensor) -> Tensor:
 def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions) -> Solution:
     """Coordinate descent with lazy batches of columns.
 
+    Where values leave the grid (relaxed sweeps, outliers) so far that float16 parts do not hold their changes, as with
+    a nearly dead input and no damping, the layer is solved with TF32 parts, and has a note.
+
     Args:
         weight_OI: float [O, I]; computed in float64 if it is float64, else in float32.
         hessian_II: [I, I], sum or mean of x x^T over the calibration tokens.
@@ -155,6 +159,15 @@ def solve_quantease(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: 
         NumericsError: NaN or Inf in the inputs.
     """
     check_finite(weight_OI, hessian_II)
+    try:
+        return _solve(weight_OI, hessian_II, grid, options)
+    except HalfRangeError:
+        solution = _solve(weight_OI, hessian_II, grid, options.model_copy(update={"products": "3xtf32"}))
+        note = f"values beyond what {options.products} holds: solved with 3xtf32"
+        return replace(solution, notes=(*solution.notes, note))
+
+
+def _solve(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, options: QuantEaseOptions) -> Solution:
     dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
     order_I = column_order(hessian_II, options.act_order)
     if options.start == "spqr":
