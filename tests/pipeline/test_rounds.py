@@ -22,6 +22,7 @@ RECIPES = {
         ("outliers", "quantease", "solver.sweeps=3", "solver.outliers=0.02", "solver.outlier_bits=8"),
         ("columns", "quantease", "solver.sweeps=3", "solver.outliers=2", "solver.structured=true"),
         ("spqr", "spqr"),
+        ("roots", "quantease", "solver.sweeps=3", "calibration.power=0.5"),
         *(
             (
                 f"integers {mode}",

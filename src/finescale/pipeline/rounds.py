@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from finescale.calibration.statistics import matrix_power
 from finescale.errors import NumericsError
 from finescale.grid import Grid, QuantizedWeight
 from finescale.pipeline.exchange import Found, from_owners, joined, stacked
@@ -43,6 +44,8 @@ LEAST_ROWS = 1024
 FACTOR_COST = 6.0
 """Of the factorization of H, in I^3; a sweep over O rows costs O I (I + ``COLUMN_COST``). Between what an H100 shows in
 float32 (3) and with products of parts (6 to 9)."""
+POWER_COST = 1000.0
+"""Of a power of H, by its eigenvalues."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def solve_round(
     Args:
         steps: layers by input, plans with their weights, float [O, I].
         moments: of each of these inputs, the Hessian, float32 [I, I], mean of x x^T, and of how many tokens it was
-            made. Used up: a process keeps the Hessians of its own layers, one process one after the other.
+            made; the solver gets their ``calibration.power``. Used up: a process keeps the Hessians of its own layers,
+            one process one after the other.
         recipe: solver and integer scales.
         scale_dtype: type in which scales are stored.
         block: number of the block, for the record.
@@ -138,10 +142,11 @@ def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
         columns = stack.members[0][1].shape[1]
         row = float(columns * (columns + COLUMN_COST) * options.passes)
         once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
+        power = POWER_COST * columns**3 * (recipe.calibration.power != 1 and recipe.solver.entry().needs_hessian)
         if apart and ranks.deterministic:  # every piece is solved for itself
-            loads.append(Load(stack.rows, DETERMINISTIC_ROWS, 0.0, row + once / DETERMINISTIC_ROWS))
+            loads.append(Load(stack.rows, DETERMINISTIC_ROWS, power, row + once / DETERMINISTIC_ROWS))
         else:
-            loads.append(Load(stack.rows, ALIGNED_ROWS if apart else stack.rows, once, row))
+            loads.append(Load(stack.rows, ALIGNED_ROWS if apart else stack.rows, once + power, row))
     found = shares(loads, ranks.count)
     return [replace(stack, shares=tuple(rows)) for stack, rows in zip(stacks, found, strict=True)]
 
@@ -161,7 +166,11 @@ def _solve(
         inputs.append(_damped(*moments.pop(0), recipe, kept=len(inputs) in own))
     hessians = [inputs[stack.step][0] for stack in stacks]
     # What takes time is done for all layers before anything is exchanged: then nobody waits in between.
-    found = [_solve_rows(*of_stack, recipe, scale_dtype, ranks) for of_stack in zip(stacks, hessians, strict=True)]
+    found: list[dict[int, Found]] = []
+    for step, (hessian_II, _, _) in enumerate(inputs):
+        solved_II = _powered(hessian_II, recipe)
+        found += [_solve_rows(stack, solved_II, recipe, scale_dtype, ranks) for stack in stacks if stack.step == step]
+        del solved_II
     solutions, finals = [], []
     for stack, hessian_II, parts in zip(stacks, hessians, found, strict=True):
         for number, (plan, weight_OI) in enumerate(stack.members):
@@ -204,8 +213,15 @@ def _damped(hessian_II: Tensor, tokens: int, recipe: Recipe, kept: bool) -> tupl
     return hessian_II if kept else None, tokens, notes
 
 
+def _powered(hessian_II: Tensor | None, recipe: Recipe) -> Tensor | None:
+    """What a solver gets of a Hessian that is kept."""
+    if hessian_II is None or not recipe.solver.entry().needs_hessian:
+        return hessian_II
+    return matrix_power(hessian_II, recipe.calibration.power)
+
+
 def _solve_rows(
-    stack: Stack, hessian_II: Tensor | None, recipe: Recipe, scale_dtype: torch.dtype, ranks: Ranks
+    stack: Stack, solved_II: Tensor | None, recipe: Recipe, scale_dtype: torch.dtype, ranks: Ranks
 ) -> dict[int, Found]:
     """This process's rows of a stack, by number of the member."""
     entry, options = recipe.solver.entry(), recipe.solver.options()
@@ -214,12 +230,12 @@ def _solve_rows(
     pieces: dict[int, list[Solution]] = {}
     try:
         for piece in ranks.pieces(rows) if apart else [rows] if rows.stop else []:
-            assert hessian_II is not None
+            assert solved_II is not None
             parts = list(stack.parts(piece))
             weights = [stack.members[number][1][of_member] for number, of_member in parts]
             grids = [grid_of_rows(*stack.members[n], of_member, recipe, scale_dtype) for n, of_member in parts]
             weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-            solution = entry.solve(weight_OI, hessian_II, stacked(grids), options)
+            solution = entry.solve(weight_OI, solved_II, stacked(grids), options)
             start = 0
             for (number, _), grid in zip(parts, grids, strict=True):
                 part = solution
@@ -240,8 +256,9 @@ def _solve_again(
     """A whole layer by one process, on another grid."""
     found = None
     if ranks.rank == owner:
-        assert hessian_II is not None
-        found = recipe.solver.entry().solve(weight_OI, hessian_II, grid, recipe.solver.options())
+        solved_II = _powered(hessian_II, recipe)
+        assert solved_II is not None
+        found = recipe.solver.entry().solve(weight_OI, solved_II, grid, recipe.solver.options())
     return from_owners(found, [owner], grid.scheme, ranks)[0].weight
 
 
