@@ -37,13 +37,10 @@ from finescale.solvers import Solution, ratio, row_energies
 
 ALIGNED_ROWS = 64
 """Rows at which a stack may be cut: tensor cores want few odd sizes."""
-COLUMN_COST = 4096
-"""What a column costs beside its products, as if the layer had so many inputs more."""
 LEAST_ROWS = 1024
 """Rows that a process pays for anyhow, however few it has: it goes column by column."""
-FACTOR_COST = 6.0
-"""Of the factorization of H, in I^3; a sweep over O rows costs O I (I + ``COLUMN_COST``). Between what an H100 shows in
-float32 (3) and with products of parts (6 to 9)."""
+FACTOR_COST = 4.0
+"""Of factorizing H, in I^3, where a pass over O rows costs O I (I + ``column_cost``); two to nine on an H100."""
 POWER_COST = 1000.0
 """Of a power of H, by its eigenvalues."""
 
@@ -140,7 +137,7 @@ def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
     loads = []
     for stack in stacks:
         columns = stack.members[0][1].shape[1]
-        row = float(columns * (columns + COLUMN_COST) * options.passes)
+        row = float(columns * (columns + options.column_cost) * options.passes)
         once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
         power = POWER_COST * columns**3 * (recipe.calibration.power != 1 and recipe.solver.entry().needs_hessian)
         if apart and ranks.deterministic:  # every piece is solved for itself

@@ -109,6 +109,10 @@ class QuantEaseOptions(SolverOptions):
     def passes(self) -> int:
         return self.sweeps + self.refits * REFIT_SWEEPS + self.factorizes
 
+    @property
+    def column_cost(self) -> int:
+        return 1024 if self.products == "float32" else 8192  # as an H100 shows
+
     @model_validator(mode="after")
     def _check(self) -> QuantEaseOptions:
         if self.start == "spqr" and self.refits:

@@ -45,6 +45,12 @@ class SolverOptions(BaseModel):
         """How often a solver goes over all columns. Only the dealing out of work goes by it."""
         return 1
 
+    @property
+    def column_cost(self) -> int:
+        """What a column costs in a pass beside its products, as if the layer had so many inputs more. Only the dealing
+        out of work goes by it."""
+        return 1024
+
     def check_scheme(self, scheme: WeightScheme) -> None:
         """Raises InputError for weights that the solver cannot make."""
 
