@@ -38,7 +38,8 @@ from finescale.recipe import Recipe
 
 PROCESSES = 2
 SMALL = LlamaShape(512, 1376, 3, 8, 2000)
-LAYERS: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {  # outputs of the layers of one input, inputs
+Layers = tuple[tuple[tuple[int, ...], int], ...]
+LAYERS: dict[str, Layers] = {  # outputs of the layers of one input, inputs
     "Llama-2-7B": (((4096, 4096, 4096), 4096), ((4096,), 4096), ((11008, 11008), 4096), ((4096,), 11008)),
     "Llama-2-70B": (((8192, 1024, 1024), 8192), ((8192,), 8192), ((28672, 28672), 8192), ((8192,), 28672)),
     "small": (((256, 256, 256), 256), ((256,), 256), ((704, 704), 256), ((256,), 704)),
@@ -49,6 +50,8 @@ SETTINGS = {
     for label, start in (("30 sweeps from the weight", "weight"), ("30 sweeps from gptq", "gptq"))
 }
 RECIPES = ("quantease", "quantease-outliers")
+COMPILED: Layers = (((1024,), 256), ((8192,), 256))
+"""Few rows and many, for which there are kernels of their own."""
 
 
 def torchrun(*words: str) -> list[str]:
@@ -81,10 +84,10 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def block_of(model: str, device: str) -> tuple[list[list[PlannedWeight]], list[torch.Tensor]]:
+def block_of(layers: Layers, device: str) -> tuple[list[list[PlannedWeight]], list[torch.Tensor]]:
     """Layers by input, and the Hessians."""
     steps, hessians = [], []
-    for number, (outputs, inputs) in enumerate(LAYERS[model]):
+    for number, (outputs, inputs) in enumerate(layers):
         weight_OI, hessian_II = large_layer(sum(outputs), inputs, device)
         plans = [
             LayerPlan(f"{number}.{n}", f"{number}.{n}", (o, inputs), WeightScheme(4, -1, False, "mse"))
@@ -99,8 +102,12 @@ def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> 
     """What each process of torchrun does."""
     ranks, target = join(torch.device(device), False)
     started, rows = time.perf_counter(), []
+    for settings in SETTINGS.values() if target.type == "cuda" else ():
+        steps, hessians = block_of(COMPILED, str(target))
+        recipe = Recipe.named("quantease").with_settings((*settings, "solver.sweeps=2"))
+        solve_round(steps, [(hessian_II, 256) for hessian_II in hessians], recipe, torch.float16, 0)
     for model in models:
-        steps, hessians = block_of(model, str(target))
+        steps, hessians = block_of(LAYERS[model], str(target))
         for label, settings in SETTINGS.items():
             if ranks.largest(time.perf_counter() - started) > budget:
                 break
