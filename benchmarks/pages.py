@@ -123,7 +123,7 @@ def activations_page(models: Mapping[str, Any]) -> str:
     parts = []
     for name, entry in models.items():
         rows = entry["rows"]
-        parts += [setting_of(name, entry), methods(rows)]
+        parts += [setting_of(name, entry), *([methods(rows)] if any(rows.get(bits) for bits in BITS) else [])]
         if rows.get("integer scales"):
             parts += [f"{name}, W4A8 recipes in groups of 64:\n", scales(rows["integer scales"])]
         for key, title in TITLES.items():

@@ -90,17 +90,19 @@ def settings(
     device: str,
     evaluation: str,
 ) -> Setting:
-    """The setting of ``smollm2`` or ``zoo-FAMILY``.
+    """The setting of ``smollm2``, ``smollm2-bfloat16`` or ``zoo-FAMILY``.
 
-    SmolLM2 calibrates on the start of WikiText-2 valid and is evaluated on the start of its test part (20 windows x
-    2048); the zoo's models on the second and first half of the books (40 x 512).
+    The second is the first with its weights, and so its scales, in the type in which it was published. SmolLM2
+    calibrates on the start of WikiText-2 valid and is evaluated on the start of its test part (20 windows x 2048); the
+    zoo's models on the second and first half of the books (40 x 512).
     """
     work.mkdir(parents=True, exist_ok=True)
-    if name == "smollm2":
+    if name.startswith("smollm2"):
         file = Path(smollm2) if smollm2 else find_demo_model()
+        dtype = torch.bfloat16 if name == "smollm2-bfloat16" else torch.float32
         # A GPU computes in the type of the file: in float32 then, as a CPU does.
-        wide = device != "cpu" and is_gguf(file)
-        model = str(unpack_gguf(file, work / "smollm2", torch.float32) if wide else local_folder(file))
+        unpacked = is_gguf(file) and (device != "cpu" or dtype == torch.bfloat16)
+        model = str(unpack_gguf(file, work / name, dtype) if unpacked else local_folder(file))
         wiki = data / "data" / "wikitext2"
         texts = wiki / "wiki.valid.raw", wiki / "wiki.test.joined.txt"
         return Setting(name, model, str(texts[0]), str(texts[1]), samples, windows or 20, 2048, device, evaluation)

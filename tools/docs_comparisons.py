@@ -98,6 +98,28 @@ def _uniform_twin(row: dict[str, Any], recipe: dict[str, Any]) -> bool:
     return weights == others and all(own.get(part) == recipe.get(part) for part in parts)
 
 
+def rounded_scales(facts: dict[str, Any]) -> str:
+    """What making scales integers changes by itself: the scales by stored type, and layers' errors."""
+    lines = [
+        (
+            f"{row['bits']} bits", row["stored"], f"{row['changed']:.1%}", f"{row['largest_change']:.2%}",
+            f"{row['rms_change']:.3%}", row["smallest_integer"],
+        )
+        for row in facts["scales"]
+    ]  # fmt: skip
+    header = ("weights", "scales stored as", "scales that change", "at most by", "root mean square", "smallest S")
+    errors = [
+        (name, found["layers"], f"{found['mean_log_change']:+.3%} ± {found['standard_error']:.3%}")
+        for name, found in facts["errors"].items()
+    ]
+    return (
+        f"All linears of {facts['model']}'s blocks, groups of {facts['group_size']}, `auto` amplifier:\n\n"
+        + table(header, lines)
+        + "\nOutput errors of single layers, integer scales over float ones of float32:\n\n"
+        + table(("solver and fit of the scales", "layers", "change"), errors)
+    )
+
+
 def changes(facts: dict[str, Any]) -> str:
     """Accuracy with integer scales minus that with float scales, on the same questions."""
     if not facts.get("changes"):

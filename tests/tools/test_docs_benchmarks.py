@@ -15,6 +15,7 @@ from tools.docs_benchmarks import (
     serving,
     triton_tiles,
 )
+from tools.docs_comparisons import rounded_scales
 from tools.docs_text import number
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -107,3 +108,12 @@ def test_forms_of_attention():
 def test_host_time_of_a_call():
     text = launch_cost({"microseconds": {"product": {"operator": 11.7, "custom_op": 14.1}}})
     assert "| operator | operator | custom_op |" in text and "| product | 11.7 | 14.1 |" in text
+
+
+def test_scales_made_integers():
+    scale = {"bits": 4, "stored": "float16", "changed": 0.036, "largest_change": 0.0014, "rms_change": 0.00011}
+    error = {"layers": 42, "mean_log_change": -0.0002, "standard_error": 0.0003}
+    facts = {"model": "m", "group_size": 64, "scales": [scale | {"smallest_integer": 244}], "errors": {"gptq": error}}
+    text = rounded_scales(facts)
+    assert "| 4 bits | float16 | 3.6% | 0.14% | 0.011% | 244 |" in text
+    assert "| gptq | 42 | -0.020% ± 0.030% |" in text
