@@ -120,6 +120,23 @@ def rounded_scales(facts: dict[str, Any]) -> str:
     )
 
 
+def merged_channels(facts: dict[str, Any]) -> str:
+    """Merging beside dropping, input by input."""
+    lines = [
+        (
+            f"`{row['input']}`", f"{float(row['share']):.0%}", f"{row['merged_change']:.2%}",
+            f"{row['dropped_change']:.2%}", number(row["members"]), f"{row['merged_range'] - 1:+.0%}",
+            f"{row['dropped_range'] - 1:+.0%}",
+        )
+        for row in facts["rows"]
+    ]  # fmt: skip
+    header = (
+        "input of", "channels", "output's change, merged", "dropped", "largest average", "weights' range, merged",
+        "dropped",
+    )  # fmt: skip
+    return f"{facts['model']}, means over {facts['rows'][0]['layers']} blocks:\n\n" + table(header, lines)
+
+
 def changes(facts: dict[str, Any]) -> str:
     """Accuracy with integer scales minus that with float scales, on the same questions."""
     if not facts.get("changes"):

@@ -30,7 +30,7 @@ from finescale.transforms import TRANSFORMS
 from finescale.tuning import TUNERS
 from tools.docs_benchmarks import KINDS, benchmark_tables
 from tools.docs_claims import CLAIMS, claims_table, load_results
-from tools.docs_comparisons import changes, compared, mixed_tables, rounded_scales, scales
+from tools.docs_comparisons import changes, compared, merged_channels, mixed_tables, rounded_scales, scales
 from tools.docs_errors import error_tables
 from tools.docs_headlines import accuracy_headline, speed_headline
 from tools.docs_peers import peers_tables
@@ -201,7 +201,11 @@ def pages() -> dict[str, str]:
     made["benchmarks"] = benchmark_tables(
         ROOT / "benchmarks" / "results",
         KINDS
-        | {"compare": ("Methods side by side", compared), "scale_rounding": ("Scales made integers", rounded_scales)},
+        | {
+            "compare": ("Methods side by side", compared),
+            "scale_rounding": ("Scales made integers", rounded_scales),
+            "merged_channels": ("Merging channels or dropping them", merged_channels),
+        },
     )
     results = load_results(ROOT / "benchmarks" / "results")
     made["peers"] = peers_tables(results)
@@ -210,6 +214,7 @@ def pages() -> dict[str, str]:
     made["speed-decode"] = decode_table(results)
     made["changes-of-tasks"] = changes(results["tasks-smollm2"])
     made["scales"] = scales(results["compare-smollm2"])
+    made["merged-channels"] = merged_channels(results["merged-channels-smollm2"])
     made["scale-rounding"] = rounded_scales(results["scale-rounding-smollm2"])
     made["mixed"] = mixed_tables(results)
     made |= {f"claims-{page}": claims_table(page, results) for page in CLAIMS}

@@ -15,7 +15,7 @@ from tools.docs_benchmarks import (
     serving,
     triton_tiles,
 )
-from tools.docs_comparisons import rounded_scales
+from tools.docs_comparisons import merged_channels, rounded_scales
 from tools.docs_text import number
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -117,3 +117,16 @@ def test_scales_made_integers():
     text = rounded_scales(facts)
     assert "| 4 bits | float16 | 3.6% | 0.14% | 0.011% | 244 |" in text
     assert "| gptq | 42 | -0.020% ± 0.030% |" in text
+
+
+def test_merging_beside_dropping():
+    row = {
+        "input": "q_proj",
+        "share": "0.01",
+        "layers": 8,
+        "members": 5.25,
+        "merged_change": 0.01,
+        "merged_range": 1.25,
+    }
+    text = merged_channels({"model": "m", "rows": [row | {"dropped_change": 0.02, "dropped_range": 0.99}]})
+    assert "| `q_proj` | 1% | 1.00% | 2.00% | 5.25 | +25% | -1% |" in text
