@@ -239,14 +239,28 @@ def _as_long_as_here(some: dict[str, Any]) -> dict[str, Any]:
     return {"name": some["name"], "options": some.get("options", {}) | steps}
 
 
+def variant_rows() -> list[Row]:
+    """Our own recipes with more damping and, for W4A8, with rotations that need nothing at run time."""
+    rows = []
+    for bits, name in OURS.items():
+        values = values_of(name)
+        damped = {"solver": values["solver"] | {"damping": 0.1}}
+        variants = {f"{name}, damping 0.1": damped}
+        if bits == "W4A8":
+            rotated = {"transforms": [part("quarot")]}
+            variants |= {f"{name}, rotated": rotated, f"{name}, rotated, damping 0.1": rotated | damped}
+        rows += [Row(f"ours at {bits}", label, values | changed) for label, changed in variants.items()]
+    return rows
+
+
 def all_rows() -> list[Row]:
-    """The table, the ablations, and the W4A8 recipes with both kinds of scales."""
+    """The table, the ablations, our recipes' variants, and the W4A8 recipes with both kinds of scales."""
     rows = [
         Row(bits, name, BITS[bits] | values) for bits in ("W4A4", "W6A6", "W4A8") for name, values in METHODS.items()
     ]
     rows += [Row("W4A16", name, BITS["W4A16"] | METHODS[name]) for name in WEIGHTS_ALONE]
     rows += [Row(bits, f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
-    return rows + ablation_rows() + scale_rows()
+    return rows + variant_rows() + ablation_rows() + scale_rows()
 
 
 def print_tables(console: Console, models: dict[str, Any]) -> None:

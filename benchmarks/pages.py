@@ -16,6 +16,8 @@ from typing import Any
 
 BITS = ("W4A4", "W6A6", "W4A8", "W4A16")
 TITLES = {
+    "ours at W4A4": "Our W4A4 recipe, changed",
+    "ours at W4A8": "Our W4A8 recipe, changed; integer scales",
     "expansion": "Reassembly alone: share of added channels",
     "expansion, corrected": "Reassembly and correction: share of added channels",
     "blocks together": "Blocks corrected together (3 % more channels, rank 4, 16 windows)",
@@ -128,7 +130,8 @@ def activations_page(models: Mapping[str, Any]) -> str:
             parts += [f"{name}, W4A8 recipes in groups of 64:\n", scales(rows["integer scales"])]
         for key, title in TITLES.items():
             if rows.get(key):
-                parts += [f"{title} ({name}, W4A4):\n", plain(rows[key], extra=key.startswith("expansion"))]
+                where = name if key.startswith("ours") else f"{name}, W4A4"
+                parts += [f"{title} ({where}):\n", plain(rows[key], extra=key.startswith("expansion"))]
     return "\n".join(parts)
 
 

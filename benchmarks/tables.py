@@ -30,7 +30,7 @@ ONE_SHOT = (
 )  # fmt: skip
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
-    "activations:integer scales/*converted", "activations:blocks together/*", "activations:rank/*",
+    "activations:ours at*", "activations:integer scales/*converted", "activations:blocks together/*", "activations:rank/*",
     "activations:samples/*", "activations:W4A4/QLLM + *correction + GPTQ", "activations:expansion, corrected/*",
     "activations:expansion/adaptive*", "activations:expansion/*", "activations:correction/*", "tuning:[342]/recipe*",
     "activations:integer scales/fptq*", "activations:W4A4/recipe*", "activations:W4A4/QLLM + GPTQ",
