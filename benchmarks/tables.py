@@ -31,7 +31,8 @@ ONE_SHOT = (
 BALANCED = "QuaRot, online too + QuantEase + balanced rounding"
 ORDER = (
     "activations:ours at*", "activations:integer scales/*converted", "activations:blocks together/*",
-    "activations:rank/*", "activations:samples/*", "activations:W4A4/QLLM + *correction + GPTQ", "activations:expansion, corrected/*",
+    "activations:rank/*", "activations:samples/*", "activations:W4A4/QLLM + *correction + GPTQ",
+    "activations:expansion, corrected/*",
     "activations:expansion/adaptive*", "activations:expansion/*", "activations:correction/*", "tuning:[342]/recipe*",
     "activations:integer scales/fptq*", "activations:W4A4/recipe*", "activations:W4A4/QLLM + GPTQ",
     "tuning:[34]/rtn", "tuning:[34]/gptq", "tuning:[34]/quantease",
