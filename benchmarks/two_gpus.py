@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -47,7 +47,7 @@ LAYERS: dict[str, Layers] = {  # outputs of the layers of one input, inputs
 SETTINGS = {
     f"{products}, {label}": (f"solver.products={products}", f"solver.start={start}")
     for products in ("2xfp16", "3xfp16")
-    for label, start in (("30 sweeps from the weight", "weight"), ("30 sweeps from gptq", "gptq"))
+    for label, start in (("30 sweeps from gptq", "gptq"), ("30 sweeps from the weight", "weight"))
 }
 RECIPES = ("quantease", "quantease-outliers")
 COMPILED: Layers = (((1024,), 256), ((8192,), 256))
@@ -58,25 +58,35 @@ def torchrun(*words: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), *words]
 
 
-def compare_bytes(device: str, recipe: str) -> dict[str, Any]:
-    """One process against two, file by file."""
+def compare_bytes(device: str) -> dict[str, dict[str, Any]]:
+    """One process against two, file by file, for each recipe; all runs at once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random_llama(folder / "model", SMALL, torch.float16)
-        words = ["quantize", str(folder / "model"), "--recipe", recipe, "--deterministic", "--device", device]
-        words += ["--samples", "32", "--length", "256"]
-        if device == "cuda":
-            words += ["--set", "solver.products=2xfp16"]
-        starts = {"one": [sys.executable, "-m"], "two": torchrun("-m")}
-        digests: dict[str, dict[str, str]] = {}
-        for label, start in starts.items():
-            done = subprocess.run(
-                [*start, "finescale.cli.main", *words, "--out", str(folder / label)], capture_output=True, text=True
-            )
-            if done.returncode:
-                return {"failed": done.stderr[-3000:]}
-            digests[label] = {p.name: digest(p) for p in sorted((folder / label).glob("*.safetensors"))}
-        return {"files": len(digests["one"]), "same_bytes": digests["one"] == digests["two"], "sha256": digests["one"]}
+        running = {}
+        for number, recipe in enumerate(RECIPES):
+            words = ["quantize", str(folder / "model"), "--recipe", recipe, "--deterministic", "--device", device]
+            words += ["--samples", "16", "--length", "256"]
+            if device == "cuda":
+                words += ["--set", "solver.products=2xfp16"]
+            for label, start in (("one", [sys.executable, "-m"]), ("two", torchrun("-m"))):
+                out = folder / f"{recipe}-{label}"
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(number)} if label == "one" else {})
+                command = [*start, "finescale.cli.main", *words, "--out", str(out)]
+                with out.with_suffix(".log").open("w") as log:
+                    running[out] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        failed = {out: out.with_suffix(".log").read_text()[-3000:] for out, run in running.items() if run.wait()}
+        found: dict[str, dict[str, Any]] = {}
+        for recipe in RECIPES:
+            one, two = (folder / f"{recipe}-{label}" for label in ("one", "two"))
+            if one in failed or two in failed:
+                found[recipe] = {"failed": failed.get(one, "") + failed.get(two, "")}
+                continue
+            digests = [{p.name: digest(p) for p in sorted(out.glob("*.safetensors"))} for out in (one, two)]
+            found[recipe] = {
+                "files": len(digests[0]), "same_bytes": digests[0] == digests[1], "sha256": digests[0]
+            }  # fmt: skip
+        return found
 
 
 def digest(path: Path) -> str:
@@ -98,17 +108,18 @@ def block_of(layers: Layers, device: str) -> tuple[list[list[PlannedWeight]], li
     return steps, hessians
 
 
-def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> None:
+def solve_shared(device: str, json_: Path, models: list[str], products: list[str], budget: float) -> None:
     """What each process of torchrun does."""
     ranks, target = join(torch.device(device), False)
     started, rows = time.perf_counter(), []
-    for settings in SETTINGS.values() if target.type == "cuda" else ():
+    wanted = {label: settings for label, settings in SETTINGS.items() if label.partition(",")[0] in products}
+    for settings in wanted.values() if target.type == "cuda" else ():
         steps, hessians = block_of(COMPILED, str(target))
         recipe = Recipe.named("quantease").with_settings((*settings, "solver.sweeps=2"))
         solve_round(steps, [(hessian_II, 256) for hessian_II in hessians], recipe, torch.float16, 0)
     for model in models:
         steps, hessians = block_of(LAYERS[model], str(target))
-        for label, settings in SETTINGS.items():
+        for label, settings in wanted.items():
             if ranks.largest(time.perf_counter() - started) > budget:
                 break
             recipe = Recipe.named("quantease").with_settings(settings)
@@ -138,26 +149,29 @@ def solve_shared(device: str, json_: Path, models: list[str], budget: float) -> 
             row["speedup"] = row["seconds_one"] / row["seconds_two"]
             rows.append(row)
             if ranks.leads:
-                print({key: value for key, value in row.items() if "errors" not in key}, flush=True)
-                json_.write_text(json.dumps(rows))  # after every row: a limit may end this process
+                shown = {key: value for key, value in row.items() if "errors" not in key}
+                print(f"{time.perf_counter() - started:.0f} s:", shown, flush=True)
+                json_.with_suffix(".new").write_text(json.dumps(rows))  # after every row: a limit may end this process
+                json_.with_suffix(".new").replace(json_)
         del steps, hessians
     leave()
 
 
-def timed(device: str, models: str, budget: float, limit: float | None) -> list[dict[str, Any]]:
+def timed(device: str, models: str, products: str, budget: float, limit: float | None) -> list[dict[str, Any]]:
     """Rows of two processes; those that are there when the limit ends these."""
     with tempfile.TemporaryDirectory() as name:
         part = Path(name) / "rows.json"
-        words = ["--device", device, "--models", models, "--budget", str(budget), "--json", str(part)]
-        process = subprocess.Popen(torchrun(__file__, *words), start_new_session=True)
+        words = ["--device", device, "--models", models, "--products", products, "--budget", str(budget)]
+        words += ["--json", str(part)]
+        process = subprocess.Popen(torchrun(__file__, *words))
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             print(f"ended after {limit:g} s", flush=True)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+            of_run = psutil.Process(process.pid)
+            for each in (*of_run.children(recursive=True), of_run):  # asked to end they would wait for each other
+                each.kill()
+            process.wait()
         return json.loads(part.read_text()) if part.is_file() else []
 
 
@@ -165,13 +179,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", default="Llama-2-7B,Llama-2-70B")
+    parser.add_argument("--products", default="2xfp16,3xfp16")
     parser.add_argument("--budget", type=float, default=80.0, help="seconds after which no block is begun")
     parser.add_argument("--limit", type=float, help="seconds after which the layers are left as they are")
     parser.add_argument("--only", choices=("speed", "bytes"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/two-gpus.json"))
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        solve_shared(arguments.device, arguments.json, arguments.models.split(","), arguments.budget)
+        lists = arguments.models.split(","), arguments.products.split(",")
+        solve_shared(arguments.device, arguments.json, *lists, arguments.budget)
         return
     result: dict[str, Any] = (
         json.loads(arguments.json.read_text()) if arguments.only and arguments.json.is_file() else {}
@@ -179,15 +195,16 @@ def main() -> None:
     result |= {"benchmark": "two_gpus", "seed": 0, "machine": machine_facts(), "device": arguments.device}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.only != "bytes":
-        result["rows"] = timed(arguments.device, arguments.models, arguments.budget, arguments.limit)
+        result["rows"] = timed(
+            arguments.device, arguments.models, arguments.products, arguments.budget, arguments.limit
+        )
         result["models"] = {f"{row['model']}, {row['solver']}": row["speedup"] for row in result["rows"]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.only != "speed":
-        result["deterministic"] = {}
-        for recipe in RECIPES:
-            result["deterministic"][recipe] = found = compare_bytes(arguments.device, recipe)
+        result["deterministic"] = compare_bytes(arguments.device)
+        for recipe, found in result["deterministic"].items():
             print(f"deterministic, {recipe}: { ({**found, 'sha256': '...'}) }", flush=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(result.get("models"))
 
 
