@@ -19,7 +19,7 @@ since the difference of two runs is about as large as that of two seeds where a 
 ``error`` is the standard error over the seeds, ``text_error`` over parts of the text; ``all`` is the mean of the four
 models with the error of theirs. ``way`` is the share of the way from the original to a plain 3-bit model in log
 perplexity. Rows that the JSON file has, made by the same settings, are not computed again; --merge takes them from
-other files too.
+other files too. ``--model smollm2=FOLDER`` makes rows of another model on the same texts.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     UNSTRUCTURED_LIKE_16: ("quantease-outliers", (BITS, *LIKE_THEM, WIDE)),
 }
 FITTED = {
-    SPQR_64: (UNSTRUCTURED, 0.4),
-    SPQR_64_OURS: (UNSTRUCTURED, 0.4),
-    SPQR_32: (UNSTRUCTURED_WIDE, 0.9),
-    SPQR_32_BYTES: (UNSTRUCTURED_WIDE, 0.6),
-    SPQR_32_OURS: (UNSTRUCTURED_WIDE, 0.6),
+    SPQR_64: (UNSTRUCTURED, 0.47),
+    SPQR_64_OURS: (UNSTRUCTURED, 0.47),
+    SPQR_32: (UNSTRUCTURED_WIDE, 0.85),
+    SPQR_32_BYTES: (UNSTRUCTURED_WIDE, 0.8),
+    SPQR_32_OURS: (UNSTRUCTURED_WIDE, 0.8),
 }
 """SpQR of the size of another run, and the threshold to begin with."""
 STARTS = {FROM_SPQR: SPQR_64_OURS}
@@ -348,10 +348,10 @@ def _text_error(seeds: list[dict[str, Any]], better: str, worse: str, label: str
 
 
 def pooled(judgements: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The mean of the models, with the standard error of theirs, for what was asked of all of them."""
+    """The mean of the small models, with the standard error of theirs, for what was asked of all of them."""
     found: dict[str, Any] = {}
     for question, value in next(iter(judgements.values()), {}).items():
-        values = [facts[question] for facts in judgements.values() if question in facts]
+        values = [judgements[family][question] for family in FAMILIES if question in judgements.get(family, {})]
         if len(values) == len(FAMILIES):
             if isinstance(value, dict):
                 found[question] = _difference([one["difference"] for one in values])
@@ -363,7 +363,9 @@ def pooled(judgements: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="nothing is computed without it")
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--families", default=",".join(FAMILIES), help="of the small models")
+    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER of another model, instead of them")
+    parser.add_argument("--runs", help="only these, comma separated; all if not given")
     parser.add_argument("--seeds", default="0,1,2,3,4,5")
     parser.add_argument("--windows", type=int, help="of the evaluation; all if not given")
     parser.add_argument("--device", default="cpu")
@@ -401,11 +403,13 @@ def main() -> None:
             second.write_text(wiki[: len(text) // 2], encoding="utf-8")
             evaluated = {"books": str(evaluation), SECOND: str(second)}
             texts = Texts(str(calibration), evaluated, arguments.windows, arguments.device)
+            zoo = {family: arguments.data / "models" / "zoo" / family for family in arguments.families.split(",")}
+            models = {name: Path(path) for name, _, path in (one.partition("=") for one in arguments.model)} or zoo
+            names = arguments.runs.split(",") if arguments.runs else list(RUNS)
             for seed in arguments.seeds.split(","):
-                for family in arguments.families.split(","):
-                    seeds = result["models"].setdefault(family, {})
-                    model = arguments.data / "models" / "zoo" / family
-                    compare(model, seeds, int(seed), texts, list(RUNS), save)
+                for name, folder_of in models.items():
+                    seeds = result["models"].setdefault(name, {})
+                    compare(folder_of, seeds, int(seed), texts, names, save)
     save()
     show(result)
 

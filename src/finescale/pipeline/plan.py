@@ -238,8 +238,8 @@ def memory_bytes(skeleton: Skeleton, plan: Plan, tokens: int, dtype: torch.dtype
     experts = sum(isinstance(module, Expert) for module in block.modules())
     widest, narrowest = max(inputs, default=0), min(inputs, default=0)
     # Four distinct inputs in a block, one of them wide; of experts two each. The factorization takes one in float64
-    # and its copy in float32 (on a GPU two in float64, in memory of its own), a power's decomposition five in float64.
-    working = 12 if power == 1 else 40
+    # and its copy in float32 (on a GPU two in float64, in memory of its own), a power's decomposition six in float64.
+    working = 12 if power == 1 else 48
     hessians = 4 * ((2 * experts + 4) * widest**2 if experts else widest**2 + 3 * narrowest**2) + working * widest**2
     hidden = hidden_bytes(skeleton, tokens, dtype)
     largest = max((rows * columns for rows, columns in (layer.shape_OI for layer in plan.layers)), default=0)
