@@ -44,7 +44,9 @@ WEIGHT = "quantease_weight_2xfp16"
 FEW_SWEEPS = (10,)
 """Sweeps from GPTQ's solution, which need no relaxation."""
 FEW_OPERATIONS = 2e13
-"""Up to here layers are solved once to warm up, and once more in other blocks."""
+"""Up to here layers are solved once more in other blocks."""
+WARM_OPERATIONS = 1e15
+"""Up to here they are solved with two sweeps to warm up."""
 ENOUGH_ROWS, MORE_ROWS = 4096, 32768
 """Layers of fewer rows than the first are solved with so many once more, to compare objectives: where rounding leads
 one code of a row another way at a tie, the row ends in another local minimum, a percent better or worse, so that two
@@ -253,8 +255,8 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     fixed = 0.0
     if start == "gptq":
         factorize = partial(inverse_factor, hessian_II, GptqOptions().damping)
-        if operations(sweeps, timed, columns) < FEW_OPERATIONS:
-            factorize()  # to warm up
+        if operations(sweeps, rows, columns) < WARM_OPERATIONS:
+            factorize()
         fixed = row["factorization_seconds"] = seconds_of(factorize, device)[0]
         runs["gptq"] = ("gptq", timed, {})
         runs[WEIGHT] = ("quantease", timed, parts | {"start": "weight"})
@@ -265,12 +267,10 @@ def time_shape(rows: int, columns: int, sweeps: int, device: str, algorithm_2_co
     objectives: dict[str, Tensor] = {}
     for label, (name, count, options) in runs.items():
         entry = find_solver(name)
-        solve = partial(
-            entry.solve, weight_OI[:count], hessian_II, grid.rows_slice(slice(count)), entry.options(**options)
-        )
-        if operations(sweeps, count, columns) < FEW_OPERATIONS:
-            solve()  # to warm up
-        seconds, solution = seconds_of(solve, device)
+        solve = partial(entry.solve, weight_OI[:count], hessian_II, grid.rows_slice(slice(count)))
+        if operations(sweeps, rows, columns) < WARM_OPERATIONS:
+            solve(entry.options(**options | ({"sweeps": 2} if "sweeps" in options else {})))
+        seconds, solution = seconds_of(partial(solve, entry.options(**options)), device)
         shared = 0.0 if label == WEIGHT else min(fixed, seconds)  # once for the layer, however many rows it has
         row[f"{label}_seconds"] = shared + (seconds - shared) * rows / count
         objectives[label] = row_objectives(weight_OI[:count], solution.weight, hessian_II)
