@@ -150,14 +150,13 @@ def large_on_cpu(facts: dict[str, Any]) -> str:
 def two_gpus(facts: dict[str, Any]) -> str:
     """Two processes beside one."""
     runs = facts["deterministic"]
-    runs = {"quantease": runs} if "same_bytes" in runs else runs
     same = ", ".join(f"{'the same' if run.get('same_bytes') else 'other'} bytes ({name})" for name, run in runs.items())
     opening = f"With --deterministic one and two processes wrote {same}."
     if not facts.get("rows"):
         return f"{opening} The speed was not measured.\n"
     rows = [
         (row["model"], row["solver"], number(row["seconds_one"]), number(row["seconds_two"]), f"{row['speedup']:.2f} x",
-         ", ".join(_shared(of_stack) for of_stack in row.get("shares", [])) or "x".join(map(str, row["shape"])))
+         ", ".join(_shared(of_stack) for of_stack in row["shares"]))
         for row in facts["rows"]
     ]  # fmt: skip
     header = ("model", "solver", "one, seconds", "two, seconds", "faster", "layers of the first + of the second, rows")

@@ -36,7 +36,7 @@ def two_gpus():
     return tuple(
         models[f"{model}, {run}"]
         for model in ("Llama-2-70B", "Llama-2-7B")
-        for run in ("quantease, 30 sweeps", "quantease from gptq, 30 sweeps")
+        for run in ("2xfp16, 30 sweeps from gptq", "2xfp16, 30 sweeps from the weight")
     )
 
 
@@ -49,8 +49,8 @@ def ways():
 SENTENCES = [
     (
         "docs/quantease.md",
-        "solved {:.2f} times as fast as on one from the weight, {:.2f} times from GPTQ, whose factorization both make; "
-        "those of Llama-2-7B {:.2f} and {:.2f} times",
+        "{:.2f} times as fast as one from GPTQ and {:.2f} times from the weight, those of Llama-2-7B {:.2f} and {:.2f} "
+        "times",
         two_gpus,
     ),
     ("docs/quantease.md", "leave {:.0f}, {:.0f}, {:.0f} and {:.0f} % of the way from the original to published", ways),

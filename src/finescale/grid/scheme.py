@@ -227,10 +227,10 @@ class QuantizedWeight:
         parts = [self.codes_OI, self.grid.scale_OG.float(), self.grid.zero_OG, self.grid.group_of_I]
         for tensor in parts:
             if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+                digest.update(tensor.detach().cpu().contiguous().numpy().data)
         if self.outliers is not None:
             for tensor in self.outliers.tensors():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
