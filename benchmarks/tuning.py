@@ -34,11 +34,6 @@ from finescale.pipeline.quantize import prepare
 from finescale.runtime.load import load
 
 PEER = "AutoRound 0.16.1, 50 iterations"
-SOME = 6
-"""Blocks of the rows that are small enough for one CPU; the others stay as they are."""
-FIRST = f"the first {SOME} blocks"
-PEERS = {PEER: None, f"{PEER}, {FIRST}": SOME}
-"""AutoRound's rows, and of how many blocks."""
 GROUP = 64
 GPTQ_DAMPED = GPTQ | {"damping": 0.01}
 ROUNDING = part("rounding")
@@ -141,19 +136,16 @@ def all_rows(peer: bool) -> list[Row]:
         for seed in (0, *SEEDS)
     ]
     rows += [Row(str(bits), f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
-    some = SOLVERS["rounding from quantease"] | {"blocks": SOME}
-    rows += [Row(str(bits), f"rounding from quantease, {FIRST}", weights_of(bits) | some) for bits in (4, 3)]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
-        for name, blocks in PEERS.items():
-            rows += [Row(str(bits), name, weights_of(bits) | method() | {"blocks": blocks}) for bits in (4, 3)]
+        rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]
         rows.append(Row("w4a8", PEER, weights_of(4) | method() | INT8))
     return rows
 
 
 def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: Path, proof: bool) -> dict[str, Any]:
     """A row of ours, or AutoRound's."""
-    if row.name not in PEERS:
+    if row.name != PEER:
         return measure(row, setting, work, proof)
     assert python is not None
     return autoround(python, threads, row, setting, work)
@@ -161,8 +153,8 @@ def work_of(python: str | None, threads: int, row: Row, setting: Setting, work: 
 
 def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path) -> dict[str, Any]:
     """AutoRound's row; its weights are made once and used for W4A8 too."""
-    bits, blocks = row.values["weights"]["bits"], PEERS[row.name]
-    out = work / f"autoround-{setting.name}-{bits}-{blocks or 'all'}"
+    bits = row.values["weights"]["bits"]
+    out = work / f"autoround-{setting.name}-{bits}"
     start = time.perf_counter()
     if not (out / "facts.json").is_file():
         tokens = work / f"tokens-{out.name}.safetensors"
@@ -172,7 +164,7 @@ def autoround(python: str, threads: int, row: Row, setting: Setting, work: Path)
         values = {
             "model": setting.model, "tokens": tokens, "out": out, "bits": bits, "group": GROUP, "iterations": 50,
             "threads": threads,
-        } | ({"blocks": blocks} if blocks else {})  # fmt: skip
+        }  # fmt: skip
         arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         script = Path(__file__).parent / "peers" / "autoround.py"
         done = subprocess.run([python, str(script), *arguments], check=False, capture_output=True, text=True)

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import ModuleList
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -56,12 +55,6 @@ def dequantized(layer: Any, group: int) -> Tensor:
     return ((layer.weight.detach().cpu().float() / scale).round() * scale).contiguous()
 
 
-def first_blocks(model: Any, count: int) -> list[str]:
-    """Names of the first blocks: the members of the first list of modules."""
-    path, blocks = next((path, module) for path, module in model.named_modules() if isinstance(module, ModuleList))
-    return [f"{path}.{number}" for number in range(min(count, len(blocks)))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -74,7 +67,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--blocks", type=int, help="only so many of the first blocks")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     windows = load_file(arguments.tokens)["calibration"]
@@ -95,7 +87,6 @@ def main() -> None:
         batch_size=arguments.batch,
         seed=arguments.seed,
         device_map=arguments.device,
-        **({"to_quant_block_names": ",".join(first_blocks(model, arguments.blocks))} if arguments.blocks else {}),
     )
     tuned, _ = tuner.quantize()
     facts = {
