@@ -108,6 +108,14 @@ SEEDS = (1, 2)
 OURS = {4: "w4-best", 3: "w3-best", 2: "w2-best"}
 """Our own recipes, as they come with finescale: groups of 64 and 128, whichever fits."""
 
+SHORTER = ((64, 2), (40, 4), (32, 4), (64, 4))
+"""Steps and windows a step of our own recipes in less time; as they come they make 128 steps of 2 windows."""
+
+
+def shorter(steps: int, size: int) -> dict[str, Any]:
+    """Learned rounding of so many steps with so many windows."""
+    return {"tuning": [part("rounding", iterations=steps, batch_size=size)]}
+
 
 def weights_of(bits: int, clip: str = "mse") -> dict[str, Any]:
     return {"weights": {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": clip}}
@@ -136,6 +144,11 @@ def all_rows(peer: bool) -> list[Row]:
         for seed in (0, *SEEDS)
     ]
     rows += [Row(str(bits), f"recipe {name}", values_of(name)) for bits, name in OURS.items()]
+    rows += [
+        Row(str(bits), f"recipe {name}, {steps} steps of {size} windows", values_of(name) | shorter(steps, size))
+        for bits, name in OURS.items()
+        for steps, size in SHORTER
+    ]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
         rows += [Row(str(bits), PEER, weights_of(bits) | method()) for bits in (4, 3)]

@@ -166,16 +166,16 @@ def step(state: MovingWeight, gradient_OI: Tensor, rate: Any, scale_rate: Any, b
     groups, width = state.position_OGP.shape[1:]
     for rows in _pieces(state):
         gradient_OGP = grouped(gradient_OI[rows].float(), groups, width)
-        if state.grid.scheme.clip == "signed":  # offsets and factors count along the scale
-            gradient_OGP = gradient_OGP * state.grid.scale_OG[rows].sign()[:, :, None]
         scale_OG = _scales(state, rows)
         place_OGP, rounded_OGP, code_OGP = _codes(state, rows, scale_OG)
-        inside_OGP = rounded_OGP == code_OGP
+        inside_OGP = rounded_OGP.eq_(code_OGP)  # as float32: products with booleans would convert them again
+        # Offsets and factors count along the scale, which may be negative.
+        sign_OG = _signs(state.grid.rows_slice(rows))
         if isinstance(scale_rate, Tensor) or scale_rate:
-            slope_OG = (code_OGP.sub_(place_OGP.mul_(inside_OGP)).mul_(gradient_OGP)).sum(2)
-            state.factor_OG[rows] -= scale_rate * slope_OG.sign_()
-        change_OGP = gradient_OGP.sign().mul_(inside_OGP).mul_(-rate)
-        state.offset_OGP[rows] = state.offset_OGP[rows].add_(change_OGP).clamp_(-bound, bound)
+            slope_OG = code_OGP.sub_(place_OGP.mul_(inside_OGP)).mul_(gradient_OGP).sum(2)
+            state.factor_OG[rows] -= scale_rate * (slope_OG * sign_OG).sign_()
+        move_OG1 = -rate * sign_OG[:, :, None] if isinstance(sign_OG, Tensor) else -rate
+        state.offset_OGP[rows].add_(gradient_OGP.sign().mul_(inside_OGP).mul_(move_OG1)).clamp_(-bound, bound)
 
 
 def finish(state: MovingWeight) -> QuantizedWeight:
