@@ -16,6 +16,7 @@ OTHERS = ("wikitext", "lambada")
 """Texts beside the books."""
 ORIGINAL, PLAIN_PUBLISHED, PLAIN, STRUCTURED = "original", "plain published", "plain", "structured 1 %"
 UNSTRUCTURED, UNSTRUCTURED_WIDE = "unstructured 1 %", "unstructured 1 %, 16 bits"
+UNSTRUCTURED_NO_ROOT = "unstructured 1 %, moments themselves"
 SPQR_64, SPQR_64_OURS = "spqr of unstructured's size", "spqr of unstructured's size, as ours"
 SPQR_32, SPQR_32_BYTES = "spqr of 16 bits' size", "spqr of 16 bits' size, outliers of 8"
 SPQR_32_OURS = "spqr of 16 bits' size, outliers of 8, as ours"
@@ -23,7 +24,8 @@ UNSTRUCTURED_LIKE_32, FROM_SPQR = "unstructured of 16 bits' size", "spqr-quantea
 SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16 = "spqr published", "spqr-quantease", "unstructured of published spqr's size"
 ORDER = (
     ORIGINAL, PLAIN_PUBLISHED, PLAIN, STRUCTURED, UNSTRUCTURED, SPQR_64, SPQR_64_OURS, FROM_SPQR, UNSTRUCTURED_WIDE,
-    SPQR_32, SPQR_32_BYTES, SPQR_32_OURS, UNSTRUCTURED_LIKE_32, SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16,
+    UNSTRUCTURED_NO_ROOT, SPQR_32, SPQR_32_BYTES, SPQR_32_OURS, UNSTRUCTURED_LIKE_32, SPQR, FROM_SPQR_16,
+    UNSTRUCTURED_LIKE_16,
 )  # fmt: skip
 """Rows of the table."""
 
@@ -68,6 +70,7 @@ QUESTIONS = {
     "weights_beat_spqr_of_16_bits_size_outliers_of_8": (UNSTRUCTURED_LIKE_32, SPQR_32_BYTES),
     "weights_beat_spqr_of_16_bits_size_as_ours": (UNSTRUCTURED_LIKE_32, SPQR_32_OURS),
     "weights_of_8_bits_beat_16": (UNSTRUCTURED, UNSTRUCTURED_WIDE),
+    "weights_beat_those_without_the_root": (UNSTRUCTURED, UNSTRUCTURED_NO_ROOT),
     "spqr_quantease_beats_spqr_of_weights_size": (FROM_SPQR, SPQR_64),
     "spqr_quantease_beats_weights": (FROM_SPQR, UNSTRUCTURED),
     "weights_beat_published_spqr_of_their_size": (UNSTRUCTURED_LIKE_16, SPQR),
