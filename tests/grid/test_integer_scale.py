@@ -202,6 +202,16 @@ def test_grids_with_integer_scales_give_the_integers_back(dtype, amplifier, grou
         assert whole.amplifier == auto_amplifier(grid.scale_OG, sums_OG, dtype)
 
 
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+def test_bfloat16_scales_of_four_bits_stay_what_they_are(clip):
+    # An S of 2**7 and more has as many bits as bfloat16: integer scales are the float ones then, for any solver.
+    weight_OI = torch.randn(256, 2048, generator=torch.Generator().manual_seed(0)) * 0.02
+    grid = fit_grid(weight_OI, WeightScheme(4, 128, True, clip), torch.bfloat16)
+    whole = with_integer_scales(grid, weight_OI, "auto")
+    assert int(whole.integer_scale_OG().min()) >= 2**7
+    assert torch.equal(whole.scale_OG, grid.scale_OG)
+
+
 def test_auto_uses_the_largest_activation_it_is_told():
     weight_OI = weight_of(4, 4096, size=1.0)
     grid = fit_grid(weight_OI, WeightScheme(4, 128, True))
