@@ -137,7 +137,7 @@ def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
     loads = []
     for stack in stacks:
         columns = stack.members[0][1].shape[1]
-        row = float(columns * (columns + options.column_cost) * options.passes)
+        row = float(columns * (columns + options.column_cost) * options.pass_count)
         once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
         power = POWER_COST * columns**3 * (recipe.calibration.power != 1 and recipe.solver.entry().needs_hessian)
         if apart and ranks.deterministic:  # every piece is solved for itself

@@ -106,7 +106,7 @@ class QuantEaseOptions(SolverOptions):
         return self.start != "weight"
 
     @property
-    def passes(self) -> int:
+    def pass_count(self) -> int:
         return self.sweeps + self.refits * REFIT_SWEEPS + self.factorizes
 
     @property

@@ -41,7 +41,7 @@ class SolverOptions(BaseModel):
         return False
 
     @property
-    def passes(self) -> int:
+    def pass_count(self) -> int:
         """How often a solver goes over all columns. Only the dealing out of work goes by it."""
         return 1
 
