@@ -79,6 +79,7 @@ QUESTIONS = {
 WAYS = {
     "way_of_plain_published": (UNSTRUCTURED, PLAIN_PUBLISHED),
     "way_of_plain_published_with_16_bits": (UNSTRUCTURED_WIDE, PLAIN_PUBLISHED),
+    "way_of_plain_published_with_16_bits_size": (UNSTRUCTURED_LIKE_32, PLAIN_PUBLISHED),
     "way_of_plain": (UNSTRUCTURED, PLAIN),
 }
 LABELS = tuple(f"{text}{kind}" for text in ("", "wikitext_", "lambada_", "texts_") for kind in ("perplexity", "kl"))

@@ -1,5 +1,7 @@
 """Numbers that stand in sentences of the pages are those of the files. Tables are made from the files anyway."""
 
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,10 +42,32 @@ def two_gpus():
     )
 
 
-def ways():
+def outliers(question):
+    """Of the four models: shares of a way, or changes with their errors, in percent."""
     found = RESULTS["outliers-zoo"]["judgement"]
-    key = "way_of_plain_published_by_perplexity"
-    return tuple(100 * found[family][key] for family in ("bloom", "falcon", "llama", "opt"))
+    for family in ("bloom", "falcon", "llama", "opt"):
+        value = found[family][question]
+        if isinstance(value, dict):
+            ratio = math.exp(value["difference"])
+            yield 100 * (ratio - 1)
+            yield 100 * ratio * value["error"]
+        else:
+            yield 100 * value
+
+
+FOUR = "{:.0f}, {:.0f}, {:.0f} and {:.0f}"
+CHANGES = "{:+.1f} ± {:.1f}, {:+.1f} ± {:.1f}, {:+.1f} ± {:.1f} and {:+.1f} ± {:.1f}"
+OUTLIERS = (
+    (f"leave {FOUR} % of the way from the original to published", "way_of_plain_published_by_perplexity"),
+    (f"in the mean of the three texts {FOUR}, on SmolLM2", "way_of_plain_published_by_texts_perplexity"),
+    (f"3.30 bits a weight) leave {FOUR} %", "way_of_plain_published_with_16_bits_size_by_perplexity"),
+    (f"with the same options by {CHANGES} (on", "columns_beat_plain_by_kl"),
+    (f"weights that of columns by {CHANGES}.", "weights_beat_columns_by_kl"),
+    (f"the recipe's differs by {CHANGES}, at 3.30", "weights_beat_spqr_of_their_size_by_kl"),
+    (f"outliers of 16 bits as published) by {CHANGES}.", "weights_beat_spqr_of_16_bits_size_by_kl"),
+    (f"the three texts differs by {CHANGES} (on the books", "weights_beat_spqr_of_their_size_by_texts_perplexity"),
+    (f"KL changes by {CHANGES} %", "weights_beat_those_without_the_root_by_kl"),
+)
 
 
 SENTENCES = [
@@ -53,7 +77,7 @@ SENTENCES = [
         "times",
         two_gpus,
     ),
-    ("docs/quantease.md", "leave {:.0f}, {:.0f}, {:.0f} and {:.0f} % of the way from the original to published", ways),
+    *(("docs/quantease.md", sentence, partial(outliers, question)) for sentence, question in OUTLIERS),
     ("docs/tuning.md", "perplexity {:.2f} at 4 bits and {:.2f} at 3", lambda: (rounding("4"), rounding("3"))),
     (
         "docs/quantease.md",

@@ -57,9 +57,9 @@ def matrix_power(hessian_II: Tensor, power: float) -> Tensor:
     """A symmetric positive semidefinite matrix with its eigenvalues to ``power``, of the same mean diagonal, so that a
     damping means the same; the matrix itself for 1. Decomposed in float64.
 
-    What a layer's squared output error leaves out - that its outputs do not count alike, that tokens of large inputs
-    have small gradients - makes the largest eigenvalues too large: with their roots solutions come closer to the
-    original's predictions, though the output error is larger.
+    A layer's squared output error does not know how much each output and token counts, and seems to overrate the
+    largest eigenvalues: with their roots solutions come closer to the original's predictions, though the output error
+    is larger (docs/quantease.md).
     """
     if power == 1:
         return hessian_II
