@@ -46,7 +46,6 @@ from finescale.tuning.reconstruction import (
     block_loss,
     fixed_windows,
     is_check,
-    is_masked,
     reproducible,
     round_inputs,
     window_batches,
@@ -223,7 +222,7 @@ def _learn(view: BlockView, learned: _Learned, options: OmniQuantOptions) -> dic
         return block_error(run, windows, fixed, arguments_of, options, device)
 
     try:
-        with reproducible(device, is_masked(arguments_of(size))):
+        with reproducible(device):
             plain = error(_Learned([], [], dict.fromkeys(view.targets, ())))
             best = error(learned)
             kept = [value.detach().clone() for value in tuned]

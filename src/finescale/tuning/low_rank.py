@@ -33,7 +33,6 @@ from finescale.tuning.reconstruction import (
     fixed_windows,
     gradient_of,
     is_check,
-    is_masked,
     round_inputs,
     shown_weight,
     weights_with_gradients,
@@ -130,8 +129,7 @@ def correct_weights(
     order = window_batches(len(windows), size, seed, fixed if options.unseen else ())
     hooks = round_inputs(block, rules)
     try:
-        masked = is_masked(arguments_of(size))
-        with weights_with_gradients(block, modules, options, device, masked):
+        with weights_with_gradients(block, modules, options, device):
             _show(modules, layers, options, merged=True)
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
             tuned = factors + (_norm_parameters(block) if options.norms else [])

@@ -139,29 +139,22 @@ def round_inputs(block: nn.Module, rules: Mapping[str, InputRule]) -> list[Any]:
     ]
 
 
-def is_masked(arguments: Mapping[str, Any]) -> bool:
-    """Whether a block, or one of several, is told by a tensor which tokens attend to which."""
-    parts = arguments.get("arguments", ())
-    return isinstance(arguments.get("attention_mask"), Tensor) or any(is_masked(part) for part in parts)
-
-
 @contextmanager
-def reproducible(device: torch.device, masked: bool) -> Iterator[None]:
+def reproducible(device: torch.device) -> Iterator[None]:
     """On a GPU, gradients that add up in a fixed order, which those of attention and of gathered channels do not by
     themselves. What PyTorch warns of then is the multiplication library: on one stream it is reproducible anyway. Fused
-    attention with a mask keeps an order only where errors instead of warnings are asked for, which that library would
-    raise too: it is written out instead."""
+    attention keeps an order only where errors instead of warnings are asked for, which that library would raise too: it
+    is written out instead."""
     if device.type != "cuda":
         yield
         return
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fills = settings.fill_uninitialized_memory
-    written_out = sdpa_kernel(SDPBackend.MATH) if masked else nullcontext()
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
-        with warnings.catch_warnings(), written_out:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
             yield
     finally:
@@ -171,10 +164,10 @@ def reproducible(device: torch.device, masked: bool) -> Iterator[None]:
 
 @contextmanager
 def weights_with_gradients(
-    block: nn.Module, modules: Sequence[Any], options: ReconstructionOptions, device: torch.device, masked: bool
+    block: nn.Module, modules: Sequence[Any], options: ReconstructionOptions, device: torch.device
 ) -> Iterator[None]:
     """Give some layers empty weights that collect gradients, in the type of the products, and the rest of the block
-    float32; afterwards everything is as it was. ``masked`` as in `reproducible`."""
+    float32; afterwards everything is as it was."""
     originals: list[Any] = [module.weight for module in modules]
     before = originals[0].dtype
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
@@ -185,7 +178,7 @@ def weights_with_gradients(
         block.float()
         for module, parameter in zip(modules, empty, strict=True):
             module.weight = parameter
-        with reproducible(device, masked):
+        with reproducible(device):
             yield
     finally:
         for module in modules:

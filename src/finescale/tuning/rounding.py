@@ -31,7 +31,6 @@ from finescale.tuning.reconstruction import (
     fixed_windows,
     gradient_of,
     is_check,
-    is_masked,
     round_inputs,
     shown_weight,
     weights_with_gradients,
@@ -103,8 +102,7 @@ def tune_rounding(
     order = window_batches(len(windows), size, seed, fixed if options.unseen else ())
     hooks = round_inputs(block, rules)
     try:
-        masked = is_masked(arguments_of(size))
-        with weights_with_gradients(block, modules, options, device, masked):
+        with weights_with_gradients(block, modules, options, device):
             for module, state in zip(modules, states, strict=True):
                 render(state, shown_weight(module))
             first = best = block_error(block, windows, fixed, arguments_of, options, device)
