@@ -46,6 +46,25 @@ def test_the_first_power_is_the_matrix_itself_and_zeros_stay_zeros():
     assert torch.equal(matrix_power(torch.zeros(3, 3), 0.5), torch.zeros(3, 3))
 
 
+def test_inputs_that_were_never_active_stay_so_in_a_power():
+    x_TI = torch.randn(90, 24) @ torch.randn(24, 24)
+    x_TI[:, [3, 10, 11]] = 0
+    hessian_II = x_TI.T @ x_TI / 90
+    powered_II = matrix_power(hessian_II, 0.5)
+    assert torch.equal(powered_II == 0, hessian_II == 0)
+    assert powered_II.diagonal().mean() == pytest.approx(float(hessian_II.diagonal().mean()), rel=1e-4)
+
+
+def test_what_cannot_be_decomposed_is_refused(monkeypatch):
+    def fails(_):
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(NumericsError, match="cannot be decomposed") as caught:
+        matrix_power(torch.eye(3), 0.5)
+    assert_sentence(str(caught.value))
+
+
 def test_no_token_gives_zeros():
     assert torch.equal(Moments(torch.zeros(3, 3)).hessian(), torch.zeros(3, 3))
 

@@ -1,5 +1,6 @@
 """Layers of a round in two processes against the same in one."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -7,8 +8,9 @@ import torch.multiprocessing as mp
 from finescale.errors import NumericsError
 from finescale.grid import WeightScheme
 from finescale.pipeline import layers
+from finescale.pipeline.layers import initial_grid
 from finescale.pipeline.plan import LayerPlan
-from finescale.pipeline.rounds import solve_round
+from finescale.pipeline.rounds import _solve_again, solve_round
 from finescale.ranks import Ranks
 from finescale.recipe import Recipe
 
@@ -80,14 +82,16 @@ def compare(rank: int, folder: str) -> None:
     together = solved("integers before", Ranks(rank, 2, deterministic=True))
     assert [r.record for r in together] == [r.record for r in alone]
     assert max(r.record["bound"] for r in together) < limit
-    steps, moments = steps_of(RECIPES["plain"])
-    moments[2] = (torch.full((160, 160), float("inf")), 160)  # only who solves that one notices
-    try:
-        solve_round(steps, moments, RECIPES["plain"], torch.float16, 0, Ranks(rank, 2))
-    except NumericsError as error:
-        assert "NaN or Inf" in str(error)
-    else:
-        raise AssertionError("both processes hear of it")
+    for name in ("plain", "roots"):
+        steps, moments = steps_of(RECIPES[name])
+        moments[2] = (torch.full((160, 160), float("inf")), 320)  # only who solves that one notices
+        with pytest.raises(NumericsError, match=r"^2\.0: the "):
+            solve_round(steps, moments, RECIPES[name], torch.float16, 0, Ranks(rank, 2))
+    plan, weight_OI = steps[2][0]
+    grid = initial_grid(plan, weight_OI, RECIPES["plain"], torch.float16)
+    nan_II = torch.full((160, 160), float("nan")) if rank == 1 else None
+    with pytest.raises(NumericsError, match=r"^2\.0: the "):
+        _solve_again((plan, weight_OI), nan_II, 1, RECIPES["plain"], Ranks(rank, 2), grid)
     dist.destroy_process_group()
 
 

@@ -54,17 +54,25 @@ class Moments:
 
 
 def matrix_power(hessian_II: Tensor, power: float) -> Tensor:
-    """A symmetric positive semidefinite matrix with its eigenvalues to ``power``, of the same mean diagonal, so that a
-    damping means the same; the matrix itself for 1. Decomposed in float64.
+    """A symmetric positive semidefinite matrix [I, I] with its eigenvalues to ``power``, of the same mean diagonal, so
+    that a damping means the same; the matrix itself for 1. Decomposed in float64. Inputs that were never active keep
+    their zeros: solvers know them by these.
 
     A layer's squared output error does not know how much each output and token counts, and seems to overrate the
     largest eigenvalues: with their roots solutions come closer to the original's predictions, though the output error
     is larger (docs/quantease.md).
+
+    Raises:
+        NumericsError: it cannot be decomposed.
     """
     if power == 1:
         return hessian_II
     mean = hessian_II.diagonal().double().mean()
-    value_I, vector_II = torch.linalg.eigh(hessian_II.double() / mean.clamp(min=torch.finfo(torch.float32).tiny))
+    try:
+        value_I, vector_II = torch.linalg.eigh(hessian_II.double() / mean.clamp(min=torch.finfo(torch.float32).tiny))
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericsError("the Hessian cannot be decomposed; set calibration.power 1.") from error
+    vector_II.mul_((hessian_II.diagonal() != 0)[:, None])  # rounding errors would have brought them to life
     powered_II = (vector_II * value_I.clamp_(min=0).pow_(power)) @ vector_II.T
     return powered_II.mul_(mean / powered_II.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)).float()
 

@@ -9,9 +9,9 @@ Shape legend: O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from finescale.pipeline.layers import (
     grid_of_rows,
     record_of,
 )
+from finescale.pipeline.plan import LayerPlan
 from finescale.ranks import ALONE, DETERMINISTIC_ROWS, Load, Ranks, shares
 from finescale.recipe import Recipe
 from finescale.solvers import Solution, ratio, row_energies
@@ -165,15 +166,15 @@ def _solve(
     # What takes time is done for all layers before anything is exchanged: then nobody waits in between.
     found: list[dict[int, Found]] = []
     for step, (hessian_II, _, _) in enumerate(inputs):
-        solved_II = _powered(hessian_II, recipe)
-        found += [_solve_rows(stack, solved_II, recipe, scale_dtype, ranks) for stack in stacks if stack.step == step]
-        del solved_II
+        powered = cache(partial(_powered, hessian_II, recipe))  # once for all stacks, when the first asks for it
+        found += [_solve_rows(stack, powered, recipe, scale_dtype, ranks) for stack in stacks if stack.step == step]
+        del powered
     solutions, finals = [], []
     for stack, hessian_II, parts in zip(stacks, hessians, found, strict=True):
         for number, (plan, weight_OI) in enumerate(stack.members):
             owners = stack.owners(number)
             solutions.append(joined(from_owners(parts.pop(number, None), owners, plan.scheme, ranks)))
-            again = partial(_solve_again, weight_OI, hessian_II, owners[0], recipe, ranks)
+            again = partial(_solve_again, (plan, weight_OI), hessian_II, owners[0], recipe, ranks)
             finals.append(finished(plan, weight_OI, solutions[-1].weight, recipe, scale_dtype, again))
     energies: list[Tensor] = []
     for stack, hessian_II in zip(stacks, hessians, strict=True):
@@ -211,22 +212,23 @@ def _damped(hessian_II: Tensor, tokens: int, recipe: Recipe, kept: bool) -> tupl
 
 
 def _powered(hessian_II: Tensor | None, recipe: Recipe) -> Tensor | None:
-    """What a solver gets of a Hessian that is kept."""
+    """What a solver gets of a Hessian that is kept; raises NumericsError as ``matrix_power`` does."""
     if hessian_II is None or not recipe.solver.entry().needs_hessian:
         return hessian_II
     return matrix_power(hessian_II, recipe.calibration.power)
 
 
 def _solve_rows(
-    stack: Stack, solved_II: Tensor | None, recipe: Recipe, scale_dtype: torch.dtype, ranks: Ranks
+    stack: Stack, powered: Callable[[], Tensor | None], recipe: Recipe, scale_dtype: torch.dtype, ranks: Ranks
 ) -> dict[int, Found]:
-    """This process's rows of a stack, by number of the member."""
+    """This process's rows of a stack, by number of the member; ``powered`` gives what the solver gets of H."""
     entry, options = recipe.solver.entry(), recipe.solver.options()
     apart = not (options.keeps_outliers or options.moves_scales)
     rows = stack.shares[ranks.rank]
     pieces: dict[int, list[Solution]] = {}
     try:
         for piece in ranks.pieces(rows) if apart else [rows] if rows.stop else []:
+            solved_II = powered()
             assert solved_II is not None
             parts = list(stack.parts(piece))
             weights = [stack.members[number][1][of_member] for number, of_member in parts]
@@ -243,19 +245,27 @@ def _solve_rows(
                 pieces.setdefault(number, []).append(part)
                 start += grid.rows
     except NumericsError as error:
-        return {number: error for number, _ in stack.parts(rows)}
+        return {number: _of_layer(stack.members[number][0], error) for number, _ in stack.parts(rows)}
     return {number: joined(of_member) for number, of_member in pieces.items()}
 
 
+def _of_layer(plan: LayerPlan, error: NumericsError) -> NumericsError:
+    return NumericsError(f"{plan.name}: {error}")
+
+
 def _solve_again(
-    weight_OI: Tensor, hessian_II: Tensor | None, owner: int, recipe: Recipe, ranks: Ranks, grid: Grid
+    layer: PlannedWeight, hessian_II: Tensor | None, owner: int, recipe: Recipe, ranks: Ranks, grid: Grid
 ) -> QuantizedWeight:
     """A whole layer by one process, on another grid."""
-    found = None
+    plan, weight_OI = layer
+    found: Found | None = None
     if ranks.rank == owner:
-        solved_II = _powered(hessian_II, recipe)
-        assert solved_II is not None
-        found = recipe.solver.entry().solve(weight_OI, solved_II, grid, recipe.solver.options())
+        try:
+            solved_II = _powered(hessian_II, recipe)
+            assert solved_II is not None
+            found = recipe.solver.entry().solve(weight_OI, solved_II, grid, recipe.solver.options())
+        except NumericsError as error:
+            found = _of_layer(plan, error)
     return from_owners(found, [owner], grid.scheme, ranks)[0].weight
 
 
