@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 
 from finescale.errors import NumericsError
 from finescale.grid import WeightScheme
-from finescale.pipeline import layers
+from finescale.pipeline import layers, rounds
 from finescale.pipeline.layers import initial_grid
 from finescale.pipeline.plan import LayerPlan
 from finescale.pipeline.rounds import _solve_again, solve_round
@@ -97,3 +97,13 @@ def compare(rank: int, folder: str) -> None:
 
 def test_two_processes_solve_what_one_does(tmp_path):
     mp.start_processes(compare, (str(tmp_path),), nprocs=2, start_method="spawn")
+
+
+def test_a_grid_of_the_whole_layer_is_made_once_for_all_pieces(monkeypatch):
+    made = []
+    monkeypatch.setattr(rounds, "initial_grid", lambda *given: made.append(given[1].shape[0]) or initial_grid(*given))
+    solved("integers before", Ranks(deterministic=True))
+    assert made == [600, 40, 48, 64]
+    made.clear()
+    solved("plain", Ranks(deterministic=True))
+    assert made == [512, 88, 40, 48, 64], "others piece by piece"

@@ -133,12 +133,10 @@ def initial_grid(plan: LayerPlan, weight_OI: Tensor, recipe: Recipe, scale_dtype
     return _without_lowest_zero(grid) if recipe.format == NO_LOWEST_ZERO else grid
 
 
-def grid_of_rows(plan: LayerPlan, weight_OI: Tensor, rows: slice, recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
-    """``initial_grid`` of some rows of a layer, as cheap as they are few: but for an amplifier of the whole layer, and
-    limits, which are the whole layer's, rows are fitted apart."""
-    if recipe.integer_scale.mode == "before" or plan.limits is not None:
-        return initial_grid(plan, weight_OI, recipe, scale_dtype).rows_slice(rows)
-    return initial_grid(plan, weight_OI[rows], recipe, scale_dtype)
+def rows_fit_apart(plan: LayerPlan, recipe: Recipe) -> bool:
+    """Whether ``initial_grid`` of some rows is that of the layer in these rows: not with an amplifier or limits of the
+    whole layer."""
+    return recipe.integer_scale.mode != "before" and plan.limits is None
 
 
 def _without_lowest_zero(grid: Grid) -> Grid:

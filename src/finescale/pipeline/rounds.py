@@ -28,8 +28,9 @@ from finescale.pipeline.layers import (
     by_scheme,
     check_weight,
     finished,
-    grid_of_rows,
+    initial_grid,
     record_of,
+    rows_fit_apart,
 )
 from finescale.pipeline.plan import LayerPlan
 from finescale.ranks import ALONE, DETERMINISTIC_ROWS, Load, Ranks, shares
@@ -225,6 +226,7 @@ def _solve_rows(
     entry, options = recipe.solver.entry(), recipe.solver.options()
     apart = not (options.keeps_outliers or options.moves_scales)
     rows = stack.shares[ranks.rank]
+    grid_of = _grid_maker(stack, recipe, scale_dtype)
     pieces: dict[int, list[Solution]] = {}
     try:
         for piece in ranks.pieces(rows) if apart else [rows] if rows.stop else []:
@@ -232,7 +234,7 @@ def _solve_rows(
             assert solved_II is not None
             parts = list(stack.parts(piece))
             weights = [stack.members[number][1][of_member] for number, of_member in parts]
-            grids = [grid_of_rows(*stack.members[n], of_member, recipe, scale_dtype) for n, of_member in parts]
+            grids = [grid_of(*part) for part in parts]
             weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
             solution = entry.solve(weight_OI, solved_II, stacked(grids), options)
             start = 0
@@ -247,6 +249,20 @@ def _solve_rows(
     except NumericsError as error:
         return {number: _of_layer(stack.members[number][0], error) for number, _ in stack.parts(rows)}
     return {number: joined(of_member) for number, of_member in pieces.items()}
+
+
+def _grid_maker(stack: Stack, recipe: Recipe, scale_dtype: torch.dtype) -> Callable[[int, slice], Grid]:
+    """Makes the grids that members are solved on, of some of their rows: as cheap as these are few, or the whole one
+    once."""
+    whole = cache(lambda number: initial_grid(*stack.members[number], recipe, scale_dtype))
+
+    def grid_of(number: int, rows: slice) -> Grid:
+        plan, weight_OI = stack.members[number]
+        if rows_fit_apart(plan, recipe):
+            return initial_grid(plan, weight_OI[rows], recipe, scale_dtype)
+        return whole(number).rows_slice(rows)
+
+    return grid_of
 
 
 def _of_layer(plan: LayerPlan, error: NumericsError) -> NumericsError:
