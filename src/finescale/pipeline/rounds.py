@@ -135,17 +135,16 @@ def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
     """The stacks with their rows shared over the processes: whole ones where outliers are counted over the layer, or
     scales move."""
     options = recipe.solver.options()
-    apart = not (options.keeps_outliers or options.moves_scales)
     loads = []
     for stack in stacks:
         columns = stack.members[0][1].shape[1]
         row = float(columns * (columns + options.column_cost) * options.pass_count)
         once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
         power = POWER_COST * columns**3 * (recipe.calibration.power != 1 and recipe.solver.entry().needs_hessian)
-        if apart and ranks.deterministic:  # every piece is solved for itself
+        if options.rows_apart and ranks.deterministic:  # every piece is solved for itself
             loads.append(Load(stack.rows, DETERMINISTIC_ROWS, power, row + once / DETERMINISTIC_ROWS))
         else:
-            loads.append(Load(stack.rows, ALIGNED_ROWS if apart else stack.rows, once + power, row))
+            loads.append(Load(stack.rows, ALIGNED_ROWS if options.rows_apart else stack.rows, once + power, row))
     found = shares(loads, ranks.count)
     return [replace(stack, shares=tuple(rows)) for stack, rows in zip(stacks, found, strict=True)]
 
@@ -224,12 +223,11 @@ def _solve_rows(
 ) -> dict[int, Found]:
     """This process's rows of a stack, by number of the member; ``powered`` gives what the solver gets of H."""
     entry, options = recipe.solver.entry(), recipe.solver.options()
-    apart = not (options.keeps_outliers or options.moves_scales)
     rows = stack.shares[ranks.rank]
     grid_of = _grid_maker(stack, recipe, scale_dtype)
     pieces: dict[int, list[Solution]] = {}
     try:
-        for piece in ranks.pieces(rows) if apart else [rows] if rows.stop else []:
+        for piece in ranks.pieces(rows) if options.rows_apart else [rows] if rows.stop else []:
             solved_II = powered()
             assert solved_II is not None
             parts = list(stack.parts(piece))

@@ -36,6 +36,11 @@ class SolverOptions(BaseModel):
         return False
 
     @property
+    def rows_apart(self) -> bool:
+        """Whether rows can be solved each for itself: outliers are counted over the layer, and scales move with it."""
+        return not (self.keeps_outliers or self.moves_scales)
+
+    @property
     def factorizes(self) -> bool:
         """Whether the Hessian is factorized, for any number of rows. Only the dealing out of work goes by it."""
         return False
