@@ -208,7 +208,7 @@ def values_of(name: str) -> dict[str, Any]:
 
 FOLDED = ("w4a8-integer-scale", "w4a8-best")
 """Recipes that are also made with folded scales."""
-PARTS = dict.fromkeys(W4A8_RECIPES, 6) | {"w4a8-best": 3, "qllm-w4a8": 2, "omniquant-w4a8": 2}
+PARTS = dict.fromkeys(W4A8_RECIPES, 6) | {"w4a8-best": 3, "qllm-w4a8": 4, "omniquant-w4a8": 3}
 """On how many parts of the text: solver and tuning go another way after the smallest change of a scale, and rows that
 learn take minutes."""
 
@@ -313,7 +313,8 @@ def pairs_of(arguments: argparse.Namespace, rows: list[Row], work: Path) -> list
             name, arguments.data, work / name, arguments.smollm2, SAMPLES, arguments.windows, arguments.device,
             arguments.evaluation or arguments.device,
         )  # fmt: skip
-        found += [(row, setting) for row in rows if name == "smollm2" or not row.draw]  # half of the books is one part
+        smollm2 = name.startswith("smollm2")
+        found += [(row, setting) for row in rows if smollm2 or not row.draw]  # half of the books is one part
     return found
 
 
