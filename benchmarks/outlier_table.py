@@ -16,6 +16,7 @@ OTHERS = ("wikitext", "lambada")
 """Texts beside the books."""
 ORIGINAL, PLAIN_PUBLISHED, PLAIN, STRUCTURED = "original", "plain published", "plain", "structured 1 %"
 UNSTRUCTURED, UNSTRUCTURED_WIDE = "unstructured 1 %", "unstructured 1 %, 16 bits"
+PLAIN_NO_ROOT, STRUCTURED_NO_ROOT = "plain, moments themselves", "structured 1 %, moments themselves"
 UNSTRUCTURED_NO_ROOT = "unstructured 1 %, moments themselves"
 SPQR_64, SPQR_64_OURS = "spqr of unstructured's size", "spqr of unstructured's size, as ours"
 SPQR_32, SPQR_32_BYTES = "spqr of 16 bits' size", "spqr of 16 bits' size, outliers of 8"
@@ -24,8 +25,8 @@ UNSTRUCTURED_LIKE_32, FROM_SPQR = "unstructured of 16 bits' size", "spqr-quantea
 SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16 = "spqr published", "spqr-quantease", "unstructured of published spqr's size"
 ORDER = (
     ORIGINAL, PLAIN_PUBLISHED, PLAIN, STRUCTURED, UNSTRUCTURED, SPQR_64, SPQR_64_OURS, FROM_SPQR, UNSTRUCTURED_WIDE,
-    UNSTRUCTURED_NO_ROOT, SPQR_32, SPQR_32_BYTES, SPQR_32_OURS, UNSTRUCTURED_LIKE_32, SPQR, FROM_SPQR_16,
-    UNSTRUCTURED_LIKE_16,
+    PLAIN_NO_ROOT, STRUCTURED_NO_ROOT, UNSTRUCTURED_NO_ROOT, SPQR_32, SPQR_32_BYTES, SPQR_32_OURS, UNSTRUCTURED_LIKE_32,
+    SPQR, FROM_SPQR_16, UNSTRUCTURED_LIKE_16,
 )  # fmt: skip
 """Rows of the table."""
 
@@ -71,6 +72,9 @@ QUESTIONS = {
     "weights_beat_spqr_of_16_bits_size_as_ours": (UNSTRUCTURED_LIKE_32, SPQR_32_OURS),
     "weights_of_8_bits_beat_16": (UNSTRUCTURED, UNSTRUCTURED_WIDE),
     "weights_beat_those_without_the_root": (UNSTRUCTURED, UNSTRUCTURED_NO_ROOT),
+    "columns_beat_plain_without_the_root": (STRUCTURED_NO_ROOT, PLAIN_NO_ROOT),
+    "weights_beat_columns_without_the_root": (UNSTRUCTURED_NO_ROOT, STRUCTURED_NO_ROOT),
+    "weights_without_the_root_beat_spqr_of_their_size": (UNSTRUCTURED_NO_ROOT, SPQR_64),
     "spqr_quantease_beats_spqr_of_weights_size": (FROM_SPQR, SPQR_64),
     "spqr_quantease_beats_weights": (FROM_SPQR, UNSTRUCTURED),
     "weights_beat_published_spqr_of_their_size": (UNSTRUCTURED_LIKE_16, SPQR),
@@ -80,6 +84,7 @@ WAYS = {
     "way_of_plain_published": (UNSTRUCTURED, PLAIN_PUBLISHED),
     "way_of_plain_published_with_16_bits": (UNSTRUCTURED_WIDE, PLAIN_PUBLISHED),
     "way_of_plain_published_with_16_bits_size": (UNSTRUCTURED_LIKE_32, PLAIN_PUBLISHED),
+    "way_of_plain_published_without_the_root": (UNSTRUCTURED_NO_ROOT, PLAIN_PUBLISHED),
     "way_of_plain": (UNSTRUCTURED, PLAIN),
 }
 LABELS = tuple(f"{text}{kind}" for text in ("", "wikitext_", "lambada_", "texts_") for kind in ("perplexity", "kl"))

@@ -108,7 +108,7 @@ SEEDS = (1, 2)
 OURS = {4: "w4-best", 3: "w3-best", 2: "w2-best"}
 """Our own recipes, as they come with finescale: groups of 64 and 128, whichever fits."""
 
-SHORTER = ((64, 2), (48, 2), (40, 4), (32, 4), (64, 4))
+SHORTER = ((80, 1), (96, 1), (64, 2), (48, 2), (40, 4), (32, 4), (64, 4))
 """Steps and windows a step of our own recipes in less time; as they come they make 128 steps of 2 windows."""
 
 
