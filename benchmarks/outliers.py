@@ -7,12 +7,13 @@ evaluated on all windows of its first half and of as much of WikiText-2's test t
 too): perplexity and KL divergence from the original's next tokens. Options were chosen by the books; the other texts
 confirm them. Runs: the original; QuantEase per channel on the min/max grid as published, and on ours (clipping
 search) with the options of the outlier recipes; 1 % structured and 1 % unstructured outliers, of 8 bits (the recipe)
-and of 16; all but the last with the root of the moments, as the outlier recipes, and with the moments themselves. SpQR at two sizes: that of the recipe, in groups of 64 with outliers of 8 bits (in groups of 32 its scales
-alone take more), and that of 16-bit outliers, in groups of 32 with outliers of 16 bits and of 8; with the published
-damping and, "as ours", with what our recipe makes of the moments. Its threshold is fitted to the size, and for the
-second one so is the number of the recipe's outliers. QuantEase from SpQR on SpQR's grid, of SpQR's size. On the books
-alone, for three seeds, and with the moments themselves and not their root: SpQR as published in groups of 16, QuantEase
-from there, and QuantEase per channel with as many outliers as make its size SpQR's.
+and of 16; all but the last with the moments themselves too, not with their root. SpQR at two sizes: that of the
+recipe, in groups of 64 with outliers of 8 bits (in groups of 32 its scales alone take more), and that of 16-bit
+outliers, in groups of 32 with outliers of 16 bits and of 8; with the published damping and, "as ours", with what our
+recipe makes of the moments. Its threshold is fitted to the size, and for the second one so is the number of the
+recipe's outliers. QuantEase from SpQR on SpQR's grid, of SpQR's size. On the books alone, for three seeds, and with
+the moments themselves: SpQR as published in groups of 16, QuantEase from there, and QuantEase per channel with as many
+outliers as make its size SpQR's.
 
 Every run is made for several seeds of the choice of calibration windows; the table has means (of log perplexities),
 since the difference of two runs is about as large as that of two seeds where a model of 7 million parameters loses 3 %.
