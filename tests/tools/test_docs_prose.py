@@ -67,7 +67,10 @@ OUTLIERS = (
     (f"it is the same: {CHANGES},", "columns_beat_plain_without_the_root_by_texts_kl"),
     (f"then {CHANGES}.", "weights_beat_columns_without_the_root_by_texts_kl"),
     (f"they leave {FOUR} %, in the mean", "way_of_plain_published_without_the_root_by_perplexity"),
-    (f"%, in the mean of the three texts {FOUR}: the root", "way_of_plain_published_without_the_root_by_texts_perplexity"),
+    (
+        f"%, in the mean of the three texts {FOUR}: the root",
+        "way_of_plain_published_without_the_root_by_texts_perplexity",
+    ),
     (f"the recipe's differs by {CHANGES}, without", "weights_beat_spqr_of_their_size_by_kl"),
     (f"without the root by {CHANGES}, and", "weights_without_the_root_beat_spqr_of_their_size_by_kl"),
     (f"outliers of 16 bits as published) by {CHANGES}.", "weights_beat_spqr_of_16_bits_size_by_kl"),

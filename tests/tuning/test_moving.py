@@ -84,12 +84,13 @@ def test_a_step_follows_the_signs_of_the_traced_gradients(scheme, seed, small_pi
     (traced(state, offset_OGP, scale_OG) * gradient_OI).sum().backward()
     expected_offset = (offset_OGP.detach() - 0.01 * offset_OGP.grad.sign()).clamp(-0.5, 0.5)
     expected_factor = state.factor_OG - 0.002 * scale_OG.grad.sign() * state.grid.scale_OG.sign()
-    whole = moving.PIECE["cpu"]
+    whole, now_OI = moving.PIECE["cpu"], torch.empty(6, 21)
     moving.PIECE["cpu"] = 30 if small_pieces else whole
     try:
-        step(state, gradient_OI, 0.01, 0.002, 0.5)
+        step(state, gradient_OI, now_OI, 0.01, 0.002, 0.5)
     finally:
         moving.PIECE["cpu"] = whole
+    assert torch.equal(now_OI, shown(state))
     width = state.position_OGP[0].numel()
     columns = torch.arange(width) < 21  # padding may move: it is never shown
     assert torch.equal(state.offset_OGP.flatten(1)[:, columns], expected_offset.flatten(1)[:, columns])
@@ -102,11 +103,12 @@ def test_a_step_follows_the_signs_of_the_traced_gradients(scheme, seed, small_pi
 
 def test_what_is_stored_is_what_was_shown():
     weight_OI, weight = solved(3, 7, False, seed=4)
-    state = start_from(weight, weight_OI)
+    state, now_OI = start_from(weight, weight_OI), torch.empty(6, 21)
     for number in range(20):
-        step(state, torch.randn(6, 21, generator=torch.Generator().manual_seed(number)), 0.05, 0.01, 0.5)
+        gradient_OI = torch.randn(6, 21, generator=torch.Generator().manual_seed(number))
+        step(state, gradient_OI, now_OI, 0.05, 0.01, 0.5)
     result = finish(state)
-    assert torch.equal(result.dequantize(), shown(state))
+    assert torch.equal(result.dequantize(), shown(state)) and torch.equal(now_OI, shown(state))
     assert int(result.codes_OI.min()) >= -4 and int(result.codes_OI.max()) <= 3
     assert not torch.equal(result.codes_OI, weight.codes_OI)
     assert float(state.offset_OGP.abs().max()) <= 0.5
@@ -126,7 +128,14 @@ def test_tuned_scales_can_be_stored(dtype, integer):
     weight_OI, weight = solved(4, 8, True, integer, dtype=dtype)
     state = start_from(weight, weight_OI)
     for number in range(10):
-        step(state, torch.randn(6, 21, generator=torch.Generator().manual_seed(number)), 0.05, 0.03, 0.5)
+        step(
+            state,
+            torch.randn(6, 21, generator=torch.Generator().manual_seed(number)),
+            torch.empty(6, 21),
+            0.05,
+            0.03,
+            0.5,
+        )
     grid = finish(state).grid
     assert torch.equal(grid.scale_OG.to(dtype).float(), grid.scale_OG)
     assert not torch.equal(grid.scale_OG, weight.grid.scale_OG)
@@ -197,7 +206,7 @@ def test_folded_scales_stay_and_codes_move():
     state = start_from(weight, weight_OI)
     assert torch.equal(shown(state), weight.dequantize())
     for _ in range(20):
-        step(state, torch.randn(6, 21, generator=torch.Generator().manual_seed(5)), 0.05, 0.05, 1.0)
+        step(state, torch.randn(6, 21, generator=torch.Generator().manual_seed(5)), torch.empty(6, 21), 0.05, 0.05, 1.0)
     tuned = finish(state)
     assert tuned.grid.folded and torch.equal(tuned.grid.scale_OG, folded.scale_OG)
     assert not torch.equal(tuned.codes_OI, weight.codes_OI)

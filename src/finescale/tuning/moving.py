@@ -31,7 +31,7 @@ from finescale.grid import Grid, QuantizedWeight
 from finescale.grid.fit import smallest_scale
 from finescale.grid.integer_scale import integer_scales
 
-PIECE = {"cpu": 1 << 16, "cuda": 1 << 26}
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Weights handled at a time: on a CPU a few float32 arrays of this size stay in the second-level cache; a GPU has its
 launches to save, and memory for a few."""
 EDGE = 0.45
@@ -131,9 +131,13 @@ def _pieces(state: MovingWeight) -> list[slice]:
 def render(state: MovingWeight, out_OI: Tensor) -> None:
     """Write the current weight into ``out_OI`` [O, I], rounded to its type."""
     for rows in _pieces(state):
-        scale_OG = _scales(state, rows)
-        _, _, code_OGP = _codes(state, rows, scale_OG)
-        _write(code_OGP.mul_(scale_OG[:, :, None]), out_OI[rows], state.columns)
+        _render_rows(state, rows, out_OI)
+
+
+def _render_rows(state: MovingWeight, rows: slice, out_OI: Tensor) -> None:
+    scale_OG = _scales(state, rows)
+    _, _, code_OGP = _codes(state, rows, scale_OG)
+    _write(code_OGP.mul_(scale_OG[:, :, None]), out_OI[rows], state.columns)
 
 
 def _scales(state: MovingWeight, rows: slice) -> Tensor:
@@ -153,12 +157,13 @@ def _write(value_OGP: Tensor, out_OI: Tensor, columns: int) -> None:
     out_OI.copy_(flat if flat.shape[1] == columns else flat[:, :columns])
 
 
-def step(state: MovingWeight, gradient_OI: Tensor, rate: Any, scale_rate: Any, bound: float) -> None:
-    """One step of signed gradient descent on offsets and scale factors.
+def step(state: MovingWeight, gradient_OI: Tensor, out_OI: Tensor, rate: Any, scale_rate: Any, bound: float) -> None:
+    """One step of signed gradient descent on offsets and scale factors, and the weight as it then is.
 
     Args:
         state: changed in place.
         gradient_OI: dL/dw, float [O, I]; only its sign matters for the offsets.
+        out_OI: gets the new weight, as by ``render``, while its rows are in the cache.
         rate: how far every offset moves, in steps of the grid; a number, or a tensor of one.
         scale_rate: how far every factor moves; the number 0 keeps the scales.
         bound: offsets stay within [-bound, bound].
@@ -172,10 +177,12 @@ def step(state: MovingWeight, gradient_OI: Tensor, rate: Any, scale_rate: Any, b
         # Offsets and factors count along the scale, which may be negative.
         sign_OG = _signs(state.grid.rows_slice(rows))
         if isinstance(scale_rate, Tensor) or scale_rate:
-            slope_OG = code_OGP.sub_(place_OGP.mul_(inside_OGP)).mul_(gradient_OGP).sum(2)
+            slope_OG = code_OGP.addcmul_(place_OGP, inside_OGP, value=-1).mul_(gradient_OGP).sum(2)
             state.factor_OG[rows] -= scale_rate * (slope_OG * sign_OG).sign_()
         move_OG1 = -rate * sign_OG[:, :, None] if isinstance(sign_OG, Tensor) else -rate
-        state.offset_OGP[rows].add_(gradient_OGP.sign().mul_(inside_OGP).mul_(move_OG1)).clamp_(-bound, bound)
+        offset_OGP = state.offset_OGP[rows]
+        offset_OGP.addcmul_(gradient_OGP.sign(), inside_OGP.mul_(move_OG1)).clamp_(-bound, bound)
+        _render_rows(state, rows, out_OI)
 
 
 def finish(state: MovingWeight) -> QuantizedWeight:

@@ -115,8 +115,8 @@ def tune_rounding(
                 for module, state in zip(modules, states, strict=True):
                     gradient_OI = gradient_of(module)
                     if gradient_OI is not None:
-                        step(state, gradient_OI, options.rate * left, scale_rate, options.bound)
-                        render(state, shown_weight(module))
+                        shown_OI = shown_weight(module)
+                        step(state, gradient_OI, shown_OI, options.rate * left, scale_rate, options.bound)
 
             run = replayed(one, block, device)
             for iteration in range(options.iterations):
