@@ -156,6 +156,7 @@ def test_a_file_that_is_missing(tmp_path):
         ("solver=gptq", "solver"),
         ("calibration.samples=0", "calibration.samples"),
         ("calibration.length=1", "calibration.length"),
+        ("calibration.power=0", "calibration.power"),
         ("overrides=[{pattern: x, weights: {bits: 5}}]", "weights.bits is 5"),
         ("overrides=[{skip: true}]", "overrides.0.pattern"),
         ("overrides=[{pattern: 're:('}]", "not a regular expression"),
@@ -163,6 +164,11 @@ def test_a_file_that_is_missing(tmp_path):
 )
 def test_unknown_keys_and_wrong_values_are_named(setting, words):
     assert words in refused(setting)
+
+
+def test_a_power_of_moments_that_a_solver_does_not_take():
+    assert "leave it out with rtn" in refused("calibration.power=0.5", "solver={name: rtn}")
+    assert BASE.with_settings(("calibration.power=0.5",)).calibration.power == 0.5
 
 
 def test_all_mistakes_are_told_at_once():

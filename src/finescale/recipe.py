@@ -258,6 +258,10 @@ class Recipe(_Part):
             raise ValueError("tuning needs groups of consecutive columns; set solver.static_groups true")
         if not self.calibration.sequential and (self.transforms or self.tuning):
             raise ValueError("calibration.sequential false is for recipes without transforms and tuning")
+        if self.calibration.power != 1 and not self.solver.entry().needs_hessian:
+            raise ValueError(
+                f"calibration.power is for solvers that take second moments; leave it out with {self.solver.name}"
+            )
         if self.blocks is not None and self.transforms:
             raise ValueError("blocks: transforms rewrite all blocks, so that all must be quantized")
         if self.integer_scale.mode != "off":
