@@ -22,10 +22,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from activations import GPTQ, LEARNED, QUANTEASE, ROTATION, RTN, method, pairs_of, parser_of, part, values_of, write
+from activations import (
+    GPTQ,
+    LEARNED,
+    QUANTEASE,
+    ROTATION,
+    RTN,
+    SAMPLES,
+    method,
+    pairs_of,
+    parser_of,
+    part,
+    values_of,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
-from rows import Row, Setting, calibration_of, chosen, measure, quality, recipe_of, run_rows
+from rows import LENGTH, Row, Setting, calibration_of, chosen, measure, quality, recipe_of, run_rows
 from safetensors.torch import load_file, save_file
 
 from finescale.cli.common import quiet_libraries
@@ -117,6 +130,12 @@ def shorter(steps: int, size: int) -> dict[str, Any]:
     return {"tuning": [part("rounding", iterations=steps, batch_size=size)]}
 
 
+def in_less_time(values: dict[str, Any]) -> dict[str, Any]:
+    """One of our own recipes in AutoRound's time: short steps, fewer checks, and batches that fit a cache."""
+    tuning = [part("rounding", iterations=72, batch_size=1, checks=2)]
+    return values | {"tuning": tuning, "calibration": {"samples": SAMPLES, "length": LENGTH, "batch_size": 4}}
+
+
 def weights_of(bits: int, clip: str = "mse") -> dict[str, Any]:
     return {"weights": {"bits": bits, "group_size": GROUP, "symmetric": True, "clip": clip}}
 
@@ -148,6 +167,10 @@ def all_rows(peer: bool) -> list[Row]:
         Row(str(bits), f"recipe {name}, {steps} steps of {size} windows", values_of(name) | shorter(steps, size))
         for bits, name in OURS.items()
         for steps, size in SHORTER
+    ]
+    rows += [
+        Row(str(bits), f"recipe {name}, 72 steps of 1 windows, 2 checks", in_less_time(values_of(name)))
+        for bits, name in OURS.items()
     ]
     rows += [Row("w4a8", name, weights_of(4) | values) for name, values in W4A8.items()]
     if peer:
