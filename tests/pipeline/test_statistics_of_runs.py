@@ -134,10 +134,9 @@ def test_batch_size_does_not_change_the_codes_much(tiny, text, tmp_path):
             assert left["relative_error"] == pytest.approx(right["relative_error"], rel=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
-def test_solvers_get_the_power_of_the_moments_and_errors_are_of_the_moments(tiny, text, tmp_path, solver):
+def test_solvers_get_the_power_of_the_moments_and_errors_are_of_the_moments(tiny, text, tmp_path):
     path, out = tiny("llama"), tmp_path / "out"
-    report = quantize(path, out, recipe(solver, 3, 32, calibration={"power": 0.5}), text)
+    report = quantize(path, out, recipe("gptq", 3, 32, calibration={"power": 0.5}), text)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     expected = expected_errors(path, original, out, windows(path, text))
     name = "model.layers.0.self_attn.o_proj"
@@ -145,11 +144,11 @@ def test_solvers_get_the_power_of_the_moments_and_errors_are_of_the_moments(tiny
     weight_OI = weight_OI_of(original.get_submodule(name)).float()
     hessian_II = matrix_power((x_TI.T @ x_TI / x_TI.shape[0]).float(), 0.5)
     stored = open_quantized(out).read(name)
-    entry = find_solver(solver)
+    entry = find_solver("gptq")
     solved = entry.solve(weight_OI, hessian_II, fit_grid(weight_OI, stored.grid.scheme), entry.options())
     assert (solved.weight.codes_OI != stored.codes_OI).float().mean() < 0.01
     record = next(record for record in report["layers"] if record["name"] == name)
     assert record["relative_error"] == pytest.approx(expected[name], rel=2e-3)
-    plain = quantize(path, tmp_path / "plain", recipe(solver, 3, 32), text)
+    plain = quantize(path, tmp_path / "plain", recipe("gptq", 3, 32), text)
     shas = [[record["sha256"] for record in one["layers"]] for one in (report, plain)]
-    assert (shas[0] == shas[1]) == (solver == "rtn")
+    assert shas[0] != shas[1]

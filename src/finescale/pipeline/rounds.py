@@ -140,7 +140,7 @@ def dealt(stacks: Sequence[Stack], recipe: Recipe, ranks: Ranks) -> list[Stack]:
         columns = stack.members[0][1].shape[1]
         row = float(columns * (columns + options.column_cost) * options.pass_count)
         once = LEAST_ROWS * row + FACTOR_COST * columns**3 * options.factorizes
-        power = POWER_COST * columns**3 * (recipe.calibration.power != 1 and recipe.solver.entry().needs_hessian)
+        power = POWER_COST * columns**3 * (recipe.calibration.power != 1)
         if options.rows_apart and ranks.deterministic:  # every piece is solved for itself
             loads.append(Load(stack.rows, DETERMINISTIC_ROWS, power, row + once / DETERMINISTIC_ROWS))
         else:
@@ -213,9 +213,7 @@ def _damped(hessian_II: Tensor, tokens: int, recipe: Recipe, kept: bool) -> tupl
 
 def _powered(hessian_II: Tensor | None, recipe: Recipe) -> Tensor | None:
     """What a solver gets of a Hessian that is kept; raises NumericsError as ``matrix_power`` does."""
-    if hessian_II is None or not recipe.solver.entry().needs_hessian:
-        return hessian_II
-    return matrix_power(hessian_II, recipe.calibration.power)
+    return None if hessian_II is None else matrix_power(hessian_II, recipe.calibration.power)
 
 
 def _solve_rows(
