@@ -79,6 +79,15 @@ OUTLIERS = (
 )
 
 
+def same_cpu(bits, name):
+    """Processor seconds, seconds, perplexity and KL of a row on one CPU."""
+    row = RESULTS["tuning-same-cpu-smollm2"]["models"]["smollm2"]["rows"][bits][name]
+    return row["cpu_seconds"], row["seconds"], row["perplexity"], row["kl"]
+
+
+AUTOROUND, SHORT = "AutoRound 0.16.1, 50 iterations", "80 steps of 1 windows"
+
+
 SENTENCES = [
     (
         "docs/quantease.md",
@@ -88,6 +97,26 @@ SENTENCES = [
     ),
     *(("docs/quantease.md", sentence, partial(outliers, question)) for sentence, question in OUTLIERS),
     ("docs/tuning.md", "perplexity {:.2f} at 4 bits and {:.2f} at 3", lambda: (rounding("4"), rounding("3"))),
+    (
+        "docs/tuning.md",
+        "took {:.0f} processor seconds ({:.0f} by the clock) and came to {:.2f} (KL {:.4f}), `w4-best`",
+        partial(same_cpu, "4", AUTOROUND),
+    ),
+    (
+        "docs/tuning.md",
+        "{:.0f} ({:.0f}) and {:.2f} ({:.4f}). At 3 bits",
+        partial(same_cpu, "4", f"recipe w4-best, {SHORT}"),
+    ),
+    (
+        "docs/tuning.md",
+        "took {:.0f} ({:.0f}) and came to {:.2f} ({:.3f}), `w3-best`",
+        partial(same_cpu, "3", AUTOROUND),
+    ),
+    (
+        "docs/tuning.md",
+        "cache, {:.0f} ({:.0f}) and {:.2f} ({:.3f}): better",
+        partial(same_cpu, "3", f"recipe w3-best, {SHORT}, 2 checks"),
+    ),
     (
         "docs/quantease.md",
         "took {:.0f} s as a command, {:.0f} of them solving, with {:.1f} GB of GPU memory and {:.1f} GB",

@@ -128,14 +128,8 @@ def test_tuned_scales_can_be_stored(dtype, integer):
     weight_OI, weight = solved(4, 8, True, integer, dtype=dtype)
     state = start_from(weight, weight_OI)
     for number in range(10):
-        step(
-            state,
-            torch.randn(6, 21, generator=torch.Generator().manual_seed(number)),
-            torch.empty(6, 21),
-            0.05,
-            0.03,
-            0.5,
-        )
+        gradient_OI = torch.randn(6, 21, generator=torch.Generator().manual_seed(number))
+        step(state, gradient_OI, torch.empty(6, 21), 0.05, 0.03, 0.5)
     grid = finish(state).grid
     assert torch.equal(grid.scale_OG.to(dtype).float(), grid.scale_OG)
     assert not torch.equal(grid.scale_OG, weight.grid.scale_OG)
